@@ -1,0 +1,1 @@
+"""The host's service: desired state, reconciler, relay and APIs."""

@@ -1,0 +1,1 @@
+"""The whole fabric on one Linux machine."""
