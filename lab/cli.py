@@ -1,0 +1,343 @@
+"""`taploom lab`: the whole fabric on one Linux machine."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lab.state import DEFAULT_LAB, Lab, LabError, check_guest_name, enter_guest
+
+if TYPE_CHECKING:
+    from taploom.contracts.taploom.bridge.v1 import Status
+
+_READY_TIMEOUT = 60.0
+
+
+def _lab_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds --lab, and makes LabError a one-line message."""
+
+    @click.option("--lab", "lab_name", metavar="NAME", help="Which lab; several can run side by side.")
+    @click.pass_context
+    @functools.wraps(command)
+    def wrapped(context: click.Context, /, lab_name: str | None, **arguments: Any) -> None:
+        name = lab_name
+        if name is None:  # `taploom --lab NAME lab up` says the same
+            parent = context.find_root().params
+            name = parent.get("lab") or os.environ.get("TAPLOOM_LAB") or DEFAULT_LAB
+        try:
+            if os.geteuid() != 0:
+                raise LabError("a lab makes namespaces and TAPs: run this as root")
+            command(Lab(name), **arguments)
+        except LabError as error:
+            click.echo(f"taploom: {error}", err=True)
+            sys.exit(1)
+
+    return wrapped
+
+
+@click.group(short_help="Run the whole fabric on this machine.")
+def lab() -> None:
+    """Run the whole fabric on this machine: guests are namespaces with an agent each, and so is the helper.
+
+    \b
+    Example:
+        taploom lab up --guest web --guest db
+        taploom network create app
+        taploom network connect app web
+        taploom network connect app db --alias postgres
+        taploom lab exec web -- ping -c1 postgres
+        taploom lab down
+    """
+
+
+@lab.command()
+@click.option("--guest", "guests", metavar="NAME", multiple=True, help="A guest to start; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print the lab's status as JSON when it is ready.")
+@_lab_option
+def up(lab: Lab, guests: tuple[str, ...], as_json: bool) -> None:
+    """Start the lab, and guests in it; returns when all is ready.
+
+    In a lab that is up already, guests that it does not have yet are added.
+
+    \b
+    Example:
+        taploom lab up --guest web --guest db
+    """
+    began = time.monotonic()
+    names = [check_guest_name(name) for name in guests]
+    _check_programs()
+    with lab.commands_locked():
+        lab.create()
+        known = lab.guests() if lab.exists() else []
+        wanted = known + [name for name in dict.fromkeys(names) if name not in known]
+        _apply(lab, wanted)
+    _say(f"lab {lab.name} is up with {_guests(wanted)} after {time.monotonic() - began:.1f} s")
+    if as_json:
+        click.echo(json.dumps(_status(lab), indent=2))
+
+
+@lab.command()
+@click.argument("name")
+@_lab_option
+def add(lab: Lab, name: str) -> None:
+    """Start another guest; returns when it is ready.
+
+    \b
+    Example:
+        taploom lab add cache
+    """
+    check_guest_name(name)
+    with lab.commands_locked():
+        guests = lab.guests()
+        if name in guests:
+            raise LabError(f"guest {name!r} is in lab {lab.name!r} already; choose another name")
+        _apply(lab, [*guests, name])
+    _say(f"guest {name} is ready")
+
+
+@lab.command()
+@click.argument("name")
+@_lab_option
+def rm(lab: Lab, name: str) -> None:
+    """Stop a guest and disconnect it from its networks.
+
+    \b
+    Example:
+        taploom lab rm cache
+    """
+    with lab.commands_locked():
+        _apply(lab, [guest for guest in lab.guests() if guest != _known(lab, name)])
+    _say(f"guest {name} is gone")
+
+
+@lab.command(
+    "exec",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    short_help="Run in a guest.",
+)
+@click.argument("name")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@_lab_option
+def execute(lab: Lab, name: str, command: tuple[str, ...]) -> None:
+    """Run a command in a guest, with this terminal; exits with the command's exit code.
+
+    \b
+    Example:
+        taploom lab exec web -- ping -c1 db
+    """
+    _known(lab, name)
+    if not (lab.guest_directory(name) / "holder").exists():
+        raise LabError(f"guest {name!r} is not running; see 'taploom lab status{lab.option}'")
+    argv = [*enter_guest(lab, name), *command]
+    sys.stdout.flush()
+    os.execvpe(argv[0], argv, lab.environment())  # noqa: S606 -- the command is what was asked for
+
+
+@lab.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_lab_option
+def status(lab: Lab, as_json: bool) -> None:
+    """Show the lab's processes and how the fabric is.
+
+    \b
+    Example:
+        taploom lab status --json
+    """
+    lab.guests()
+    report = _status(lab)
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    from lab.render import print_status
+
+    print_status(report)
+
+
+@lab.command()
+@_lab_option
+def down(lab: Lab) -> None:
+    """Stop the lab and remove all of it, whatever state it is in.
+
+    \b
+    Example:
+        taploom lab down
+    """
+    from lab import cleanup
+
+    with lab.commands_locked():
+        known = lab.path.exists() or cleanup.namespaces(lab) or cleanup.processes(lab)
+        cleanup.stop(lab)
+        cleanup.remove(lab)
+    _say(f"lab {lab.name} is down" if known else f"lab {lab.name} was not up; there is nothing of it here")
+
+
+def _known(lab: Lab, guest: str) -> str:
+    guests = lab.guests()
+    if guest not in guests:
+        raise LabError(
+            f"there is no guest {guest!r} in lab {lab.name!r}; it has {_guests(guests)}; "
+            f"'taploom lab add {guest}{lab.option}' starts one"
+        )
+    return guest
+
+
+def _guests(names: list[str]) -> str:
+    return "no guests" if not names else f"{'guest' if len(names) == 1 else 'guests'} {', '.join(names)}"
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _check_programs() -> None:
+    import shutil
+
+    packages = {
+        "ovsdb-server": "openvswitch-switch",
+        "ovs-vswitchd": "openvswitch-switch",
+        "ovn-northd": "ovn-central",
+        "ovn-controller": "ovn-host",
+        "dnsmasq": "dnsmasq-base",
+        "ip": "iproute2",
+        "nsenter": "util-linux",
+    }
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    missing = sorted({package for program, package in packages.items() if not shutil.which(program, path=path)})
+    if missing:
+        raise LabError(
+            f"this machine lacks Debian packages: run 'make setup', or 'apt-get install {' '.join(missing)}'"
+        )
+
+
+def _apply(lab: Lab, guests: list[str]) -> None:
+    """Makes the lab have these guests and waits until everything is ready.
+
+    Raises:
+        LabError: it is not ready within a minute, or its supervisor ended.
+    """
+    import signal
+
+    lab.ask_for(guests)
+    pid = lab.supervisor_pid()
+    if pid is None:
+        _start_supervisor(lab)
+    else:
+        os.kill(pid, signal.SIGHUP)
+    _wait_ready(lab, guests)
+
+
+def _start_supervisor(lab: Lab) -> None:
+    import subprocess
+
+    from lab import cleanup
+
+    cleanup.stop(lab)  # what a supervisor that was killed may have left
+    for name in cleanup.namespaces(lab):
+        cleanup.remove_netns(name)
+    with (lab.logs / "supervisor.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lab.supervisor", lab.name],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=lab.environment(),
+            start_new_session=True,
+            cwd="/",
+        )
+    deadline = time.monotonic() + 10
+    while lab.supervisor_pid() is None:
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise LabError(f"the lab's supervisor did not start; see {lab.logs}/supervisor.log")
+        time.sleep(0.01)
+
+
+def _wait_ready(lab: Lab, guests: list[str]) -> None:
+    import trio
+
+    try:
+        trio.run(_until_ready, lab, guests)
+    except trio.TooSlowError:
+        raise LabError(
+            f"not ready after {_READY_TIMEOUT:.0f} s; see 'taploom lab status{lab.option}' and the files in {lab.logs}"
+        ) from None
+
+
+async def _until_ready(lab: Lab, guests: list[str]) -> None:
+    import trio
+
+    shown: set[str] = set()
+    with trio.fail_after(_READY_TIMEOUT):
+        while True:
+            status = await _fabric(lab)
+            waiting = _waiting_for(status, guests)
+            for component in status.components if status else ():
+                if component.name not in shown and component.name not in waiting:
+                    shown.add(component.name)
+            if sys.stderr.isatty():
+                click.echo(
+                    f"\r\033[Kwaiting for {', '.join(waiting[:4])}" if waiting else "\r\033[K", err=True, nl=False
+                )
+            if not waiting:
+                return
+            if lab.supervisor_pid() is None:
+                raise LabError(f"the lab's supervisor ended; see {lab.logs}/supervisor.log")
+            await trio.sleep(0.05)
+
+
+def _waiting_for(status: Status | None, guests: list[str]) -> list[str]:
+    from taploom.contracts.taploom.bridge.v1 import ComponentState
+
+    if status is None:
+        return ["bridge"]
+    states = {component.name: component.state for component in status.components}
+    wanted = ["helper", *(f"guest/{name}" for name in guests)]
+    return [
+        *(name for name in wanted if states.get(name) != ComponentState.OK),
+        *(name for name in states if name.startswith("guest/") and name not in wanted),  # on its way out
+    ]
+
+
+async def _fabric(lab: Lab) -> Status | None:
+    """The bridge's status, or None when it does not answer."""
+    from taploom.address import connect, parse_address
+    from taploom.contracts.taploom.bridge.v1 import GetStatusRequest
+    from taploom.contracts.taploom.bridge.v1.rpc import StatusServiceClient
+    from taploom.rpc import RpcError, open_channel
+
+    try:
+        stream = await connect(parse_address(lab.bridge_address))
+        async with open_channel(stream) as channel:
+            return (await StatusServiceClient(channel).get_status(GetStatusRequest(), timeout=5)).status
+    except (OSError, RpcError):
+        return None
+
+
+def _status(lab: Lab) -> dict[str, Any]:
+    """The lab's processes with the fabric's status, as `lab status --json` prints them."""
+    import trio
+
+    try:
+        processes = json.loads((lab.path / "status.json").read_bytes())["processes"]
+    except FileNotFoundError:
+        processes = []
+    fabric = trio.run(_fabric, lab)
+    return {
+        "lab": lab.name,
+        "state_directory": str(lab.path),
+        "bridge": lab.bridge_address,
+        "supervisor_pid": lab.supervisor_pid(),
+        "helper_netns": lab.helper_netns,
+        "guests": [
+            {"name": name, "netns": lab.guest_netns(name), "directory": str(lab.guest_directory(name))}
+            for name in lab.guests()
+        ],
+        "processes": processes,
+        "fabric": fabric.to_dict() if fabric is not None else None,
+    }
