@@ -1,0 +1,41 @@
+# `make help` lists what there is to do.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint protos lock bench clean
+PYTHON := .venv/bin/python
+export PATH := $(CURDIR)/.venv/bin:$(CURDIR)/node_modules/.bin:$(PATH):/usr/sbin:/sbin
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: ## install what taploom needs (Debian packages, .venv, buf); root
+	@scripts/setup.sh
+
+demo: setup ## run the whole fabric on this machine and show it working; root; KEEP=1 leaves it up
+	@$(PYTHON) -m lab.demo $(if $(KEEP),--keep)
+
+test: setup lint ## every test that needs no virtual machine; root
+	@scripts/test.sh
+
+lint: setup ## formatting, lint, types, and the contracts: lint, breaking changes, generated code
+	ruff format --check .
+	ruff check .
+	mypy
+	cd protos && buf lint && buf format --diff --exit-code
+	@scripts/buf-breaking.sh
+	$(PYTHON) tools/gen_protos.py --check
+
+protos: setup ## generate taploom/contracts from protos/
+	$(PYTHON) tools/gen_protos.py
+
+lock: setup ## resolve requirements.lock and package-lock.json anew
+	pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --strip-extras --no-emit-index-url \
+		--no-emit-find-links --no-emit-options --no-header --extra guest,helper,bridge,lab,dev \
+		--output-file requirements.lock pyproject.toml
+	npm install --package-lock-only --no-audit --no-fund
+
+bench: setup ## measure against veth, gvproxy and Docker in one run; root; BENCH=--quick for a short one
+	@bench/setup.sh
+	@$(PYTHON) -m bench $(BENCH)
+
+clean: ## remove what was built and installed in this checkout
+	rm -rf .venv node_modules build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

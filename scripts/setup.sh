@@ -1,0 +1,73 @@
+#!/bin/sh
+# Installs what taploom needs on Debian 12: packages of the distribution, a virtual environment in .venv, and buf.
+# Does nothing where it has been done. Run as root.
+#
+#   scripts/setup.sh           what running and testing need
+set -eu
+cd "$(dirname "$0")/.."
+
+packages="openvswitch-switch ovn-central ovn-host dnsmasq-base iproute2 iputils-ping iperf3 dnsutils tcpdump \
+procps util-linux ca-certificates gcc libc6-dev"
+# Node.js comes from the distribution only where there is no npm at all: another source's nodejs brings its own.
+command -v npm >/dev/null || packages="$packages npm"
+
+python=""
+for candidate in python3.13 python3.12 python3.11 python3 /usr/bin/python3; do
+	if command -v "$candidate" >/dev/null &&
+		"$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+		python=$candidate
+		break
+	fi
+done
+if [ -z "$python" ]; then
+	packages="$packages python3"
+	python=/usr/bin/python3
+fi
+# Debian's own Python makes virtual environments only with this package; its headers build packages without a wheel.
+"$python" -c 'import ensurepip' 2>/dev/null || packages="$packages python3-venv python3-dev"
+
+missing=""
+for package in $packages; do
+	dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing="$missing $package"
+done
+if [ -n "$missing" ]; then
+	if [ "$(id -u)" != 0 ]; then
+		echo "setup: these packages are missing, and installing them needs root:$missing" >&2
+		exit 1
+	fi
+	echo "setup: installing$missing"
+	# The packages must not start system-wide daemons: taploom runs its own.
+	policy=/usr/sbin/policy-rc.d
+	if [ ! -e "$policy" ]; then
+		printf '#!/bin/sh\nexit 101\n' >"$policy"
+		chmod +x "$policy"
+		trap 'rm -f "$policy"' EXIT
+	fi
+	export DEBIAN_FRONTEND=noninteractive
+	# shellcheck disable=SC2086
+	{ apt-get update -qq && apt-get install -qq -y --no-install-recommends $missing; } >/tmp/taploom-setup.$$ 2>&1 || {
+		cat "/tmp/taploom-setup.$$" >&2
+		rm -f "/tmp/taploom-setup.$$"
+		exit 1
+	}
+	rm -f "/tmp/taploom-setup.$$"
+fi
+
+# The environment is made anew when the lock file changes or the checkout has moved.
+want="$(cat requirements.lock pyproject.toml | sha256sum) $PWD"
+if [ "$(cat .venv/taploom-setup 2>/dev/null)" != "$want" ]; then
+	echo "setup: installing the Python packages of requirements.lock into .venv"
+	rm -rf .venv
+	"$python" -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock 2>&1 |
+		grep -v '^WARNING: Location' || true
+	.venv/bin/python -c 'import trio, h2, betterproto2, pyroute2, ovsdbapp' # pip's failure is not the pipe's
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	echo "$want" >.venv/taploom-setup
+fi
+
+if [ "$(cat node_modules/taploom-setup 2>/dev/null)" != "$(sha256sum package-lock.json)" ]; then
+	echo "setup: installing buf"
+	npm ci --silent --no-audit --no-fund
+	sha256sum package-lock.json >node_modules/taploom-setup
+fi

@@ -1,0 +1,36 @@
+#!/bin/bash
+# Runs every test that needs no virtual machine, then checks that nothing was left behind. Run as root, by `make test`.
+set -u
+cd "$(dirname "$0")/.."
+
+leftovers() {
+	{
+		ip netns list 2>/dev/null | awk '/^(taploom\.|tlt)/ {print "namespace " $1}'
+		ip -o link | awk -F': ' '{sub(/@.*/, "", $2); print "interface " $2}'
+		ps -eo args= | grep -E '(ovs-vswitchd|ovsdb-server|ovn-northd|ovn-controller|dnsmasq|agent_guest|agent_helper|host_bridge|lab\.supervisor)' |
+			grep -v grep | sed 's/^/process /'
+		ls /run/taploom 2>/dev/null | sed 's,^,state /run/taploom/,'
+	} | sort
+}
+
+if [ "$(id -u)" != 0 ]; then
+	echo "make test needs root: it makes namespaces and TAPs" >&2
+	exit 1
+fi
+before=$(leftovers)
+began=$(date +%s)
+python -m pytest tests "$@"
+result=$?
+after=$(leftovers)
+if [ "$before" != "$after" ]; then
+	echo "left behind by the tests (> is new):"
+	diff <(echo "$before") <(echo "$after")
+	result=1
+fi
+took=$(($(date +%s) - began))
+if [ $result = 0 ]; then
+	echo "make test: all passed in $((took / 60)) min $((took % 60)) s; nothing left behind"
+else
+	echo "make test: FAILED after $((took / 60)) min $((took % 60)) s"
+fi
+exit $result
