@@ -1,13 +1,23 @@
 #!/bin/sh
 # Installs what taploom needs on Debian 12: packages of the distribution, a virtual environment in .venv, and buf.
 # Does nothing where it has been done. Run as root.
-#
-#   scripts/setup.sh           what running and testing need
 set -eu
 cd "$(dirname "$0")/.."
 
+# Runs a command; its output is shown only when it fails.
+quietly() {
+	log=$(mktemp)
+	if ! "$@" >"$log" 2>&1; then
+		cat "$log" >&2
+		rm -f "$log"
+		echo "setup: failed: $*" >&2
+		exit 1
+	fi
+	rm -f "$log"
+}
+
 packages="openvswitch-switch ovn-central ovn-host dnsmasq-base iproute2 iputils-ping iperf3 dnsutils tcpdump \
-procps util-linux ca-certificates gcc libc6-dev"
+procps util-linux ca-certificates git"
 # Node.js comes from the distribution only where there is no npm at all: another source's nodejs brings its own.
 command -v npm >/dev/null || packages="$packages npm"
 
@@ -44,30 +54,28 @@ if [ -n "$missing" ]; then
 		trap 'rm -f "$policy"' EXIT
 	fi
 	export DEBIAN_FRONTEND=noninteractive
+	quietly apt-get update -qq
 	# shellcheck disable=SC2086
-	{ apt-get update -qq && apt-get install -qq -y --no-install-recommends $missing; } >/tmp/taploom-setup.$$ 2>&1 || {
-		cat "/tmp/taploom-setup.$$" >&2
-		rm -f "/tmp/taploom-setup.$$"
-		exit 1
-	}
-	rm -f "/tmp/taploom-setup.$$"
+	quietly apt-get install -qq -y --no-install-recommends $missing
 fi
 
 # The environment is made anew when the lock file changes or the checkout has moved.
-want="$(cat requirements.lock pyproject.toml | sha256sum) $PWD"
-if [ "$(cat .venv/taploom-setup 2>/dev/null)" != "$want" ]; then
+want="$(sha256sum <requirements.lock) $PWD"
+if [ "$(cat .venv/taploom-lock 2>/dev/null)" != "$want" ]; then
 	echo "setup: installing the Python packages of requirements.lock into .venv"
 	rm -rf .venv
-	"$python" -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock 2>&1 |
-		grep -v '^WARNING: Location' || true
-	.venv/bin/python -c 'import trio, h2, betterproto2, pyroute2, ovsdbapp' # pip's failure is not the pipe's
-	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	echo "$want" >.venv/taploom-setup
+	quietly "$python" -m venv .venv
+	quietly .venv/bin/pip install --disable-pip-version-check --require-hashes -r requirements.lock
+	echo "$want" >.venv/taploom-lock
+fi
+want=$(sha256sum <pyproject.toml)
+if [ "$(cat .venv/taploom-project 2>/dev/null)" != "$want" ]; then
+	quietly .venv/bin/pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	echo "$want" >.venv/taploom-project
 fi
 
 if [ "$(cat node_modules/taploom-setup 2>/dev/null)" != "$(sha256sum package-lock.json)" ]; then
 	echo "setup: installing buf"
-	npm ci --silent --no-audit --no-fund
+	quietly npm ci --no-audit --no-fund
 	sha256sum package-lock.json >node_modules/taploom-setup
 fi
