@@ -1,0 +1,102 @@
+"""Checks of names, aliases, MAC addresses and MTUs that users give."""
+
+from __future__ import annotations
+
+import re
+
+from host_bridge.errors import InvalidError
+
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*", re.ASCII)
+_LABEL = re.compile(r"[a-zA-Z0-9_]([a-zA-Z0-9_-]*[a-zA-Z0-9_])?", re.ASCII)
+_MAC = re.compile(r"[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}", re.ASCII)
+
+MAX_NAME = 63
+MAX_ALIAS = 253
+MAX_ALIASES = 128
+DEFAULT_MTU = 1500
+# RFC 791: every IPv4 module must forward 68 bytes; RFC 8200 section 5: every IPv6 link must carry 1280.
+MIN_MTU = 68
+MIN_MTU_IPV6 = 1280
+MAX_MTU = 65535
+
+
+def shown(text: str, limit: int = 80) -> str:
+    """User input as it may stand in a message: quoted, printable, short."""
+    cut = text if len(text) <= limit else text[:limit] + "..."
+    return repr(cut)
+
+
+def clean_text(text: str, limit: int = 300) -> str:
+    """What a peer said, safe for a log line or a terminal: one line, printable characters, at most `limit` of them.
+
+    A guest's text is hostile: it could otherwise carry terminal escape sequences or forge log lines.
+    """
+    head = "".join(c if c.isprintable() else "?" for c in text[: limit + 1])
+    return head if len(head) <= limit else head[:limit] + "..."
+
+
+def check_name(kind: str, name: str, *, shortest: int = 1) -> str:
+    """Returns `name` when it may name a network or guest; raises InvalidError otherwise."""
+    if not name:
+        raise InvalidError(f"a {kind} needs a name")
+    if len(name) > MAX_NAME:
+        raise InvalidError(f"{kind} name {shown(name, 20)} has {len(name)} characters: use at most {MAX_NAME}")
+    if len(name) < shortest:
+        raise InvalidError(f"{kind} name {shown(name)} is too short: use at least {shortest} characters")
+    if not _NAME.fullmatch(name):
+        raise InvalidError(
+            f"{kind} name {shown(name)} is not allowed: use letters, digits, '_', '.' and '-', "
+            "the first one a letter or digit"
+        )
+    return name
+
+
+def check_aliases(aliases: list[str]) -> tuple[str, ...]:
+    """Returns the aliases without repetitions (names are case-insensitive, RFC 4343); raises InvalidError.
+
+    An alias is one or more labels of at most 63 characters, 253 in all (RFC 1035 section 2.3.4); `_` is allowed as in
+    container names.
+    """
+    if len(aliases) > MAX_ALIASES:
+        raise InvalidError(f"{len(aliases)} aliases are too many: use at most {MAX_ALIASES}")
+    kept: dict[str, str] = {}
+    for alias in aliases:
+        if not alias:
+            raise InvalidError("an alias must not be empty")
+        if len(alias) > MAX_ALIAS:
+            raise InvalidError(f"alias {shown(alias, 20)} has {len(alias)} characters: use at most {MAX_ALIAS}")
+        for label in alias.split("."):
+            if len(label) > MAX_NAME:
+                raise InvalidError(
+                    f"alias {shown(alias, 20)} has a label of {len(label)} characters: use at most {MAX_NAME}"
+                )
+            if not _LABEL.fullmatch(label):
+                raise InvalidError(
+                    f"alias {shown(alias)} is not a DNS name: use letters, digits, '-' and '_', "
+                    "with dots between labels"
+                )
+        kept.setdefault(alias.lower(), alias)
+    return tuple(kept.values())
+
+
+def check_mac(mac: str) -> str:
+    """Returns the MAC address as aa:bb:cc:dd:ee:ff; raises InvalidError when malformed or not unicast."""
+    if not _MAC.fullmatch(mac):
+        raise InvalidError(f"MAC address {shown(mac)} is malformed: write it as 02:42:ac:12:00:02")
+    octets = bytes.fromhex(mac.replace(":", "").replace("-", ""))
+    if octets[0] & 1:
+        raise InvalidError(f"MAC address {mac} is a multicast address: the first octet must be even")
+    if not any(octets):
+        raise InvalidError("MAC address 00:00:00:00:00:00 cannot be used")
+    return octets.hex(":")
+
+
+def check_mtu(mtu: int, *, ipv6: bool) -> int:
+    """Returns the MTU in bytes, 1500 for 0; raises InvalidError when no link can have it."""
+    if mtu == 0:
+        return DEFAULT_MTU
+    if not MIN_MTU <= mtu <= MAX_MTU:
+        raise InvalidError(f"MTU {mtu} is out of range: use {MIN_MTU} to {MAX_MTU} bytes")
+    if ipv6 and mtu < MIN_MTU_IPV6:
+        raise InvalidError(f"MTU {mtu} is too small for IPv6: use at least {MIN_MTU_IPV6} bytes (RFC 8200)")
+    return mtu
