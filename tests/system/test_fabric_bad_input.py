@@ -9,7 +9,6 @@ import signal
 import socket
 import sqlite3
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from fabric import Fabric, fabric, until

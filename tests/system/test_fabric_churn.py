@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -46,7 +45,7 @@ def inventory(lab: Fabric) -> Counter[str]:
     for pid in children(helper):
         with contextlib.suppress(OSError):
             counted["daemon " + Path(f"/proc/{pid}/comm").read_text().strip()] += 1
-            counted[f"namespace {os.readlink(f'/proc/{pid}/ns/net')}"] += 1
+            counted[f"namespace {Path(f'/proc/{pid}/ns/net').readlink()}"] += 1
     for name in json.loads(_output("ip", "-json", "netns", "list") or "[]"):
         if f".{lab.name}." in name["name"]:
             counted["named namespaces"] += 1
