@@ -1,0 +1,239 @@
+"""The figures as tables: for people at a terminal, as Markdown, and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bench.measure import HotResult, LinkResult, Results
+
+GUEST_AGENT_BYTES = 35_000_000
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A figure that taploom is to reach; `reached` is None when it could not be measured in this run."""
+
+    what: str
+    wanted: str
+    measured: str
+    reached: bool | None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table without any formatting."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The smallest value that at least `share` (0 to 1) of the values do not exceed (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
+
+
+def wanted(results: Results) -> list[Wanted]:
+    """What was wanted beside what was measured, reached or not."""
+    links = {(link.path, link.mtu): link for link in results.links}
+    mine = {mtu: statistics.median(link.tcp_gbps) for (path, mtu), link in links.items() if path == "taploom"}
+    peer = {mtu: statistics.median(link.tcp_gbps) for (path, mtu), link in links.items() if path == "gvproxy"}
+    rows = [
+        _ratio("TCP at MTU 1500 against gvproxy at MTU 1500", 4.0, mine.get(1500), peer.get(1500)),
+        _ratio(
+            "TCP at its best MTU against gvproxy at its best MTU",
+            2.0,
+            max(mine.values(), default=None),
+            max(peer.values(), default=None),
+        ),
+    ]
+    own = next((link for link in results.links if link.path == "taploom"), None)
+    for name, samples in (
+        ("UDP", own.udp_rtt_ms if own else []),
+        ("ICMP", own.icmp_rtt_ms if own else []),
+    ):
+        rows.append(_at_most(f"round trip p50, {name}", 1.0, statistics.median(samples) if samples else None, "ms"))
+    for how in ("API", "CLI"):
+        hot = next((hot for hot in results.hot if hot.path == "taploom" and hot.how == how), None)
+        value = statistics.median(hot.first_reply_ms) if hot else None
+        rows.append(_at_most(f"hot connect to the first reply, by {how}, median", 150.0, value, "ms"))
+    agents = [
+        row.rss
+        for row in results.memory
+        if row.path == "taploom" and row.process.startswith("guest/") and row.process.count("/") == 1
+    ]
+    largest = max(agents, default=None)
+    rows.append(
+        _at_most(
+            "guest agent's RSS after the load, the larger of two",
+            GUEST_AGENT_BYTES / 1e6,
+            None if largest is None else largest / 1e6,
+            "MB",
+        )
+    )
+    return rows
+
+
+def _ratio(what: str, least: float, mine: float | None, peer: float | None) -> Wanted:
+    if mine is None or peer is None:
+        return Wanted(what, f"at least {least:.0f}x", "not measured", None)
+    measured = f"{mine / peer:.2f}x ({mine:.2f} / {peer:.2f} Gb/s)"
+    return Wanted(what, f"at least {least:.0f}x", measured, mine / peer >= least)
+
+
+def _at_most(what: str, most: float, value: float | None, unit: str) -> Wanted:
+    if value is None:
+        return Wanted(what, f"at most {most:g} {unit}", "not measured", None)
+    return Wanted(what, f"at most {most:g} {unit}", f"{value:.3g} {unit}", value <= most)
+
+
+def grids(machine: dict[str, str], results: Results) -> list[Grid]:
+    """Every table of the report, in order."""
+    machine = {
+        **machine,
+        "busy while idle": f"{statistics.mean(results.idle_cpus):.2f} CPUs",
+        "stolen": f"{results.stolen:.1%}",
+        "duration": f"{results.seconds:.0f} s",
+    }
+    return [
+        Grid("Machine", ("what", "value"), list(machine.items())),
+        Grid(
+            "Guest to guest: median (least to most)",
+            (
+                "path",
+                "MTU",
+                "TCP Gb/s",
+                "CPU-s per GB",
+                "UDP 64 B kpps, < 1 % loss",
+                "kpps arriving in a flood",
+                "UDP round trip p50 / p99 ms",
+                "ICMP p50 / p99 ms",
+            ),
+            [_link_row(link) for link in results.links],
+        ),
+        Grid(
+            "Hot connect, ms: median (least to most)",
+            ("path", "by", "call to first reply", "call to return", "times"),
+            [_hot_row(hot) for hot in results.hot],
+        ),
+        Grid(
+            "Memory after the load, MB (10^6 bytes)",
+            ("path", "process", "RSS", "PSS", "most RSS"),
+            [
+                (row.path, row.process, f"{row.rss / 1e6:.1f}", f"{row.pss / 1e6:.1f}", f"{row.peak / 1e6:.1f}")
+                for row in results.memory
+            ],
+        ),
+        Grid(
+            "Wanted",
+            ("what", "wanted", "measured", "reached"),
+            [(row.what, row.wanted, row.measured, _reached(row)) for row in wanted(results)],
+        ),
+    ]
+
+
+def _reached(row: Wanted) -> str:
+    return {True: "reached", False: "NOT reached", None: "not measured"}[row.reached]
+
+
+def _spread(values: list[float], digits: int, scale: float = 1.0) -> str:
+    if not values:
+        return "-"
+    middle, least, most = (value * scale for value in (statistics.median(values), min(values), max(values)))
+    return f"{middle:.{digits}f} ({least:.{digits}f} to {most:.{digits}f})"
+
+
+def _round_trip(samples: list[float]) -> str:
+    return f"{percentile(samples, 0.5):.3f} / {percentile(samples, 0.99):.3f}" if samples else "-"
+
+
+def _link_row(link: LinkResult) -> tuple[str, ...]:
+    return (
+        link.path,
+        str(link.mtu),
+        _spread(link.tcp_gbps, 2),
+        _spread(link.cpu_s_per_gb, 2),
+        _spread(link.udp_pps, 1, 1e-3),
+        _spread(link.udp_flood_pps, 1, 1e-3),
+        _round_trip(link.udp_rtt_ms),
+        _round_trip(link.icmp_rtt_ms),
+    )
+
+
+def _hot_row(hot: HotResult) -> tuple[str, ...]:
+    return (
+        hot.path,
+        hot.how,
+        _spread(hot.first_reply_ms, 0),
+        _spread(hot.returned_ms, 0),
+        str(len(hot.first_reply_ms)),
+    )
+
+
+def print_tables(console: Console, tables: list[Grid]) -> None:
+    """Prints the tables."""
+    for grid in tables:
+        if not grid.rows:
+            continue
+        table = Table(title=grid.title, title_justify="left", box=box.SIMPLE_HEAD)
+        for column in grid.columns:
+            table.add_column(column, overflow="fold")
+        for row in grid.rows:
+            style = {"reached": "green", "NOT reached": "bold red"}.get(row[-1], "")
+            table.add_row(*row, style=style)
+        console.print(table)
+
+
+def markdown(tables: list[Grid]) -> str:
+    """The tables as Markdown."""
+    lines = ["# Benchmark", ""]
+    for grid in tables:
+        if not grid.rows:
+            continue
+        lines += [f"## {grid.title}", "", f"| {' | '.join(grid.columns)} |", f"|{' --- |' * len(grid.columns)}"]
+        lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in grid.rows]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def as_json(machine: dict[str, str], settings: dict[str, Any], results: Results) -> dict[str, Any]:
+    """The figures and every sample behind them, for programs."""
+    links = []
+    for link in results.links:
+        row = dataclasses.asdict(link)
+        for key in ("udp_rtt_ms", "icmp_rtt_ms"):
+            samples: list[float] = row.pop(key)
+            row[key] = _summary(samples)
+        links.append(row)
+    return {
+        "machine": machine,
+        "settings": settings,
+        "seconds": results.seconds,
+        "stolen": results.stolen,
+        "idle_cpus": results.idle_cpus,
+        "links": links,
+        "hot_connect": [dataclasses.asdict(hot) for hot in results.hot],
+        "memory": [dataclasses.asdict(row) for row in results.memory],
+        "wanted": [dataclasses.asdict(row) for row in wanted(results)],
+    }
+
+
+def _summary(samples: list[float]) -> dict[str, float] | None:
+    """Round trips, of which there are thousands, as percentiles."""
+    if not samples:
+        return None
+    shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
+    return {
+        "count": len(samples),
+        "min": min(samples),
+        **{name: percentile(samples, share) for name, share in shares.items()},
+        "max": max(samples),
+    }
