@@ -1,0 +1,30 @@
+"""The data link: Ethernet frames of one endpoint, over one byte stream.
+
+``frames`` and ``handshake`` are the protocol, sans-IO; ``tap`` is the device; ``loop``, ``pump`` and ``relay``
+run on the data-plane thread that ``dataplane`` starts; ``server`` listens (in guests and in the helper), ``dial``
+dials (on the host).
+"""
+
+from taploom.link.authorization import new_secret
+from taploom.link.dataplane import Dataplane, DataplaneError, open_dataplane
+from taploom.link.dial import FeatureMismatchError, LinkError, close_relay, dial_link, open_relay
+from taploom.link.server import LinkServer, LinkStatus, UnknownEndpointError
+from taploom.link.tap import Tap, TapError, probe_features
+
+__all__ = [
+    "Dataplane",
+    "DataplaneError",
+    "FeatureMismatchError",
+    "LinkError",
+    "LinkServer",
+    "LinkStatus",
+    "Tap",
+    "TapError",
+    "UnknownEndpointError",
+    "close_relay",
+    "dial_link",
+    "new_secret",
+    "open_dataplane",
+    "open_relay",
+    "probe_features",
+]
