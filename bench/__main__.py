@@ -15,13 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import report
 from bench.machine import describe
-from bench.measure import FULL, QUICK, Bench, Results
+from bench.measure import FULL, QUICK, Bench, Results, idle_cpus
 from bench.paths import Path
 from bench.run import BenchError, Run, open_run
 
 RESULTS = FilePath(__file__).parent / "results"
 PATHS = ("taploom", "veth", "gvproxy", "docker")
 MTUS = [1500, 65520]
+QUIET = 0.1  # CPUs; above it, the figures are of a machine that does something else too
 
 
 def _parse_only(context: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -51,6 +52,8 @@ def main(quick: bool, only: tuple[str, ...], as_json: bool, output: FilePath) ->
     machine = describe()
     try:
         with open_run() as run:
+            busy = idle_cpus(plan.idle_seconds)
+            machine["busy before"] = f"{busy:.2f} CPUs{' (NOT a quiet machine)' if busy > QUIET else ''}"
             paths = [_build(run, name, messages) for name in only]
             for path in paths:
                 machine |= path.versions

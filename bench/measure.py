@@ -45,7 +45,7 @@ class Plan:
     connects: int
 
 
-FULL = Plan(5, 4, 1, 1_000_000_000, 1000, 500, 8, 2.0, 20)
+FULL = Plan(5, 4, 1, 2_000_000_000, 1000, 500, 8, 2.0, 20)
 QUICK = Plan(1, 1, 0, 100_000_000, 200, 150, 4, 0.5, 3)
 
 
@@ -158,7 +158,7 @@ class Bench:
         pairs = list(zip(self._links, self._results.links, strict=True))
         turned = pairs[number % len(pairs) :] + pairs[: number % len(pairs)]
         first = [(link, result) for link, result in turned if _is_first(link, self._paths)]
-        idle = _idle(self._plan.idle_seconds)
+        idle = idle_cpus(self._plan.idle_seconds)
         self._results.idle_cpus.append(idle)
         prefix = f"round {number + 1}/{self._plan.rounds}"
         for link, result in turned:
@@ -279,8 +279,8 @@ def _cpu_times() -> tuple[float, float, float]:
     return (user + nice + system + irq + softirq) / tick, (idle + iowait) / tick, steal / tick
 
 
-def _idle(seconds: float) -> float:
-    """How many CPUs are busy while nothing is measured. Takes `seconds`: an interval, not a wait for something."""
+def idle_cpus(seconds: float) -> float:
+    """How many CPUs are busy now, while nothing is measured. Takes `seconds`: an interval, not a wait for something."""
     before, began = _cpu_times(), time.monotonic()
     time.sleep(seconds)
     return (_cpu_times()[0] - before[0]) / (time.monotonic() - began)

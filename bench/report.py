@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ class Grid:
 def percentile(values: list[float], share: float) -> float:
     """The smallest value that at least `share` (0 to 1) of the values do not exceed (nearest rank)."""
     ordered = sorted(values)
-    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def wanted(results: Results) -> list[Wanted]:
@@ -99,7 +100,7 @@ def grids(machine: dict[str, str], results: Results) -> list[Grid]:
     """Every table of the report, in order."""
     machine = {
         **machine,
-        "busy while idle": f"{statistics.mean(results.idle_cpus):.2f} CPUs",
+        "busy between measurements, all paths up": f"{statistics.mean(results.idle_cpus):.2f} CPUs",
         "stolen": f"{results.stolen:.1%}",
         "duration": f"{results.seconds:.0f} s",
     }
