@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def reflection_services(names):
+    return []

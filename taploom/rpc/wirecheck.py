@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def parse_strict(message_type, data):
+    return message_type.parse(data)
