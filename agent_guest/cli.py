@@ -1,0 +1,95 @@
+"""The agent's command line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import trio
+
+from taploom import __version__
+from taploom.address import AddressError, parse_address
+from taploom.log import LEVELS, setup_logging
+
+from .agent import OPTIONAL_FEATURES, Options, run_agent
+
+EXAMPLE = """example:
+  taploom-guest-agent --control vsock:any:5555 --data vsock:any:5556
+  taploom-guest-agent --control unix:/run/guest/control.sock --data unix:/run/guest/data.sock --resolv-conf /tmp/r
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser, for the command and for its tests."""
+    parser = argparse.ArgumentParser(
+        prog="taploom-guest-agent",
+        description="The agent in a container's VM: gives it Docker's networks while it runs.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--control", required=True, metavar="ADDR", help="where to serve gRPC (taploom.guest.v1)")
+    parser.add_argument("--data", required=True, metavar="ADDR", help="where to accept data links")
+    parser.add_argument(
+        "--resolv-conf", type=Path, default=Path("/etc/resolv.conf"), metavar="PATH", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        default=Path("/run/taploom-guest"),
+        metavar="DIR",
+        help="where the original resolv.conf is kept (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        choices=sorted(OPTIONAL_FEATURES),
+        help="do not offer this feature, as an older agent or kernel would not; may be repeated",
+    )
+    parser.add_argument("--log-level", choices=LEVELS, default="info")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the agent until it is told to stop; returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        options = Options(
+            control=parse_address(arguments.control),
+            data=parse_address(arguments.data),
+            resolv_conf=arguments.resolv_conf,
+            state_dir=arguments.state_dir,
+            without=frozenset(arguments.without),
+        )
+    except AddressError as error:
+        print(f"taploom-guest-agent: {error}", file=sys.stderr)  # noqa: T201 - the command's own message
+        return 2
+    setup_logging("agent_guest", arguments.log_level)
+    logging.getLogger("hpack").setLevel(logging.INFO)  # its debug lines are one per header field
+    try:
+        trio.run(run_agent, options)
+    except (OSError, AddressError) as error:
+        return _failed([error])
+    except BaseExceptionGroup as group:
+        expected, other = group.split((OSError, AddressError))
+        if other is not None or expected is None:
+            raise
+        return _failed(_leaves(expected))
+    return 0
+
+
+def _failed(errors: list[BaseException]) -> int:
+    for error in errors:
+        print(f"taploom-guest-agent: {error}", file=sys.stderr)  # noqa: T201 - the command's own message
+    return 1
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found

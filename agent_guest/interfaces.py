@@ -1,0 +1,400 @@
+"""The agent's interfaces: what they are to be, the TAPs held open for them, and their repair.
+
+Every change runs under one lock and shielded from cancellation (a host that hangs up leaves no half-made interface);
+the blocking part runs in a worker thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import math
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import ParamSpec, Protocol, TypeVar
+
+import trio
+
+from taploom.contracts.taploom.guest.v1 import (
+    Interface,
+    InterfaceRepaired,
+    InterfaceState,
+    InterfaceStatus,
+)
+from taploom.link import LinkStatus, Tap, TapError
+
+from .kernel import Kernel, NameTakenError
+from .limiter import RepairLimiter
+from .netlink import NetlinkError, open_watch_socket
+from .plan import Step
+from .spec import InterfaceSpec, SpecError, check_against
+from .state import KernelState, LinkState
+from .watch import touches
+
+logger = logging.getLogger("taploom.guest.interfaces")
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+RETRY_DELAY = 1.0
+APPLY_ERRORS = (SpecError, NameTakenError, TapError, NetlinkError)
+"""What applying an interface raises when it cannot be done."""
+
+
+class Links(Protocol):
+    """What is needed of taploom.link.LinkServer."""
+
+    def add(self, endpoint_id: str, tap: Tap) -> None: ...
+    async def remove(self, endpoint_id: str) -> None: ...
+    def authorize(self, endpoint_id: str, secret: bytes) -> None: ...
+    def status(self, endpoint_id: str) -> LinkStatus: ...
+
+
+class NotDescribedError(Exception):
+    """The interface was adopted from an earlier agent; nobody has said yet what it is to be."""
+
+
+@dataclass
+class _Managed:
+    endpoint_id: str
+    tap: Tap | None
+    """None: another program has removed the interface, and it could not be created again yet."""
+    index: int
+    spec: InterfaceSpec | None
+    adopted: Interface | None = None
+
+
+class Interfaces:
+    """All interfaces of the agent."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        links: Links,
+        *,
+        on_repair: Callable[[InterfaceRepaired], None],
+        on_change: Callable[[list[InterfaceSpec]], None],
+    ) -> None:
+        """``on_change`` is called with all described interfaces after each change of them."""
+        self._kernel = kernel
+        self._links = links
+        self._on_repair = on_repair
+        self._on_change = on_change
+        self._managed: dict[str, _Managed] = {}
+        self._lock = trio.Lock()
+        self._thread = trio.CapacityLimiter(1)
+
+    # -- calls --------------------------------------------------------------------------------------------------
+
+    async def adopt(self) -> None:
+        """Takes over the TAPs of the agent that ran before, touching neither addresses nor routes."""
+        async with self._lock:
+            for link in await self._run(self._kernel.adoptable):
+                await self._adopt(link)
+
+    async def _adopt(self, link: LinkState) -> None:
+        if link.endpoint_id in self._managed:
+            return
+        try:
+            tap = await self._run(self._kernel.attach, link)
+        except TapError as error:
+            logger.warning("interface %s of endpoint %s is left alone: %s", link.name, link.endpoint_id, error.strerror)
+            return
+        state = await self._run(self._kernel.state)
+        description = observed(link, state)
+        self._managed[link.endpoint_id] = _Managed(link.endpoint_id, tap, link.index, None, description)
+        self._links.add(link.endpoint_id, tap)
+        logger.info("adopted interface %s of endpoint %s", link.name, link.endpoint_id)
+
+    async def apply(self, spec: InterfaceSpec, secret: bytes = b"") -> InterfaceStatus:
+        """Creates the interface or makes it be as described; raises one of APPLY_ERRORS and leaves what was there."""
+        async with self._exclusive():
+            before = self._managed.get(spec.endpoint_id)
+            described = before.spec if before is not None else None
+            await self._apply(spec, self._specs())
+            await self._settle_routes(spec.endpoint_id, described)
+            self._changed()
+            if secret:
+                self._links.authorize(spec.endpoint_id, secret)
+            return self._status(self._managed[spec.endpoint_id])
+
+    async def delete(self, endpoint_id: str) -> None:
+        """Removes the interface; the default route moves to the next one first."""
+        async with self._exclusive():
+            await self._remove([endpoint_id])
+            self._changed()
+
+    async def sync(
+        self, specs: Iterable[InterfaceSpec], kept: frozenset[str] = frozenset()
+    ) -> tuple[list[str], list[tuple[str, Exception]]]:
+        """Makes the interfaces be these. ``kept``: endpoints to leave as they are (their description was refused).
+
+        Returns the endpoints removed and, for those that could not be applied, why.
+        """
+        specs = list(specs)
+        async with self._exclusive():
+            wanted = {spec.endpoint_id for spec in specs} | kept
+            removed = [endpoint_id for endpoint_id in self._managed if endpoint_id not in wanted]
+            await self._remove(removed)
+            await self._free_names(specs)
+            failures: list[tuple[str, Exception]] = []
+            done: list[InterfaceSpec] = [
+                managed.spec for managed in self._managed.values() if managed.endpoint_id in kept and managed.spec
+            ]
+            for spec in specs:
+                try:
+                    await self._apply(spec, done)
+                    done.append(spec)
+                except APPLY_ERRORS as error:
+                    failures.append((spec.endpoint_id, error))
+            failures += await self._settle_all_routes()
+            self._changed()
+            return sorted(removed), failures
+
+    def authorize(self, endpoint_id: str, secret: bytes) -> None:
+        """Lets one link be opened. Raises KeyError for an unknown endpoint, NotDescribedError for an adopted one."""
+        managed = self._managed[endpoint_id]
+        if managed.tap is None:
+            raise KeyError(endpoint_id)
+        if managed.spec is None:
+            raise NotDescribedError(endpoint_id)
+        self._links.authorize(endpoint_id, secret)
+
+    def statuses(self) -> list[InterfaceStatus]:
+        """Every interface, by name."""
+        found = [self._status(managed) for managed in self._managed.values()]
+        return sorted(found, key=lambda status: status.interface.name if status.interface else "")
+
+    async def close(self) -> None:
+        """Ends the links and lets go of the TAPs; the interfaces and all that is on them stay."""
+        async with self._lock:
+            for managed in self._managed.values():
+                if managed.tap is not None:
+                    await self._links.remove(managed.endpoint_id)
+                    managed.tap.close()
+            self._managed.clear()
+
+    # -- applying -----------------------------------------------------------------------------------------------
+
+    async def _apply(self, spec: InterfaceSpec, others: list[InterfaceSpec]) -> None:
+        others = [other for other in others if other.endpoint_id != spec.endpoint_id]
+        check_against(spec, others)
+        taken = [
+            managed
+            for managed in self._managed.values()
+            if managed.endpoint_id != spec.endpoint_id and self._name(managed) == spec.name
+        ]
+        if taken:
+            raise NameTakenError(
+                f"interface name {spec.name} belongs to endpoint {taken[0].endpoint_id}; choose another name"
+            )
+        managed = self._managed.get(spec.endpoint_id)
+        if managed is not None and not await self._run(self._kernel.exists, managed.index):
+            await self._detach(managed)
+        if managed is None or managed.tap is None:
+            await self._create(spec)
+            return
+        before = managed.spec
+        try:
+            await self._run(self._kernel.converge_link, managed.index, spec)
+        except APPLY_ERRORS:
+            if before is not None:
+                await self._try_restore(managed, before)
+            raise
+        managed.spec, managed.adopted = spec, None
+
+    async def _create(self, spec: InterfaceSpec) -> None:
+        tap, index = await self._run(self._kernel.create, spec)
+        try:
+            await self._run(self._kernel.converge_link, index, spec)
+        except BaseException:
+            await self._run(self._kernel.remove, tap, index)
+            raise
+        self._managed[spec.endpoint_id] = _Managed(spec.endpoint_id, tap, index, spec)
+        self._links.add(spec.endpoint_id, tap)
+
+    async def _try_restore(self, managed: _Managed, spec: InterfaceSpec) -> None:
+        try:
+            await self._run(self._kernel.converge_link, managed.index, spec)
+            await self._run(self._kernel.converge_routes, self._by_index())
+        except APPLY_ERRORS as error:
+            logger.warning("interface %s could not be put back as it was: %s", spec.name, error)
+
+    async def _settle_routes(self, endpoint_id: str, before: InterfaceSpec | None) -> None:
+        """Sets all routes after an endpoint was applied; when that fails the endpoint's change is taken back."""
+        try:
+            await self._run(self._kernel.converge_routes, self._by_index())
+        except APPLY_ERRORS:
+            if before is None:
+                await self._remove([endpoint_id])
+            else:
+                managed = self._managed[endpoint_id]
+                managed.spec = before
+                await self._try_restore(managed, before)
+            raise
+
+    async def _settle_all_routes(self) -> list[tuple[str, Exception]]:
+        try:
+            await self._run(self._kernel.converge_routes, self._by_index())
+        except APPLY_ERRORS as error:
+            return [(managed.endpoint_id, error) for managed in self._managed.values() if managed.spec is not None]
+        return []
+
+    async def _remove(self, endpoint_ids: list[str]) -> None:
+        doomed = [self._managed[endpoint_id] for endpoint_id in endpoint_ids if endpoint_id in self._managed]
+        if not doomed:
+            return
+        staying = {index: spec for index, spec in self._by_index().items() if index not in {m.index for m in doomed}}
+        try:
+            # The default route moves before its interface goes, so that there is no moment without one.
+            await self._run(self._kernel.converge_routes, staying)
+        except APPLY_ERRORS as error:
+            logger.warning("routes before the removal of %s: %s", ", ".join(endpoint_ids), error)
+        for managed in doomed:
+            if managed.tap is not None:
+                await self._links.remove(managed.endpoint_id)
+            del self._managed[managed.endpoint_id]
+            await self._run(self._kernel.remove, managed.tap, managed.index)
+
+    async def _detach(self, managed: _Managed) -> None:
+        """Lets go of the TAP of an interface that another program has removed."""
+        if managed.tap is not None:
+            await self._links.remove(managed.endpoint_id)
+            managed.tap.close()
+            managed.tap = None
+
+    async def _free_names(self, specs: list[InterfaceSpec]) -> None:
+        """Gives interfaces that are to be renamed a name that nobody wants, so that names can be swapped."""
+        for spec in specs:
+            managed = self._managed.get(spec.endpoint_id)
+            if managed is None or self._name(managed) == spec.name:
+                continue
+            if any(other.name == self._name(managed) for other in specs):
+                temporary = f"tlx{managed.index}"
+                try:
+                    await self._run(self._kernel.rename, managed.index, temporary)
+                except NetlinkError as error:
+                    logger.warning("interface %s keeps its name: %s", self._name(managed), error)
+                    continue
+                if managed.adopted is not None:
+                    managed.adopted.name = temporary
+                managed.spec = None if managed.spec is None else replace(managed.spec, name=temporary)
+
+    # -- repair -------------------------------------------------------------------------------------------------
+
+    async def watch(self) -> None:
+        """Mends the agent's interfaces when another program changes them; runs until cancelled."""
+        limiter = RepairLimiter()
+        changed, nudge = trio.open_memory_channel[None](1)
+        socket = trio.socket.from_stdlib_socket(open_watch_socket())
+        with socket:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._listen, socket, changed)
+                delay: float | None = None
+                while True:
+                    with trio.move_on_after(math.inf if delay is None else delay):
+                        await nudge.receive()
+                    delay = await self._mend(limiter)
+
+    async def _listen(self, socket: trio.socket.SocketType, changed: trio.MemorySendChannel[None]) -> None:
+        while True:
+            try:
+                data = await socket.recv(65536)
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                data = b""  # notifications were lost: whatever they were, look
+            indexes = {managed.index for managed in self._managed.values()}
+            if indexes and (not data or touches(data, indexes)):
+                with contextlib.suppress(trio.WouldBlock):  # one look is enough for all that came
+                    changed.send_nowait(None)
+
+    async def _mend(self, limiter: RepairLimiter) -> float | None:
+        """One look at everything; returns after how many seconds another look is due, if one is."""
+        delay: float | None = None
+        async with self._exclusive():
+            specs = self._by_index()
+            wrong = await self._run(self._kernel.needs, specs)
+            for index, gone in wrong.items():
+                spec = specs[index]
+                wait = limiter.acquire(spec.endpoint_id, trio.current_time())
+                if wait > 0:
+                    delay = wait if delay is None else min(delay, wait)
+                    continue
+                try:
+                    what = await self._mend_one(index, spec, gone)
+                except APPLY_ERRORS as error:
+                    logger.warning("interface %s could not be mended: %s", spec.name, error)
+                    delay = RETRY_DELAY if delay is None else min(delay, RETRY_DELAY)
+                    continue
+                if what:
+                    logger.warning("interface %s was changed by another program: %s", spec.name, what)
+                    self._on_repair(InterfaceRepaired(endpoint_id=spec.endpoint_id, what=what))
+        return delay
+
+    async def _mend_one(self, index: int, spec: InterfaceSpec, gone: bool) -> str:
+        steps: list[Step] = []
+        if gone:
+            await self._detach(self._managed[spec.endpoint_id])
+            await self._create(spec)
+        else:
+            steps = await self._run(lambda: self._kernel.converge_link(index, spec, repair=True))
+        steps += await self._run(self._kernel.converge_routes, self._by_index())
+        return "interface created again" if gone else "; ".join(map(str, steps))
+
+    @contextlib.asynccontextmanager
+    async def _exclusive(self) -> AsyncIterator[None]:
+        """One change at a time, each to its end whatever becomes of who asked for it."""
+        async with self._lock:
+            with trio.CancelScope(shield=True):
+                yield
+
+    # -- helpers ------------------------------------------------------------------------------------------------
+
+    def _specs(self) -> list[InterfaceSpec]:
+        return [managed.spec for managed in self._managed.values() if managed.spec is not None]
+
+    def _by_index(self) -> dict[int, InterfaceSpec]:
+        return {managed.index: managed.spec for managed in self._managed.values() if managed.spec is not None}
+
+    def _changed(self) -> None:
+        self._on_change(self._specs())
+
+    @staticmethod
+    def _name(managed: _Managed) -> str:
+        if managed.spec is not None:
+            return managed.spec.name
+        return managed.adopted.name if managed.adopted is not None else ""
+
+    def _status(self, managed: _Managed) -> InterfaceStatus:
+        if managed.tap is None:
+            return InterfaceStatus(
+                interface=managed.spec.to_message() if managed.spec is not None else managed.adopted,
+                state=InterfaceState.NO_LINK,
+                last_close_reason="another program removed the interface",
+            )
+        link = self._links.status(managed.endpoint_id)
+        return InterfaceStatus(
+            interface=managed.spec.to_message() if managed.spec is not None else managed.adopted,
+            state=InterfaceState.UP if link.up else InterfaceState.NO_LINK,
+            link_features=sorted(link.features),
+            counters=link.counters,
+            last_close_reason=link.last_close_reason,
+        )
+
+    async def _run(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return await trio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=self._thread)
+
+
+def observed(link: LinkState, state: KernelState) -> Interface:
+    """A description of an adopted interface out of what the kernel has."""
+    defaults = [route for route in state.routes if route.index == link.index and route.destination.prefixlen == 0]
+    return Interface(
+        endpoint_id=link.endpoint_id,
+        name=link.name,
+        mac_address=link.mac,
+        addresses=[str(address.address) for address in state.addresses if address.index == link.index],
+        gateways=[str(route.gateway) for route in defaults if route.gateway is not None],
+        mtu=link.mtu,
+    )

@@ -1,0 +1,214 @@
+"""Carries plans out: the blocking half of the interfaces, meant for one worker thread at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from taploom.link import Tap
+
+from . import plan
+from .netlink import GONE, Netlink, NetlinkError
+from .spec import InterfaceSpec, SpecError
+from .state import ALIAS_PREFIX, KernelState, LinkState
+
+logger = logging.getLogger("taploom.guest.kernel")
+
+
+class NameTakenError(Exception):
+    """The interface's name belongs to something that is not the agent's."""
+
+
+class Kernel:
+    """The namespace's interfaces, through one netlink socket and /proc/sys/net."""
+
+    def __init__(self, sysctl_root: Path = Path("/proc/sys/net")) -> None:
+        self._netlink = Netlink()
+        self._sysctl = sysctl_root
+
+    def close(self) -> None:
+        self._netlink.close()
+
+    def state(self) -> KernelState:
+        return self._netlink.state()
+
+    def loopback_up(self) -> None:
+        """Brings `lo` up, and with it 127.0.0.0/8."""
+        for link in self._netlink.links().values():
+            if link.name == "lo" and not link.up:
+                self._netlink.set_link(link.index, up=True)
+
+    # -- interfaces coming and going ------------------------------------------------------------------------------
+
+    def adoptable(self) -> list[LinkState]:
+        """The TAPs that an agent before this one left."""
+        return [link for link in self._netlink.links().values() if link.endpoint_id and link.kind == "tun"]
+
+    def attach(self, link: LinkState) -> Tap:
+        """Opens the TAP of a link that an agent before this one left. Raises TapError."""
+        tap = Tap.open(link.name)
+        # Its maker may have died between marking it and making it persistent.
+        tap.set_persist(True)
+        return tap
+
+    def create(self, spec: InterfaceSpec) -> tuple[Tap, int]:
+        """Creates the interface's TAP, marked as the agent's, or attaches to the one left for the same endpoint.
+
+        Returns the TAP and its link's index. Raises NameTakenError, TapError, NetlinkError.
+        """
+        links = self._netlink.links().values()
+        for link in links:
+            if link.endpoint_id == spec.endpoint_id and link.kind == "tun":
+                return self.attach(link), link.index
+        for link in links:
+            if link.name == spec.name:
+                owner = f"endpoint {link.endpoint_id}" if link.endpoint_id else "something that is not taploom's"
+                raise NameTakenError(f"interface name {spec.name} belongs to {owner} in this VM; choose another name")
+        tap = Tap.open(spec.name)
+        try:
+            index = socket.if_nametoindex(spec.name)
+            self._netlink.set_link(index, alias=ALIAS_PREFIX + spec.endpoint_id)
+            # Only now, so that a kill at any moment leaves either nothing or something to adopt.
+            tap.set_persist(True)
+        except BaseException:
+            tap.close()
+            raise
+        return tap, index
+
+    def exists(self, index: int) -> bool:
+        """Whether there still is a link with this index."""
+        return index in self._netlink.links()
+
+    def remove(self, tap: Tap | None, index: int) -> None:
+        """Removes the interface; its TAP is closed. It may be gone already."""
+        if tap is not None:
+            with contextlib.suppress(OSError):
+                tap.set_persist(False)
+            tap.close()
+        try:
+            if index in self._netlink.links():
+                self._netlink.delete_link(index)
+        except NetlinkError as error:
+            if error.errno not in GONE:
+                raise
+
+    def rename(self, index: int, name: str) -> None:
+        """Renames a link, going down for it only on kernels that cannot do it live (before 6.2)."""
+        try:
+            self._netlink.set_link(index, name=name)
+        except NetlinkError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            self._netlink.set_link(index, up=False)
+            self._netlink.set_link(index, name=name)
+
+    # -- convergence ----------------------------------------------------------------------------------------------
+
+    def converge_link(self, index: int, spec: InterfaceSpec, *, repair: bool = False) -> list[plan.Step]:
+        """Makes the link and its addresses be as described; returns the steps that were needed.
+
+        ``repair``: addresses that others added are left alone.
+        """
+        state = self._netlink.state()
+        link = state.links.get(index)
+        if link is None:
+            raise NetlinkError(errno.ENODEV, f"interface {spec.name} has been removed by another program")
+        steps = plan.plan_link(spec, link, ALIAS_PREFIX + spec.endpoint_id)
+        named = [step for step in steps if isinstance(step, plan.SetLink) and step.name is not None]
+        if named:
+            self.rename(index, spec.name)
+        self._set_sysctls(spec)
+        for step in steps:
+            self._execute(step)
+        addresses = plan.plan_addresses(spec, index, self._netlink.addresses(), remove_others=not repair)
+        for step in addresses:
+            self._execute(step)
+        return steps + addresses
+
+    def converge_routes(self, specs: Mapping[int, InterfaceSpec]) -> list[plan.Step]:
+        """Makes the routes over the given links be as described; returns the steps that were needed."""
+        steps = plan.plan_routes(specs, self._netlink.routes())
+        for step in steps:
+            self._execute(step)
+        return steps
+
+    def needs(self, specs: Mapping[int, InterfaceSpec]) -> dict[int, bool]:
+        """Which links are gone (True) or differ from their description (False), by index; all right: not named."""
+        state = self._netlink.state()
+        wrong: dict[int, bool] = {}
+        for index, spec in specs.items():
+            link = state.links.get(index)
+            if link is None:
+                wrong[index] = True
+            elif plan.plan_link(spec, link, ALIAS_PREFIX + spec.endpoint_id) or plan.plan_addresses(
+                spec, index, state.addresses, remove_others=False
+            ):
+                wrong[index] = False
+        for step in plan.plan_routes(specs, state.routes):
+            if isinstance(step, plan.ReplaceRoute | plan.RemoveRoute):
+                wrong.setdefault(step.route.index, False)
+        return wrong
+
+    def _execute(self, step: plan.Step) -> None:
+        netlink = self._netlink
+        try:
+            match step:
+                case plan.SetLink():
+                    netlink.set_link(step.index, mac=step.mac, mtu=step.mtu, alias=step.alias, up=True)
+                case plan.AddAddress():
+                    netlink.add_address(step.address)
+                case plan.RemoveAddress():
+                    netlink.delete_address(step.address)
+                case plan.ReplaceRoute():
+                    netlink.replace_route(step.route)
+                case plan.RemoveRoute():
+                    netlink.delete_route(step.route)
+        except NetlinkError as error:
+            if isinstance(step, plan.AddAddress) and error.errno == errno.EEXIST:
+                return
+            if isinstance(step, plan.RemoveAddress | plan.RemoveRoute) and error.errno in GONE:
+                return
+            raise NetlinkError(error.errno, f"{_purpose(step)}: {error.strerror}") from error
+
+    def _set_sysctls(self, spec: InterfaceSpec) -> None:
+        # Without it, removing an address removes the newer ones of its subnet too (Documentation/networking/ip-sysctl).
+        self._write(f"ipv4/conf/{spec.name}/promote_secondaries", "1")
+        ipv6 = self._sysctl / f"ipv6/conf/{spec.name}"
+        if not ipv6.is_dir():
+            if spec.wants_ipv6:
+                raise SpecError("addresses: this VM's kernel has no IPv6; ask for IPv4 addresses only")
+            return
+        # The host decides every address; the agent sets the link-local one itself (plan.wanted_addresses).
+        for key, value in (("accept_ra", "0"), ("autoconf", "0"), ("addr_gen_mode", "1"), ("keep_addr_on_down", "1")):
+            self._write(f"ipv6/conf/{spec.name}/{key}", value)
+        disabled = "0" if spec.wants_ipv6 else "1"
+        if not self._write(f"ipv6/conf/{spec.name}/disable_ipv6", disabled) and spec.wants_ipv6:
+            raise NetlinkError(errno.EROFS, f"cannot enable IPv6 on {spec.name}: /proc/sys is not writable")
+
+    def _write(self, key: str, value: str) -> bool:
+        path = self._sysctl / key
+        try:
+            if path.read_text().strip() != value:
+                path.write_text(value)
+        except OSError as error:
+            logger.warning("cannot set net/%s to %s: %s", key, value, error.strerror)
+            return False
+        return True
+
+
+def _purpose(step: plan.Step) -> str:
+    match step:
+        case plan.SetLink():
+            return "cannot set up the interface"
+        case plan.AddAddress():
+            return f"cannot add address {step.address.address}"
+        case plan.RemoveAddress():
+            return f"cannot remove address {step.address.address}"
+        case plan.ReplaceRoute():
+            return f"cannot set the route to {step.route.destination}"
+        case plan.RemoveRoute():
+            return f"cannot remove the route to {step.route.destination}"

@@ -1,0 +1,141 @@
+"""Names in the VM: the resolver's life and /etc/resolv.conf, from what the host and the interfaces say."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+
+import trio
+
+from .plan import name_order
+from .resolver.config import RESOLVER_ADDRESS, ResolverConfig
+from .resolver.lookup import NetworkView
+from .resolver.resolvconf import ResolvConf
+from .resolver.server import Knowledge, Resolver, ResolverServer
+from .spec import InterfaceSpec
+
+logger = logging.getLogger("taploom.guest.names")
+
+RESTART_DELAY_MAX = 5.0
+
+
+class NamesError(Exception):
+    """The resolver cannot be what it is asked to be; the message says what stands in the way."""
+
+
+class Names:
+    """The resolver and its resolv.conf."""
+
+    def __init__(self, loopback_up: Callable[[], Awaitable[None]], resolv_conf: ResolvConf) -> None:
+        self._loopback_up = loopback_up
+        self._resolv_conf = resolv_conf
+        self._resolver = Resolver()
+        self._server = ResolverServer(self._resolver)
+        self._config = ResolverConfig()
+        self._networks: tuple[NetworkView, ...] = ()
+        self._lock = trio.Lock()
+        self._nursery: trio.Nursery | None = None
+        self._serving: trio.CancelScope | None = None
+        self._stopped = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serves whenever the configuration says so; on cancellation gives resolv.conf back."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._restore()
+            self._server.close()
+
+    async def apply(self, config: ResolverConfig) -> None:
+        """Makes the resolver be as described. Raises NamesError and stays as it was."""
+        async with self._lock:
+            if config.enabled:
+                await self._enable(config)
+            elif self._config.enabled:
+                self._restore()
+                await self._stop()
+            self._config = config
+            self._publish()
+
+    def set_interfaces(self, specs: Iterable[InterfaceSpec]) -> None:
+        """The networks to ask from now on, and the container's own addresses."""
+        self._networks = tuple(
+            NetworkView(
+                name=spec.network_name,
+                interface=spec.name,
+                servers=tuple(map(str, spec.dns_servers)),
+                addresses=tuple(address.ip for address in spec.addresses if not address.ip.is_link_local),
+            )
+            for spec in name_order(specs)
+        )
+        self._publish()
+
+    def _publish(self) -> None:
+        self._resolver.knowledge = Knowledge(self._networks, self._config.upstreams, self._config.hostname)
+
+    async def _enable(self, config: ResolverConfig) -> None:
+        if self._serving is None:
+            await self._bind()
+            assert self._nursery is not None
+            self._serving = trio.CancelScope()
+            self._stopped = trio.Event()
+            self._nursery.start_soon(self._supervise, self._serving, self._stopped)
+        try:
+            self._resolv_conf.write(config.search, config.options)
+        except OSError as error:
+            if not self._config.enabled:
+                await self._stop()
+            raise NamesError(f"cannot write {error.filename or 'resolv.conf'}: {error.strerror}") from error
+
+    async def _bind(self) -> None:
+        await self._loopback_up()
+        try:
+            self._server.bind()
+        except OSError as error:
+            what = f"cannot serve names on {RESOLVER_ADDRESS}:53"
+            if error.errno == errno.EADDRINUSE:
+                raise NamesError(f"{what}: another program has the port; stop it or turn it off there") from error
+            raise NamesError(f"{what}: {error.strerror}") from error
+
+    async def _stop(self) -> None:
+        if self._serving is not None:
+            self._serving.cancel()
+            await self._stopped.wait()
+            self._serving = None
+            self._server.close()
+
+    async def _supervise(self, scope: trio.CancelScope, stopped: trio.Event) -> None:
+        """Serves, and serves again whatever ends it."""
+        delay = 0.0
+        try:
+            with scope:
+                while True:
+                    started = trio.current_time()
+                    try:
+                        await self._server.serve()
+                    except Exception:
+                        logger.exception("the resolver ended; it starts again")
+                    delay = (
+                        0.0
+                        if trio.current_time() - started > RESTART_DELAY_MAX
+                        else min(2 * delay + 0.1, RESTART_DELAY_MAX)
+                    )
+                    await trio.sleep(delay)
+                    try:
+                        self._server.bind()
+                    except OSError as error:
+                        logger.error("the resolver cannot have its port again: %s", error)
+        finally:
+            stopped.set()
+
+    def _restore(self) -> None:
+        if not self._config.enabled:
+            return
+        try:
+            self._resolv_conf.restore()
+        except OSError as error:
+            logger.error("resolv.conf could not be given back: %s", error)
