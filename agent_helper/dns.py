@@ -1,0 +1,218 @@
+"""The DNS server of one network: dnsmasq in a namespace of its own, on a veth pair whose other end is plugged into the
+integration bridge as the network's localport.
+
+The namespace and the veth pair are held by this process: a dnsmasq that died comes back without touching either.
+Names are files in a folder that dnsmasq watches by inotify (--hostsdir).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import logging
+import secrets
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from agent_helper import names
+from agent_helper.links import Namespace, delete_link, plug_veth
+from agent_helper.spec import EndpointSpec, NetworkSpec
+from taploom.supervise import SupervisedProcess
+
+logger = logging.getLogger("taploom.helper.dns")
+
+_INNER = "dns0"
+_TTL = "600"  # what Docker's own DNS server gives
+_RETRY = 0.002  # s between probes of a server that is not there yet; also until one lost is sent again
+_ANSWER = 0.25
+
+
+class DnsServer:
+    """dnsmasq for one network.
+
+    Args:
+        spec: the network.
+        folder: a folder of its own for the names.
+        outer: the name of the veth end to plug into the bridge.
+        program: dnsmasq.
+        log: where its messages go.
+        on_daemon: called when its state changed.
+    """
+
+    def __init__(
+        self,
+        spec: NetworkSpec,
+        *,
+        folder: Path,
+        outer: str,
+        program: str,
+        log: Path,
+        env: dict[str, str],
+        on_daemon: Callable[[SupervisedProcess], None],
+    ) -> None:
+        self.spec = spec
+        self.outer = outer
+        self._folder = folder
+        self._namespace: Namespace | None = None
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+        self._probe_lock = trio.Lock()
+        self._probe_id = secrets.randbelow(65536)
+        # Names that dnsmasq has seen stay known to it for good, empty or not: they are used again, lowest first.
+        self._slots: dict[str, int] = {}
+        self._free: list[int] = []
+        self._next_slot = 0
+        self._written: dict[str, str] = {}
+        argv = [
+            program,
+            "--keep-in-foreground",
+            "--conf-file=/dev/null",
+            "--pid-file=",
+            "--log-facility=-",
+            "--user=root",
+            "--group=root",
+            "--no-resolv",
+            "--no-hosts",
+            "--no-poll",
+            f"--hostsdir={folder}",
+            f"--local-ttl={_TTL}",
+            "--bind-interfaces",
+            *(f"--listen-address={address}" for address in spec.dns_servers),
+        ]
+        self._start = partial(
+            SupervisedProcess,
+            "dnsmasq",
+            argv,
+            env=env,
+            log=log,
+            backoff_max=1.0,
+            ready=self._answering,
+            on_change=on_daemon,
+        )
+        self.process: SupervisedProcess | None = None
+
+    async def open(self) -> None:
+        """Makes the namespace and the veth pair.
+
+        Raises:
+            OSError: the kernel refused; nothing is left.
+        """
+        spec = self.spec
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+
+        def make() -> Namespace:
+            namespace = Namespace.create()
+            try:
+                addresses, routes = list(spec.dns_servers), list(spec.subnets)
+                plug_veth(namespace, self.outer, _INNER, spec.dns_mac, spec.mtu, addresses, routes)
+            except BaseException:
+                namespace.close()
+                raise
+            return namespace
+
+        self._namespace = await trio.to_thread.run_sync(make)
+        self.process = self._start(netns=f"/proc/self/fd/{self._namespace.fd}")
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keeps dnsmasq running until `close`; reports started at once. `open` comes first."""
+        assert self.process is not None
+        try:
+            with self._scope:
+                task_status.started()
+                await self.process.run()
+        finally:
+            self._ended.set()
+
+    async def close(self) -> None:
+        """Ends dnsmasq and removes namespace, veth pair and files. The veth must be unplugged before."""
+        with trio.CancelScope(shield=True):
+            self._scope.cancel()
+            await self._ended.wait()
+            await self._drop()
+
+    async def _drop(self) -> None:
+        namespace, self._namespace = self._namespace, None
+        if namespace is not None:
+
+            def drop() -> None:
+                namespace.close()
+                # Deleted by name and not left to the end of the namespace, which the kernel defers.
+                delete_link(self.outer)
+
+            await trio.to_thread.run_sync(drop)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def set_names(self, endpoint: EndpointSpec) -> bool:
+        """Makes the endpoint's names be known; True when that changed anything."""
+        content = names.hosts_file(endpoint.addresses, endpoint.names, self.spec.name)
+        if not content:
+            return self.remove_names(endpoint.endpoint_id)
+        if self._written.get(endpoint.endpoint_id) == content:
+            return False
+        slot = self._slots.get(endpoint.endpoint_id)
+        if slot is None:
+            slot = heapq.heappop(self._free) if self._free else self._next_slot
+            self._next_slot = max(self._next_slot, slot + 1)
+            self._slots[endpoint.endpoint_id] = slot
+        # Renamed into place, so that dnsmasq never reads half of it. It ignores names that start with a dot.
+        temporary = self._folder / f".{slot}"
+        temporary.write_text(content)
+        temporary.rename(self._folder / str(slot))
+        self._written[endpoint.endpoint_id] = content
+        return True
+
+    def remove_names(self, endpoint_id: str) -> bool:
+        """Makes the endpoint's names unknown; True when they were known."""
+        slot = self._slots.pop(endpoint_id, None)
+        self._written.pop(endpoint_id, None)
+        if slot is None:
+            return False
+        (self._folder / str(slot)).unlink(missing_ok=True)
+        heapq.heappush(self._free, slot)
+        return True
+
+    async def knows(self, endpoint: EndpointSpec, *, within: float) -> bool:
+        """Waits until dnsmasq answers the endpoint's name with its addresses; False when it does not in `within` s."""
+        if not endpoint.names or len(name := f"{endpoint.names[0]}.{self.spec.name}") > 253:
+            return True
+        with trio.move_on_after(within):
+            for address in endpoint.addresses:
+                # dnsmasq takes inotify's events before it takes questions, so the first answer nearly always has it.
+                while True:
+                    answer = await self._ask(name, address.version)
+                    if answer is not None and address in names.answers(answer, address.version):
+                        break
+                    await trio.sleep(_RETRY)
+            return True
+        return False
+
+    async def _answering(self) -> None:
+        if all(address.version != 4 for address in self.spec.dns_servers):
+            return
+        while await self._ask("taploom", 4) is None:  # noqa: ASYNC110 -- another process: nothing to be told by
+            await trio.sleep(_RETRY)
+
+    async def _ask(self, name: str, version: int) -> bytes | None:
+        """The answer to one question, or None when there was none."""
+        async with self._probe_lock:
+            namespace = self._namespace
+            server = next((address for address in self.spec.dns_servers if address.version == 4), None)
+            if namespace is None or server is None:
+                return None
+            sock = namespace.probe
+            self._probe_id = (self._probe_id + 1) % 65536
+            # Connected, so that a port nobody listens on is an error at once and not silence.
+            with contextlib.suppress(OSError), trio.move_on_after(_ANSWER):
+                sock.connect((str(server), 53))
+                sock.send(names.query(self._probe_id, name, version))
+                while True:
+                    await trio.lowlevel.wait_readable(sock)
+                    data = sock.recv(4096)
+                    if names.answer_id(data) == self._probe_id:
+                        return data
+            return None

@@ -1,0 +1,635 @@
+"""The networks and endpoints that the host last described, and the making of them.
+
+What is wanted is kept in memory only. Every change is made by functions that bring the databases, the kernel and
+dnsmasq to what is described whatever was there, so the same functions repair what a lost database took with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol, TypeVar
+
+import trio
+
+from agent_helper import links, northbound, vswitch
+from agent_helper.dns import DnsServer
+from agent_helper.errors import HelperError, InvalidSpecError, NotFoundError, PreconditionError, UnavailableError
+from agent_helper.locks import KeyedLocks, SharedLock
+from agent_helper.ovsdb import Txn
+from agent_helper.spec import EndpointSpec, NetworkSpec, check_id, check_in_network, parse_endpoint, parse_network
+from agent_helper.stack import Stack
+from taploom.contracts.taploom.helper.v1 import Endpoint, Network, SyncRequest
+from taploom.link import Tap
+from taploom.supervise import SupervisedProcess
+
+logger = logging.getLogger("taploom.helper.fabric")
+
+M = TypeVar("M")
+S = TypeVar("S")
+
+_UP_TIMEOUT = 10.0  # s that a port may take to be programmed, daemons' restarts included
+_NAMES_TIMEOUT = 2.0  # s that dnsmasq may take to know a name
+_UNPLUG_TIMEOUT = 3.0  # s that vswitchd may take to let go of a port
+_MAX_TAP_MTU = 65521  # the kernel's for TAPs: 65535 less the Ethernet header
+
+
+class LinkPorts(Protocol):
+    """Of LinkServer, what the fabric needs."""
+
+    def add(self, endpoint_id: str, tap: Tap) -> None: ...
+    async def remove(self, endpoint_id: str) -> None: ...
+    def authorize(self, endpoint_id: str, secret: bytes) -> None: ...
+
+
+@dataclass
+class NetworkState:
+    """A network as it is. `message` is the description last applied."""
+
+    spec: NetworkSpec
+    message: Network
+    dns: DnsServer | None = None
+    endpoints: dict[str, EndpointState] = field(default_factory=dict)
+    holders: dict[str, str] = field(default_factory=dict)  # address or MAC -> endpoint_id
+
+
+@dataclass
+class EndpointState:
+    """An endpoint as it is. It has a TAP unless it is disabled."""
+
+    spec: EndpointSpec
+    message: Endpoint
+    network: NetworkState
+    tap: Tap | None = None
+    gone: trio.Event = field(default_factory=trio.Event)
+
+
+@dataclass
+class SyncOutcome:
+    endpoints: list[EndpointState]
+    removed: list[str]
+    failures: list[tuple[str, HelperError]]
+
+
+class Fabric:
+    """Converges the helper to descriptions.
+
+    Args:
+        stack: the daemons.
+        ports: the data links.
+        on_dns: called with the network's id when a dnsmasq's state changed.
+        on_lost: called with a reason when what was applied could not be restored.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        ports: LinkPorts,
+        *,
+        on_dns: Callable[[str, SupervisedProcess], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self.networks: dict[str, NetworkState] = {}
+        self.endpoints: dict[str, EndpointState] = {}
+        self._stack = stack
+        self._ports = ports
+        self._on_dns = on_dns
+        self._on_lost = on_lost
+        self._numbers = itertools.count()  # of interfaces; a name is never used twice, see _open_tap
+        self._gate = SharedLock()
+        self._network_locks = KeyedLocks()
+        self._endpoint_locks = KeyedLocks()
+        self._nursery: trio.Nursery | None = None
+        self._reread = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Runs what keeps the fabric as described, until cancelled. Nothing of it is left then."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._keep_restored)
+                task_status.started()
+        finally:
+            self._nursery = None
+            with trio.CancelScope(shield=True):
+                await self._end()
+
+    async def _end(self) -> None:
+        for endpoint in self.endpoints.values():
+            if endpoint.tap is not None:
+                await self._ports.remove(endpoint.spec.endpoint_id)
+                await trio.to_thread.run_sync(endpoint.tap.close)
+        for network in self.networks.values():
+            if network.dns is not None:
+                await network.dns.close()
+
+    # Networks
+
+    async def apply_network(self, message: Network) -> None:
+        """Creates the network or makes it be as described.
+
+        Raises:
+            InvalidSpecError, PreconditionError, UnavailableError: nothing was changed, or the next attempt completes
+                it.
+        """
+        spec = parse_network(message)
+        self._check_ready()
+        async with self._gate.shared(), self._network_locks.exclusive(spec.network_id):
+            with trio.CancelScope(shield=True):
+                await self._apply_network(spec, message)
+
+    async def _apply_network(self, spec: NetworkSpec, message: Network) -> None:
+        network = self.networks.get(spec.network_id)
+        if network is None:
+            network = NetworkState(spec, message)
+            try:
+                await _together(
+                    partial(self._stack.nb.transact, partial(northbound.ensure_network, spec=spec)),
+                    partial(self._open_dns, network, spec),
+                )
+            except BaseException:
+                await self._drop_network(network)
+                raise
+            self.networks[spec.network_id] = network
+            return
+        old = network.spec
+        for endpoint in network.endpoints.values():
+            try:
+                check_in_network(endpoint.spec, spec)
+            except InvalidSpecError as exc:
+                raise PreconditionError(
+                    f"endpoint {endpoint.spec.endpoint_id} stands in the way: {exc.message}"
+                ) from exc
+        await self._stack.nb.transact(partial(northbound.ensure_network, spec=spec))
+        if _dns_part(spec) != _dns_part(old) or (spec.dns_servers and network.dns is None):
+            # Rare enough to be done from the start: a network's names are files, its server starts in milliseconds.
+            await self._close_dns(network)
+            await self._open_dns(network, spec)
+        if spec.mtu != old.mtu:
+            await trio.to_thread.run_sync(_set_mtus, [e.tap for e in network.endpoints.values()], spec.mtu)
+        network.spec, network.message = spec, message
+
+    async def delete_network(self, network_id: str) -> None:
+        """Removes the network and its endpoints; nothing when it is not there."""
+        check_id("network_id", network_id)
+        async with self._gate.shared(), self._network_locks.exclusive(network_id):
+            network = self.networks.get(network_id)
+            if network is not None:
+                self._check_ready()
+                with trio.CancelScope(shield=True):
+                    await self._remove_network(network)
+
+    async def _remove_network(self, network: NetworkState) -> None:
+        await self._remove_endpoints(list(network.endpoints.values()))
+        await self._drop_network(network)
+
+    async def _drop_network(self, network: NetworkState) -> None:
+        network_id = network.spec.network_id
+        await _together(
+            partial(self._stack.nb.transact, partial(northbound.remove_network, network_id=network_id)),
+            partial(self._close_dns, network),
+        )
+        self.networks.pop(network_id, None)
+
+    async def _open_dns(self, network: NetworkState, spec: NetworkSpec) -> None:
+        if not spec.dns_servers:
+            return
+        assert self._nursery is not None
+        number = next(self._numbers)
+        dns = DnsServer(
+            spec,
+            folder=self._stack.run_dir / "dns" / str(number),
+            outer=f"tldns{number}",
+            program=self._stack.programs["dnsmasq"],
+            log=self._stack.log_dir / f"dnsmasq-{spec.network_id}.log",
+            env=self._stack.env,
+            on_daemon=partial(self._on_dns, spec.network_id),
+        )
+        for endpoint in network.endpoints.values():
+            if not endpoint.spec.disabled:
+                dns.set_names(endpoint.spec)
+        await dns.open()
+        network.dns = dns
+        plug = partial(vswitch.plug, interfaces={dns.outer: northbound.dns_port(spec.network_id)})
+        await _together(partial(self._stack.conf.transact, plug), partial(self._nursery.start, dns.run))
+
+    async def _close_dns(self, network: NetworkState) -> None:
+        dns = network.dns
+        if dns is not None:
+            await self._unplug([dns.outer])
+            network.dns = None
+            await dns.close()
+
+    # Endpoints
+
+    async def apply_endpoint(self, message: Endpoint, secret: bytes = b"") -> EndpointState:
+        """Creates the endpoint or makes it be as described; returns once it is programmed and its name known.
+
+        Raises:
+            InvalidSpecError, PreconditionError, UnavailableError: nothing was changed, or the next attempt completes
+                it.
+        """
+        spec = parse_endpoint(message)
+        _check_secret(secret)
+        self._check_ready()
+        async with self._endpoint_locks.exclusive(spec.endpoint_id):
+            async with self._gate.shared():
+                await self._leave_other_network(spec)
+                async with self._network_locks.shared(spec.network_id):
+                    with trio.CancelScope(shield=True):
+                        endpoint = self._claim(spec, message)
+                        await self._realise([endpoint])
+                    if secret and not spec.disabled:
+                        self._ports.authorize(spec.endpoint_id, secret)
+            await self._settle(endpoint)
+        return endpoint
+
+    async def _leave_other_network(self, spec: EndpointSpec) -> None:
+        present = self.endpoints.get(spec.endpoint_id)
+        if present is None or present.spec.network_id == spec.network_id:
+            return
+        network = self._network_of(spec)
+        self._check_free(spec, network)
+        async with self._network_locks.shared(present.spec.network_id):
+            if self.endpoints.get(spec.endpoint_id) is present:
+                with trio.CancelScope(shield=True):
+                    await self._remove_endpoints([present])
+
+    async def delete_endpoint(self, endpoint_id: str) -> None:
+        """Removes the endpoint; nothing when it is not there."""
+        check_id("endpoint_id", endpoint_id)
+        async with self._endpoint_locks.exclusive(endpoint_id), self._gate.shared():
+            endpoint = self.endpoints.get(endpoint_id)
+            if endpoint is None:
+                return
+            self._check_ready()
+            async with self._network_locks.shared(endpoint.spec.network_id):
+                if self.endpoints.get(endpoint_id) is endpoint:
+                    with trio.CancelScope(shield=True):
+                        await self._remove_endpoints([endpoint])
+
+    def authorize(self, endpoint_id: str, secret: bytes) -> None:
+        """Lets one data link with this secret be opened for the endpoint.
+
+        Raises:
+            InvalidSpecError: not a secret.
+            NotFoundError: no such endpoint, or one that is disabled.
+        """
+        check_id("endpoint_id", endpoint_id)
+        if not secret:
+            raise InvalidSpecError("secret must be 16 to 64 bytes, not 0")
+        _check_secret(secret)
+        endpoint = self.endpoints.get(endpoint_id)
+        if endpoint is None or endpoint.tap is None:
+            raise NotFoundError(f"endpoint {endpoint_id} is not here; apply it first")
+        self._ports.authorize(endpoint_id, secret)
+
+    def is_up(self, endpoint: EndpointState) -> bool:
+        """Whether the endpoint's port is programmed in the data path."""
+        if endpoint.tap is None:
+            return False
+        return vswitch.is_installed(self._stack.conf.mirrors["Interface"].rows.get(endpoint.tap.name))
+
+    def _network_of(self, spec: EndpointSpec) -> NetworkState:
+        network = self.networks.get(spec.network_id)
+        if network is None:
+            raise PreconditionError(f"network {spec.network_id} is not here; apply it first")
+        check_in_network(spec, network.spec)
+        return network
+
+    def _check_free(self, spec: EndpointSpec, network: NetworkState) -> None:
+        for key in _keys(spec):
+            holder = network.holders.get(key, spec.endpoint_id)
+            if holder != spec.endpoint_id:
+                raise InvalidSpecError(f"{key} is in use by endpoint {holder} of network {spec.network_id}")
+
+    def _claim(self, spec: EndpointSpec, message: Endpoint) -> EndpointState:
+        """Enters the endpoint into the books under its new description, which `_realise` then makes true."""
+        network = self._network_of(spec)
+        self._check_free(spec, network)
+        endpoint = self.endpoints.get(spec.endpoint_id)
+        if endpoint is None:
+            endpoint = EndpointState(spec, message, network)
+            self.endpoints[spec.endpoint_id] = endpoint
+            network.endpoints[spec.endpoint_id] = endpoint
+        for key in _keys(endpoint.spec):
+            network.holders.pop(key, None)
+        endpoint.spec, endpoint.message = spec, message
+        for key in _keys(spec):
+            network.holders[key] = spec.endpoint_id
+        return endpoint
+
+    async def _realise(self, endpoints: Sequence[EndpointState]) -> None:
+        """Makes claimed endpoints be. On an error those that are new are gone again; others are completed by the next
+        attempt."""
+        new = [e for e in endpoints if e.tap is None]
+        wanted = [e for e in endpoints if not e.spec.disabled]
+        idle = [e for e in endpoints if e.spec.disabled and e.tap is not None]
+
+        def in_nb(txn: Txn) -> None:
+            for endpoint in wanted:
+                northbound.ensure_endpoint(txn, endpoint.spec)
+
+        async def plug() -> None:
+            await trio.to_thread.run_sync(self._open_taps, [e for e in wanted if e.tap is None])
+            taps = {e.tap.name: northbound.endpoint_port(e.spec.endpoint_id) for e in wanted if e.tap is not None}
+            await self._stack.conf.transact(partial(vswitch.plug, interfaces=taps))
+
+        try:
+            if idle:
+                await self._unrealise(idle)
+            if wanted:
+                await _together(partial(self._stack.nb.transact, in_nb), plug)
+            for endpoint in wanted:
+                if endpoint in new and endpoint.tap is not None:
+                    self._ports.add(endpoint.spec.endpoint_id, endpoint.tap)
+                if endpoint.network.dns is not None:
+                    endpoint.network.dns.set_names(endpoint.spec)
+        except BaseException:
+            with contextlib.suppress(HelperError):
+                await self._remove_endpoints(new)
+            raise
+
+    def _open_taps(self, endpoints: Sequence[EndpointState]) -> None:
+        for endpoint in endpoints:
+            endpoint.tap = self._open_tap(endpoint.network.spec.mtu)
+
+    def _open_tap(self, mtu: int) -> Tap:
+        # A name is never used again: a port whose TAP went and came back under the same name stays dead in vswitchd.
+        while True:
+            name = f"tl{next(self._numbers)}"
+            try:
+                socket.if_nametoindex(name)
+            except OSError:
+                break
+        tap = Tap.open(name)
+        try:
+            links.harden(name)
+            links.set_mtu(name, min(mtu, _MAX_TAP_MTU))
+            links.set_up(name)
+        except BaseException:
+            tap.close()
+            raise
+        return tap
+
+    async def _remove_endpoints(self, endpoints: Sequence[EndpointState]) -> None:
+        await self._unrealise(endpoints)
+        for endpoint in endpoints:
+            endpoint.gone.set()
+            endpoint_id, network = endpoint.spec.endpoint_id, endpoint.network
+            self.endpoints.pop(endpoint_id, None)
+            network.endpoints.pop(endpoint_id, None)
+            for key in _keys(endpoint.spec):
+                if network.holders.get(key) == endpoint_id:
+                    del network.holders[key]
+
+    async def _unrealise(self, endpoints: Sequence[EndpointState]) -> None:
+        if not endpoints:
+            return
+        ports = [(e.spec.network_id, e.spec.endpoint_id) for e in endpoints]
+        taps = [e.tap for e in endpoints if e.tap is not None]
+        for endpoint in endpoints:
+            if endpoint.network.dns is not None:
+                endpoint.network.dns.remove_names(endpoint.spec.endpoint_id)
+            if endpoint.tap is not None:
+                await self._ports.remove(endpoint.spec.endpoint_id)
+        await _together(
+            partial(self._stack.nb.transact, partial(northbound.remove_endpoints, ports=ports)),
+            partial(self._unplug, [tap.name for tap in taps]),
+        )
+        for endpoint in endpoints:
+            endpoint.tap = None
+        await trio.to_thread.run_sync(_close_all, taps)
+
+    async def _unplug(self, names: Sequence[str]) -> None:
+        """Unplugs interfaces and waits until vswitchd has let go of them, so that they can be deleted."""
+        if not names:
+            return
+        conf = self._stack.conf
+        _, wanted = await conf.transact_counted(partial(vswitch.unplug, names=names))
+        mirror = conf.mirrors["Open_vSwitch"]
+        with trio.move_on_after(_UNPLUG_TIMEOUT) as scope:
+            while not any(row["cur_cfg"] >= wanted for row in mirror.rows.values()):
+                key = next(iter(mirror.rows), "")
+                await mirror.wait(key, lambda row: row is None or row["cur_cfg"] >= wanted)
+        if scope.cancelled_caught:  # it is restarting, or worse; it will find the port neither here nor in its database
+            logger.warning("ovs-vswitchd has not confirmed within %.0f s that it let go of %s", _UNPLUG_TIMEOUT, names)
+
+    async def _settle(self, endpoint: EndpointState) -> None:
+        tap, dns = endpoint.tap, endpoint.network.dns
+        if tap is None:
+            return
+
+        async def programmed() -> None:
+            with trio.move_on_after(_UP_TIMEOUT) as scope:
+                async with trio.open_nursery() as nursery:
+
+                    async def until_gone() -> None:
+                        await endpoint.gone.wait()
+                        nursery.cancel_scope.cancel()
+
+                    nursery.start_soon(until_gone)
+                    await self._stack.conf.mirrors["Interface"].wait(tap.name, vswitch.is_installed)
+                    nursery.cancel_scope.cancel()
+            if endpoint.gone.is_set():
+                raise PreconditionError(f"endpoint {endpoint.spec.endpoint_id} was removed meanwhile")
+            if scope.cancelled_caught:
+                raise UnavailableError(
+                    f"the port of endpoint {endpoint.spec.endpoint_id} was not programmed within {_UP_TIMEOUT:.0f} s; "
+                    "look at GetHealth and apply it again"
+                )
+
+        async def known() -> None:
+            if dns is not None and not await dns.knows(endpoint.spec, within=_NAMES_TIMEOUT):
+                logger.error("dnsmasq of network %s does not know %s", endpoint.spec.network_id, endpoint.spec.names)
+
+        await _together(programmed, known)
+
+    # The whole
+
+    async def sync(self, request: SyncRequest) -> SyncOutcome:
+        """Makes everything be as described and removes the rest.
+
+        Raises:
+            UnavailableError: OVS or OVN does not answer; what was done is completed by the next attempt.
+        """
+        self._check_ready()
+        failures: list[tuple[str, HelperError]] = []
+        async with self._gate.exclusive():
+            with trio.CancelScope(shield=True):
+                removed = await self._remove_others(request)
+                for network_spec, network in _parsed(request.networks, parse_network, _network_id, failures):
+                    try:
+                        await self._apply_network(network_spec, network)
+                    except HelperError as exc:
+                        failures.append((network.network_id, exc))
+                endpoints = await self._apply_all(request.endpoints, failures)
+
+        async def settle(endpoint: EndpointState) -> None:
+            try:
+                await self._settle(endpoint)
+            except HelperError as exc:
+                failures.append((endpoint.spec.endpoint_id, exc))
+
+        async with trio.open_nursery() as nursery:
+            for endpoint in endpoints:
+                nursery.start_soon(settle, endpoint)
+        return SyncOutcome(endpoints, removed, failures)
+
+    async def _remove_others(self, request: SyncRequest) -> list[str]:
+        networks = {network.network_id for network in request.networks}
+        wanted = {endpoint.endpoint_id: endpoint.network_id for endpoint in request.endpoints}
+        going = [e for key, e in self.endpoints.items() if key not in wanted]
+        moving = [e for key, e in self.endpoints.items() if key in wanted and wanted[key] != e.spec.network_id]
+        await self._remove_endpoints(going + moving)
+        others = [network for key, network in self.networks.items() if key not in networks]
+        for network in others:
+            await self._remove_network(network)
+        return [e.spec.endpoint_id for e in going] + [n.spec.network_id for n in others]
+
+    async def _apply_all(
+        self, messages: Iterable[Endpoint], failures: list[tuple[str, HelperError]]
+    ) -> list[EndpointState]:
+        claimed: list[EndpointState] = []
+        parsed = list(_parsed(messages, parse_endpoint, _endpoint_id, failures))
+        # Addresses may have changed hands: what is no longer wanted is let go before anything is claimed.
+        for spec, _ in parsed:
+            present = self.endpoints.get(spec.endpoint_id)
+            if present is not None and _keys(present.spec) != _keys(spec):
+                for key in _keys(present.spec):
+                    present.network.holders.pop(key, None)
+        for spec, message in parsed:
+            try:
+                claimed.append(self._claim(spec, message))
+            except HelperError as exc:
+                failures.append((spec.endpoint_id, exc))
+        try:
+            await self._realise(claimed)
+        except UnavailableError:
+            raise
+        except Exception:
+            logger.exception("endpoints cannot be applied together; trying one by one")
+        else:
+            return claimed
+        done: list[EndpointState] = []
+        for endpoint in claimed:
+            try:
+                again = self._claim(endpoint.spec, endpoint.message)
+                await self._realise([again])
+                done.append(again)
+            except Exception as exc:
+                error = exc if isinstance(exc, HelperError) else HelperError(str(exc))
+                failures.append((endpoint.spec.endpoint_id, error))
+        return done
+
+    def database_read(self, name: str) -> None:
+        """To be called when a database's content was read anew; what was lost is put back."""
+        if self._stack.ready.is_set() and name in ("conf", "nb"):
+            self._reread.set()
+
+    async def _keep_restored(self) -> None:
+        while True:
+            await self._reread.wait()
+            self._reread = trio.Event()
+            try:
+                async with self._gate.exclusive():
+                    await self._restore()
+            except Exception as exc:
+                logger.exception("what was applied cannot be restored")
+                self._on_lost(f"the databases were read anew and cannot be completed: {exc}")
+
+    async def _restore(self) -> None:
+        networks = list(self.networks.values())
+        endpoints = [e for e in self.endpoints.values() if e.tap is not None]
+
+        def in_nb(txn: Txn) -> None:
+            for network in networks:
+                northbound.ensure_network(txn, network.spec)
+            for endpoint in endpoints:
+                northbound.ensure_endpoint(txn, endpoint.spec)
+
+        interfaces = {n.dns.outer: northbound.dns_port(n.spec.network_id) for n in networks if n.dns is not None}
+        interfaces |= {e.tap.name: northbound.endpoint_port(e.spec.endpoint_id) for e in endpoints if e.tap is not None}
+
+        async def in_conf() -> None:
+            await self._stack.ensure_conf()
+            await self._stack.conf.transact(partial(vswitch.plug, interfaces=interfaces))
+
+        await _together(partial(self._stack.nb.transact, in_nb), in_conf)
+
+    def _check_ready(self) -> None:
+        if not self._stack.ready.is_set():
+            raise UnavailableError(f"waiting for {self._stack.waiting_for}; try again")
+
+
+def _keys(spec: EndpointSpec) -> list[str]:
+    return [spec.mac_address, *map(str, spec.addresses)]
+
+
+def _dns_part(spec: NetworkSpec) -> tuple[object, ...]:
+    return spec.dns_servers, spec.dns_mac, spec.subnets, spec.name, spec.mtu
+
+
+def _network_id(message: Network) -> str:
+    return message.network_id
+
+
+def _endpoint_id(message: Endpoint) -> str:
+    return message.endpoint_id
+
+
+def _parsed(
+    messages: Iterable[M],
+    parse: Callable[[M], S],
+    identity: Callable[[M], str],
+    failures: list[tuple[str, HelperError]],
+) -> Iterator[tuple[S, M]]:
+    """The messages that are right, with what they say; the others become failures."""
+    seen: set[str] = set()
+    for message in messages:
+        key = identity(message)
+        try:
+            if key in seen:
+                raise InvalidSpecError(f"{key} is described twice")
+            seen.add(key)
+            yield parse(message), message
+        except HelperError as exc:
+            failures.append((key, exc))
+
+
+def _check_secret(secret: bytes) -> None:
+    if secret and not 16 <= len(secret) <= 64:
+        raise InvalidSpecError(f"the secret must be 16 to 64 bytes, not {len(secret)}")
+
+
+def _set_mtus(taps: Iterable[Tap | None], mtu: int) -> None:
+    for tap in taps:
+        if tap is not None:
+            links.set_mtu(tap.name, min(mtu, _MAX_TAP_MTU))
+
+
+def _close_all(taps: Iterable[Tap]) -> None:
+    for tap in taps:
+        tap.close()
+
+
+async def _together(*functions: Callable[[], Awaitable[object]]) -> None:
+    """Runs them beside one another to their ends, then raises the first error."""
+    errors: list[Exception] = []
+
+    async def run(function: Callable[[], Awaitable[object]]) -> None:
+        try:
+            await function()
+        except Exception as exc:
+            errors.append(exc)
+
+    async with trio.open_nursery() as nursery:
+        for function in functions:
+            nursery.start_soon(run, function)
+    if errors:
+        raise errors[0]

@@ -1,0 +1,349 @@
+"""One OVSDB database, on trio: grouped transactions and a mirror of the columns that are waited for.
+
+ovsdbapp's IDL (RFC 7047) runs in a thread of its own. Transactions are handed to it from worker threads; what it sees
+is handed back to trio's loop with `TrioToken.run_sync_soon`, as plain values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import trio
+from ovs.db import idl as ovs_idl
+from ovsdbapp import exceptions as ovsdb_exceptions
+from ovsdbapp.backend.ovs_idl import command, connection, idlutils, transaction
+
+from agent_helper.errors import UnavailableError
+
+logger = logging.getLogger("taploom.helper.ovsdb")
+
+T = TypeVar("T")
+Row = Any  # ovs.db.idl.Row has a column per attribute; the library is untyped
+Values = dict[str, Any]
+
+# Reconnect delays in ms. The library's (1 s to 8 s) suit remote servers; ours is a child, back within milliseconds.
+_BACKOFF_MIN, _BACKOFF_MAX = 10, 200
+_TIMEOUT = 10.0  # of a transaction, in seconds, over reconnections
+
+
+class Txn:
+    """A transaction being built, in the IDL's thread."""
+
+    def __init__(self, idl: Any, txn: Any) -> None:
+        self._idl = idl
+        self._txn = txn
+        self._deleted: set[tuple[str, Any]] = set()
+        self._incremented = False
+
+    def rows(self, table: str) -> Iterable[Row]:
+        """All rows of a table that the transaction has not deleted."""
+        found = list(self._idl.tables[table].rows.values())
+        return [row for row in found if (table, row.uuid) not in self._deleted]
+
+    def only(self, table: str) -> Row:
+        """The row of a table that has exactly one, or None while the database is empty."""
+        return next(iter(self.rows(table)), None)
+
+    def find(self, table: str, name: str) -> Row:
+        """The row whose `name` it is, or None."""
+        row = next(iter(idlutils.index_lookup_all(self._idl.tables[table], name=name)), None)
+        return None if row is None or (table, row.uuid) in self._deleted else row
+
+    def insert(self, table: str, **columns: Any) -> Row:
+        row = self._txn.insert(self._idl.tables[table])
+        for column, value in columns.items():
+            setattr(row, column, value)
+        return row
+
+    def ensure(self, table: str, name: str, **columns: Any) -> tuple[Row, bool]:
+        """The row of that name with those columns, and whether it is new."""
+        row = self.find(table, name)
+        if row is None:
+            return self.insert(table, name=name, **columns), True
+        self.set(row, **columns)
+        return row, False
+
+    def set(self, row: Row, **columns: Any) -> None:
+        """Writes the columns that differ."""
+        for column, value in columns.items():
+            if _plain(getattr(row, column)) != _plain(value):
+                setattr(row, column, value)
+
+    def delete(self, table: str, row: Row) -> None:
+        self._deleted.add((table, row.uuid))
+        row.delete()
+
+    def has_column(self, table: str, column: str) -> bool:
+        """Whether the running schema has that column; newer releases only add."""
+        return table in self._idl.tables and column in self._idl.tables[table].columns
+
+    def increment(self, row: Row, column: str) -> None:
+        if not self._incremented:
+            self._incremented = True
+            row.increment(column)
+
+    @property
+    def increments(self) -> bool:
+        return self._incremented
+
+
+def _plain(value: Any) -> Any:
+    """A column's value in a form that compares: sets regardless of order, rows by their uuid."""
+    if isinstance(value, dict):
+        return {_plain(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return frozenset(_plain(v) for v in value)
+    if isinstance(value, ovs_idl.Row):
+        return value.uuid
+    # An optional column with a value reads as a one-element list and is written as the bare value.
+    return value if isinstance(value, dict) else frozenset([value])
+
+
+class _Job:
+    def __init__(self, op: Callable[[Txn], Any]) -> None:
+        self.op = op
+        self.done = False
+        self.value: Any = None
+        self.increment = 0
+        self.error: Exception | None = None
+
+
+class _Command(command.BaseCommand):  # type: ignore[misc]  # untyped library
+    """Runs every job's operation in one transaction; run again from the start when the server says try again."""
+
+    def __init__(self, api: _Api, jobs: list[_Job]) -> None:
+        super().__init__(api)
+        self.jobs = jobs
+        self.new_increment: int | None = None
+        self._txn: Txn | None = None
+
+    def run_idl(self, txn: Any) -> None:
+        self._txn = Txn(self.api.idl, txn)
+        for job in self.jobs:
+            job.value = job.op(self._txn)
+
+    def post_commit(self, txn: Any) -> None:
+        if self._txn is not None and self._txn.increments:
+            self.new_increment = txn.get_increment_new_value()
+
+    def __str__(self) -> str:
+        return f"{len(self.jobs)} operations"
+
+
+class _Api:
+    """The little of ovsdbapp's Backend that a transaction needs, without its class-wide connection."""
+
+    def __init__(self, ovsdb_connection: Any) -> None:
+        self.ovsdb_connection = ovsdb_connection
+
+    @property
+    def idl(self) -> Any:
+        return self.ovsdb_connection.idl
+
+
+class _Idl(connection.OvsdbIdl):  # type: ignore[misc]  # untyped library
+    def __init__(self, remote: str, helper: Any, owner: Database) -> None:
+        super().__init__(remote, helper)
+        self._owner = owner
+        self._dump_seqno: int | None = None
+        self._session.reconnect.min_backoff = _BACKOFF_MIN
+        self._session.reconnect.max_backoff = _BACKOFF_MAX
+
+    def run(self) -> bool:
+        changed: bool = super().run()
+        # A new session that has its dump: rows that went while we were away were never announced.
+        if self.state == self.IDL_S_MONITORING and self._dump_seqno != self._last_seqno:
+            self._dump_seqno = self._last_seqno
+            self._owner._dumped_in_thread()
+        return changed
+
+    def notify(self, event: str, row: Row, updates: Any = None) -> None:
+        self._owner._changed_in_thread(event, row)
+
+
+class Mirror:
+    """The mirrored columns of one table, in trio's thread, keyed by `name` (or the uuid)."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Values] = {}
+        self._waiters: dict[str, list[trio.Event]] = {}
+
+    async def wait(self, key: str, condition: Callable[[Values | None], bool]) -> Values | None:
+        """Returns the row (None: not there) as soon as the condition holds of it."""
+        while not condition(self.rows.get(key)):
+            event = trio.Event()
+            waiters = self._waiters.setdefault(key, [])
+            waiters.append(event)
+            try:
+                await event.wait()
+            finally:
+                waiters.remove(event)
+                if not waiters and self._waiters.get(key) is waiters:
+                    del self._waiters[key]
+        return self.rows.get(key)
+
+    def put(self, key: str, values: Values | None) -> None:
+        if values is None:
+            self.rows.pop(key, None)
+        else:
+            self.rows[key] = values
+        for event in self._waiters.get(key, ()):
+            event.set()
+
+    def reset(self, rows: dict[str, Values]) -> None:
+        gone = self.rows.keys() - rows.keys()
+        for key in gone:
+            self.put(key, None)
+        for key, values in rows.items():
+            self.put(key, values)
+
+
+class Database:
+    """A connection to one database.
+
+    Args:
+        remote: where ovsdb-server listens, such as `unix:/run/x/db.sock`.
+        schema: the schema file that the database was created from.
+        tables: the tables and columns to replicate. Tables with a `name` column are indexed by it.
+        mirror: the tables and columns to keep in `mirrors`.
+        on_dump: called in trio's thread after each (re)connection, once the database's content is there.
+        on_change: called in trio's thread with (table, key, values or None) for each change of a mirrored table.
+    """
+
+    def __init__(
+        self,
+        remote: str,
+        schema: Path,
+        *,
+        tables: Mapping[str, list[str]],
+        mirror: Mapping[str, list[str]],
+        on_dump: Callable[[], None],
+        on_change: Callable[[str, str, Values | None], None] | None = None,
+    ) -> None:
+        helper = ovs_idl.SchemaHelper(str(schema))
+        self.name: str = helper.schema_json["name"]
+        for table, columns in tables.items():
+            known = helper.schema_json["tables"].get(table, {}).get("columns", {})
+            helper.register_columns(table, [column for column in columns if column in known])
+        self._columns = mirror
+        self._on_dump = on_dump
+        self._on_change = on_change
+        self._token = trio.lowlevel.current_trio_token()
+        self.mirrors: dict[str, Mirror] = {table: Mirror() for table in mirror}
+        self._idl = _Idl(remote, helper, self)
+        for table in self._idl.tables.values():
+            if "name" in table.columns:
+                table.rows.index_create("name").add_columns("name")
+        self._connection = connection.Connection(self._idl, timeout=_TIMEOUT)
+        self._api = _Api(self._connection)
+        self._jobs: list[_Job] = []
+        self._commit_lock = trio.Lock()
+        self._limiter = trio.CapacityLimiter(2)
+
+    async def start(self) -> None:
+        """Connects and waits for the content."""
+        await trio.to_thread.run_sync(self._connection.start, limiter=self._limiter)
+
+    async def stop(self) -> None:
+        """Ends the IDL's thread and closes the connection."""
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self._connection.stop, 2.0, limiter=self._limiter)
+
+    async def transact(self, op: Callable[[Txn], T]) -> T:
+        """As `transact_counted`, without the count."""
+        return (await self.transact_counted(op))[0]
+
+    async def transact_counted(self, op: Callable[[Txn], T]) -> tuple[T, int]:
+        """Runs the operation in a transaction, together with those of other tasks that wait at the same time.
+
+        The operation runs in another thread, perhaps more than once, and must reach the same end state each time.
+
+        Returns:
+            What the operation returned, and the value that the transaction gave to the column that an operation
+            in it incremented (0 when none did).
+
+        Raises:
+            UnavailableError: the server does not answer.
+            Exception: whatever the operation raises; nothing was changed then.
+        """
+        job = _Job(op)
+        self._jobs.append(job)
+        try:
+            async with self._commit_lock:
+                if not job.done:
+                    jobs, self._jobs = self._jobs, []
+                    with trio.CancelScope(shield=True):
+                        await self._commit(jobs)
+        except trio.Cancelled:
+            with contextlib.suppress(ValueError):
+                self._jobs.remove(job)
+            raise
+        if job.error is not None:
+            raise job.error
+        return job.value, job.increment
+
+    async def _commit(self, jobs: list[_Job]) -> None:
+        try:
+            await trio.to_thread.run_sync(self._commit_in_thread, jobs, limiter=self._limiter)
+        except ovsdb_exceptions.TimeoutException:
+            error = UnavailableError(f"the {self.name} database does not answer; try again")
+            for job in jobs:
+                job.done, job.error = True, error
+        except Exception as exc:
+            if len(jobs) == 1:
+                jobs[0].done, jobs[0].error = True, exc
+            else:  # one is wrong: the others must not suffer
+                for job in jobs:
+                    await self._commit([job])
+        else:
+            for job in jobs:
+                job.done = True
+
+    def _commit_in_thread(self, jobs: list[_Job]) -> None:
+        txn = transaction.Transaction(self._api, self._connection, _TIMEOUT, True, False)
+        cmd = _Command(self._api, jobs)
+        txn.add(cmd)
+        txn.commit()
+        for job in jobs:
+            job.increment = cmd.new_increment or 0
+
+    # The IDL's thread from here on.
+
+    def _values(self, row: Row) -> tuple[str, Values]:
+        columns = self._columns[row._table.name]
+        values = {column: getattr(row, column) for column in columns}
+        return str(getattr(row, "name", None) or row.uuid), values
+
+    def _dumped_in_thread(self) -> None:
+        dump = {
+            table: dict(self._values(row) for row in self._idl.tables[table].rows.values()) for table in self._columns
+        }
+
+        def hand_over() -> None:
+            for table, rows in dump.items():
+                self.mirrors[table].reset(rows)
+            self._on_dump()
+
+        self._hand_over(hand_over)
+
+    def _changed_in_thread(self, event: str, row: Row) -> None:
+        table = row._table.name
+        if table not in self._columns:
+            return
+        key, found = self._values(row)
+        values = None if event == ovs_idl.ROW_DELETE else found
+
+        def hand_over() -> None:
+            self.mirrors[table].put(key, values)
+            if self._on_change is not None:
+                self._on_change(table, key, values)
+
+        self._hand_over(hand_over)
+
+    def _hand_over(self, function: Callable[[], None]) -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(function)

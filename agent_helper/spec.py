@@ -1,0 +1,229 @@
+"""Descriptions of networks and endpoints, checked: what passes here can be given to OVN and dnsmasq as it is."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from agent_helper.errors import InvalidSpecError
+from taploom.contracts.taploom.helper.v1 import Endpoint, Network
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+_ID = re.compile(r"[a-zA-Z0-9_.-]{1,64}", re.ASCII)
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,255}", re.ASCII)
+_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.ASCII)
+MAX_NAMES = 256
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """A network. `subnets` and `gateways` are in the same order, at most one per family."""
+
+    network_id: str
+    name: str
+    subnets: tuple[IPNetwork, ...]
+    gateways: tuple[Address, ...]
+    gateway_mac: str
+    internal: bool
+    mtu: int
+    dns_servers: tuple[Address, ...]
+    dns_mac: str
+    uplink_addresses: tuple[Interface, ...]
+
+    @property
+    def gateway_interfaces(self) -> list[str]:
+        """The gateways with their subnets' prefix lengths, as `10.0.0.1/24`."""
+        return [f"{gateway}/{subnet.prefixlen}" for gateway, subnet in zip(self.gateways, self.subnets, strict=True)]
+
+
+@dataclass(frozen=True)
+class EndpointSpec:
+    """An endpoint. `names` are those that DNS can carry, the container's first."""
+
+    endpoint_id: str
+    network_id: str
+    mac_address: str
+    addresses: tuple[Address, ...]
+    names: tuple[str, ...]
+    disabled: bool
+
+    @property
+    def port_addresses(self) -> str:
+        """MAC and addresses in the form of OVN's `addresses` and `port_security` (ovn-nb(5))."""
+        return " ".join([self.mac_address, *map(str, self.addresses)])
+
+
+def check_id(what: str, value: str) -> str:
+    """The identity, when it is one.
+
+    Raises:
+        InvalidSpecError: it is not 1 to 64 characters of [a-zA-Z0-9_.-].
+    """
+    if not _ID.fullmatch(value):
+        raise InvalidSpecError(f"{what} {_show(value)} must be 1 to 64 characters of [a-zA-Z0-9_.-]")
+    return value
+
+
+def parse_network(message: Network) -> NetworkSpec:
+    """Checks a network.
+
+    Raises:
+        InvalidSpecError: says which field is wrong and what it must be.
+    """
+    network_id = check_id("network_id", message.network_id)
+    if not _NAME.fullmatch(message.name) or not _servable(message.name):
+        raise InvalidSpecError(
+            f"name {_show(message.name)} must be labels of 1 to 63 characters of [a-zA-Z0-9_-], with dots between"
+        )
+    subnets = tuple(_subnet(text) for text in message.subnets)
+    if not subnets:
+        raise InvalidSpecError("subnets must have at least one subnet")
+    _one_per_family("subnets", subnets)
+    if len(message.gateways) != len(subnets):
+        raise InvalidSpecError(f"gateways must be one per subnet: {len(subnets)}, not {len(message.gateways)}")
+    gateways = tuple(_address("gateways", text) for text in message.gateways)
+    for gateway, subnet in zip(gateways, subnets, strict=True):
+        _host_address("gateway", gateway, [subnet])
+    gateway_mac = _mac("gateway_mac", message.gateway_mac)
+    least = 1280 if any(subnet.version == 6 for subnet in subnets) else 68
+    if not least <= message.mtu <= 65535:
+        raise InvalidSpecError(f"mtu {message.mtu} must be {least} to 65535")
+    dns_servers = tuple(_address("dns_servers", text) for text in message.dns_servers)
+    _one_per_family("dns_servers", dns_servers)
+    for server in dns_servers:
+        if any(server in subnet for subnet in subnets):
+            raise InvalidSpecError(f"dns_servers {server} must be outside the subnets")
+        if server.is_multicast or server.is_unspecified or server.is_loopback:
+            raise InvalidSpecError(f"dns_servers {server} must be a unicast address")
+    dns_mac = ""
+    if dns_servers:
+        dns_mac = _mac("dns_mac", message.dns_mac)
+        if dns_mac == gateway_mac:
+            raise InvalidSpecError(f"dns_mac {dns_mac} must not be the gateway's")
+    return NetworkSpec(
+        network_id,
+        message.name,
+        subnets,
+        gateways,
+        gateway_mac,
+        message.internal,
+        message.mtu,
+        dns_servers,
+        dns_mac,
+        _uplinks(message.uplink_addresses),
+    )
+
+
+def parse_endpoint(message: Endpoint) -> EndpointSpec:
+    """Checks an endpoint by itself; `check_in_network` checks it against its network.
+
+    Raises:
+        InvalidSpecError: says which field is wrong and what it must be.
+    """
+    endpoint_id = check_id("endpoint_id", message.endpoint_id)
+    network_id = check_id("network_id", message.network_id)
+    addresses = tuple(_address("addresses", text) for text in message.addresses)
+    if not addresses:
+        raise InvalidSpecError("addresses must have at least one address")
+    _one_per_family("addresses", addresses)
+    if len(message.names) > MAX_NAMES:
+        raise InvalidSpecError(f"names must be at most {MAX_NAMES}, not {len(message.names)}")
+    for name in message.names:
+        if not _NAME.fullmatch(name):
+            raise InvalidSpecError(f"names: {_show(name)} must be 1 to 255 characters of [a-zA-Z0-9_.-]")
+    return EndpointSpec(
+        endpoint_id,
+        network_id,
+        _mac("mac_address", message.mac_address),
+        addresses,
+        tuple(dict.fromkeys(name for name in message.names if _servable(name))),
+        message.disabled,
+    )
+
+
+def check_in_network(endpoint: EndpointSpec, network: NetworkSpec) -> None:
+    """Checks that the endpoint's addresses fit its network.
+
+    Raises:
+        InvalidSpecError: an address is outside the subnets or the gateway's, or the MAC address is the network's.
+    """
+    for address in endpoint.addresses:
+        _host_address("addresses", address, network.subnets)
+        if address in network.gateways:
+            raise InvalidSpecError(f"addresses {address} is the gateway of network {network.network_id}")
+    if endpoint.mac_address in (network.gateway_mac, network.dns_mac):
+        raise InvalidSpecError(f"mac_address {endpoint.mac_address} is the network's own")
+
+
+def _uplinks(texts: Iterable[str]) -> tuple[Interface, ...]:
+    found: list[Interface] = []
+    for text in texts:
+        try:
+            found.append(ipaddress.ip_interface(text))
+        except ValueError:
+            raise InvalidSpecError(f"uplink_addresses {_show(text)} is not an address in CIDR form") from None
+    _one_per_family("uplink_addresses", found)
+    return tuple(found)
+
+
+def _subnet(text: str) -> IPNetwork:
+    try:
+        if "/" not in text:
+            raise ValueError("no prefix length")
+        subnet = ipaddress.ip_network(text)
+    except ValueError:
+        raise InvalidSpecError(f"subnets {_show(text)} is not a subnet in CIDR form without host bits") from None
+    if subnet.is_multicast or subnet.is_loopback or subnet.is_unspecified or subnet.prefixlen == 0:
+        raise InvalidSpecError(f"subnets {subnet} is not a unicast subnet")
+    if subnet.prefixlen > subnet.max_prefixlen - 1:
+        raise InvalidSpecError(f"subnets {subnet} has no room for an endpoint beside the gateway")
+    return subnet
+
+
+def _address(what: str, text: str) -> Address:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise InvalidSpecError(f"{what} {_show(text)} is not an IP address without prefix length") from None
+    if isinstance(address, ipaddress.IPv6Address) and address.scope_id is not None:
+        raise InvalidSpecError(f"{what} {_show(text)} must not have a zone")
+    return address
+
+
+def _host_address(what: str, address: Address, subnets: Iterable[IPNetwork]) -> None:
+    subnet = next((subnet for subnet in subnets if address in subnet), None)
+    if subnet is None:
+        raise InvalidSpecError(f"{what} {address} is outside {', '.join(map(str, subnets))}")
+    if subnet.prefixlen < subnet.max_prefixlen - 1 and (
+        address == subnet.network_address or (address.version == 4 and address == subnet.broadcast_address)
+    ):
+        raise InvalidSpecError(f"{what} {address} is the network's or the broadcast address of {subnet}")
+
+
+def _one_per_family(what: str, values: Iterable[Address | IPNetwork | Interface]) -> None:
+    versions = [value.version for value in values]
+    if len(versions) != len(set(versions)):
+        raise InvalidSpecError(f"{what} must be at most one per family")
+
+
+def _mac(what: str, text: str) -> str:
+    mac = text.lower()
+    if not _MAC.fullmatch(mac):
+        raise InvalidSpecError(f"{what} {_show(text)} must be a MAC address like 02:42:ac:11:00:02")
+    if int(mac[:2], 16) & 1 or mac == "00:00:00:00:00:00":
+        raise InvalidSpecError(f"{what} {mac} must be a unicast MAC address")
+    return mac
+
+
+def _servable(name: str) -> bool:
+    """Whether DNS can carry the name (RFC 1035, 2.3.4)."""
+    return len(name) <= 253 and all(1 <= len(label) <= 63 for label in name.split("."))
+
+
+def _show(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")

@@ -1,0 +1,392 @@
+"""The OVS and OVN daemons: brought up from nothing, watched, and put right after any of them died.
+
+The databases are the daemons' working memory and no more: they are created afresh at each start, and again when lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import uuid
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from agent_helper.errors import SetupError, UnavailableError
+from agent_helper.links import has_kernel_datapath
+from agent_helper.ovsdb import Database, Txn
+from taploom.supervise import SupervisedProcess
+
+logger = logging.getLogger("taploom.helper.stack")
+
+CHASSIS = "taploom-helper"
+BRIDGE = "br-int"
+_PROGRAMS = {
+    "ovsdb-server": "openvswitch-switch",
+    "ovsdb-tool": "openvswitch-switch",
+    "ovs-vswitchd": "openvswitch-switch",
+    "ovn-northd": "ovn-central",
+    "ovn-controller": "ovn-host",
+    "dnsmasq": "dnsmasq-base",
+}
+_SCHEMAS = {
+    "conf": ("openvswitch/vswitch.ovsschema", "openvswitch-switch"),
+    "nb": ("ovn/ovn-nb.ovsschema", "ovn-central"),
+    "sb": ("ovn/ovn-sb.ovsschema", "ovn-central"),
+}
+_PROBE_INTERVAL = 0.003  # between attempts to connect to a socket that is not there yet
+
+_CONF_TABLES = {
+    "Open_vSwitch": ["bridges", "external_ids", "other_config", "next_cfg", "cur_cfg", "ovs_version"],
+    "Bridge": ["name", "datapath_type", "fail_mode", "other_config", "ports"],
+    "Port": ["name", "interfaces", "external_ids"],
+    "Interface": ["name", "type", "external_ids", "ofport", "error", "mtu_request"],
+}
+_CONF_MIRROR = {
+    "Open_vSwitch": ["cur_cfg"],
+    "Interface": ["ofport", "external_ids", "error"],
+}
+_NB_TABLES = {
+    "NB_Global": ["nb_cfg", "hv_cfg", "options"],
+    "Logical_Switch": ["name", "ports", "acls", "other_config", "external_ids"],
+    "Logical_Switch_Port": ["name", "type", "options", "addresses", "port_security", "enabled", "external_ids"],
+    "Logical_Router": ["name", "ports", "static_routes", "policies", "nat", "options", "external_ids"],
+    "Logical_Router_Port": ["name", "networks", "mac", "options", "external_ids"],
+    "Logical_Router_Static_Route": ["ip_prefix", "nexthop", "output_port", "external_ids"],
+    "NAT": ["external_ip", "logical_ip", "type", "options", "external_ids"],
+    "ACL": ["name", "priority", "direction", "match", "action", "external_ids"],
+}
+_NB_MIRROR = {"NB_Global": ["nb_cfg", "hv_cfg"]}
+_SB_TABLES = {"Chassis": ["name"]}
+
+
+def find_programs() -> dict[str, str]:
+    """The paths of the programs needed.
+
+    Raises:
+        SetupError: names those missing and the Debian packages that have them.
+    """
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/local/sbin"
+    found = {name: shutil.which(name, path=path) for name in _PROGRAMS}
+    missing = [name for name, where in found.items() if where is None]
+    missing += [file for file, _ in _SCHEMAS.values() if not _schema(file).exists()]
+    if missing:
+        packages = {_PROGRAMS.get(name) or dict(_SCHEMAS.values())[name] for name in missing}
+        raise SetupError(f"missing {', '.join(missing)}: apt-get install {' '.join(sorted(packages))}")
+    return {name: where for name, where in found.items() if where is not None}
+
+
+def _schema(file: str) -> Path:
+    return Path("/usr/share") / file
+
+
+class Stack:
+    """Supervises the four daemons and holds the connections to their databases.
+
+    Args:
+        state_dir: a folder of ours: sockets and databases go to `run`, logs to `log`.
+        on_daemon: called when a daemon's state changed.
+        on_content: called with a database's name each time its content was read anew: at start, and after a
+            reconnection, when it may have been lost.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path,
+        programs: dict[str, str],
+        *,
+        on_daemon: Callable[[SupervisedProcess], None],
+        on_content: Callable[[str], None],
+    ) -> None:
+        self.state_dir = state_dir
+        self.run_dir = state_dir / "run"
+        self.log_dir = state_dir / "log"
+        self.programs = programs
+        self.kernel_datapath = False
+        self.ovs_version = self.ovn_version = ""
+        self.ready = trio.Event()
+        self.waiting_for = "the daemons to start"
+        self.daemons: dict[str, SupervisedProcess] = {}
+        self._on_daemon = on_daemon
+        self._on_content = on_content
+        self._conf: Database | None = None
+        self._nb: Database | None = None
+        self._sb: Database | None = None
+        self._mgmt_changed = trio.Event()
+        # ovsdb-server, ovs-vswitchd and ovn-controller find one another by these.
+        folders = {
+            f"{who}_{what}DIR": str(self.run_dir) for who in ("OVS", "OVN") for what in ("RUN", "LOG", "DB", "SYSCONF")
+        }
+        self.env = {"PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin"), "LC_ALL": "C.UTF-8", **folders}
+
+    @property
+    def conf(self) -> Database:
+        """Open vSwitch's database.
+
+        Raises:
+            UnavailableError: it is not there yet.
+        """
+        if self._conf is None:
+            raise UnavailableError("Open vSwitch has not started yet; try again")
+        return self._conf
+
+    @property
+    def nb(self) -> Database:
+        """OVN's northbound database.
+
+        Raises:
+            UnavailableError: it is not there yet.
+        """
+        if self._nb is None:
+            raise UnavailableError("OVN has not started yet; try again")
+        return self._nb
+
+    @property
+    def socket(self) -> Path:
+        return self.run_dir / "db.sock"
+
+    @property
+    def mgmt(self) -> Path:
+        """Where br-int takes OpenFlow connections: there once vswitchd has the bridge."""
+        return self.run_dir / f"{BRIDGE}.mgmt"
+
+    async def probe(self) -> None:
+        """Finds out what the kernel and the programs are."""
+
+        def version(program: str) -> str:
+            output = subprocess.run([self.programs[program], "--version"], capture_output=True, text=True, check=True)
+            found = re.search(r"\d+(\.\d+)+", output.stdout)
+            return found[0] if found else ""
+
+        def probe() -> None:
+            self.kernel_datapath = has_kernel_datapath()
+            self.ovs_version, self.ovn_version = version("ovs-vswitchd"), version("ovn-controller")
+
+        await trio.to_thread.run_sync(probe)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Runs the daemons until cancelled; reports started once ports can be plugged and are forwarded."""
+        self._prepare_folders()
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._run_ovsdb_server)
+                await self._connect()
+                await self.ensure_conf()
+                nursery.start_soon(self._run_vswitchd)
+                nursery.start_soon(self._run_northd)
+                await self._connectable(self.mgmt)
+                nursery.start_soon(self._run_controller)
+                nursery.start_soon(self._kick_controller)
+                await self.wait_programmed()
+                self.waiting_for = ""
+                self.ready.set()
+                task_status.started()
+        finally:
+            for database in (self._conf, self._nb, self._sb):
+                if database is not None:
+                    await database.stop()
+
+    def _prepare_folders(self) -> None:
+        # Whatever a run before left (sockets, databases, hosts files) is of no use.
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+        self.run_dir.mkdir(parents=True, mode=0o700)
+        self.log_dir.mkdir(exist_ok=True)
+        longest = len(str(self.run_dir / "ovn-controller.4194304.ctl"))
+        if longest > 100:
+            raise SetupError(f"--state-dir {self.state_dir} is too long for Unix sockets: at most 75 characters")
+
+    def _daemon(self, name: str, *args: str, **options: object) -> SupervisedProcess:
+        argv = [self.programs[name], *args, "-vconsole:warn", "-vsyslog:off", "-vfile:off", "--no-chdir"]
+        process = SupervisedProcess(
+            name,
+            argv,
+            env=self.env,
+            log=self.log_dir / f"{name}.log",
+            backoff_max=1.0,
+            on_change=self._on_daemon,
+            **options,  # type: ignore[arg-type]  # ready and prepare, passed on
+        )
+        self.daemons[name] = process
+        return process
+
+    async def _run_ovsdb_server(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        files = [str(self.run_dir / f"{name}.db") for name in _SCHEMAS]
+        process = self._daemon(
+            "ovsdb-server",
+            f"--remote=punix:{self.socket}",
+            f"--unixctl={self.run_dir}/ovsdb-server.ctl",
+            *files,
+            ready=partial(self._connectable, self.socket),
+            prepare=self._prepare_databases,
+        )
+        await process.run(task_status=task_status)
+
+    def _prepare_databases(self) -> None:
+        process = self.daemons["ovsdb-server"]
+        refused = re.match(r"ended with exit code [1-9]", process.last_exit) is not None
+        for name, (schema, _) in _SCHEMAS.items():
+            file = self.run_dir / f"{name}.db"
+            if refused:  # it could not read them
+                file.unlink(missing_ok=True)
+            if not file.exists() or not file.stat().st_size:
+                file.unlink(missing_ok=True)
+                (self.run_dir / f".{name}.db.~lock~").unlink(missing_ok=True)
+                subprocess.run(
+                    [self.programs["ovsdb-tool"], "create", str(file), str(_schema(schema))], check=True, env=self.env
+                )
+
+    async def _connect(self) -> None:
+        remote = f"unix:{self.socket}"
+        schemas = {name: _schema(file) for name, (file, _) in _SCHEMAS.items()}
+        conf = Database(
+            remote,
+            schemas["conf"],
+            tables=_CONF_TABLES,
+            mirror=_CONF_MIRROR,
+            on_dump=partial(self._on_content, "conf"),
+        )
+        nb = Database(
+            remote, schemas["nb"], tables=_NB_TABLES, mirror=_NB_MIRROR, on_dump=partial(self._on_content, "nb")
+        )
+        sb = Database(
+            remote, schemas["sb"], tables=_SB_TABLES, mirror=_SB_TABLES, on_dump=partial(self._on_content, "sb")
+        )
+        async with trio.open_nursery() as nursery:
+            for database in (conf, nb, sb):
+                nursery.start_soon(database.start)
+        self._conf, self._nb, self._sb = conf, nb, sb
+
+    async def ensure_conf(self) -> None:
+        """Makes Open vSwitch's own configuration be as it must: the integration bridge and OVN's settings."""
+        datapath = "system" if self.kernel_datapath else "netdev"
+
+        def op(txn: Txn) -> None:
+            root = txn.only("Open_vSwitch")
+            if root is None:
+                root = txn.insert("Open_vSwitch")
+                ids, config, bridges = {}, {}, []
+            else:
+                ids, config, bridges = dict(root.external_ids), dict(root.other_config), list(root.bridges)
+            ids |= {
+                "system-id": CHASSIS,
+                "hostname": CHASSIS,
+                "ovn-remote": f"unix:{self.socket}",
+                "ovn-encap-type": "geneve",
+                "ovn-encap-ip": "127.0.0.1",  # mandatory, though there is no other chassis
+                "ovn-monitor-all": "true",
+                "ovn-bridge-datapath-type": datapath,
+            }
+            if not self.kernel_datapath:
+                config["userspace-tso-enable"] = "true"
+            bridge = txn.find("Bridge", BRIDGE)
+            if bridge is None:
+                interface = txn.insert("Interface", name=BRIDGE, type="internal")
+                port = txn.insert("Port", name=BRIDGE, interfaces=[interface])
+                bridge = txn.insert(
+                    "Bridge",
+                    name=BRIDGE,
+                    datapath_type=datapath,
+                    fail_mode="secure",
+                    other_config={"disable-in-band": "true"},
+                    ports=[port],
+                )
+                root.bridges = [*bridges, bridge]
+            root.external_ids = ids
+            root.other_config = config
+
+        await self.conf.transact(op)
+
+    async def _run_vswitchd(self) -> None:
+        def prepare() -> None:
+            self.mgmt.unlink(missing_ok=True)
+
+        process = self._daemon(
+            "ovs-vswitchd",
+            f"unix:{self.socket}",
+            f"--unixctl={self.run_dir}/ovs-vswitchd.ctl",
+            ready=partial(self._connectable, self.mgmt),
+            prepare=prepare,
+        )
+        await process.run()
+
+    async def _run_northd(self) -> None:
+        ctl = self.run_dir / "ovn-northd.ctl"
+        remote = f"unix:{self.socket}"
+        process = self._daemon(
+            "ovn-northd",
+            f"--unixctl={ctl}",
+            f"--ovnnb-db={remote}",
+            f"--ovnsb-db={remote}",
+            ready=partial(self._connectable, ctl),
+            prepare=partial(ctl.unlink, missing_ok=True),
+        )
+        await process.run()
+
+    async def _run_controller(self) -> None:
+        # It names its control socket itself, after its process id.
+        def prepare() -> None:
+            for file in self.run_dir.glob("ovn-controller.*.ctl"):
+                file.unlink(missing_ok=True)
+
+        async def ready() -> None:
+            await self._connectable(self.run_dir / f"ovn-controller.{process.pid}.ctl")
+
+        process = self._daemon("ovn-controller", f"unix:{self.socket}", ready=ready, prepare=prepare)
+        await process.run()
+
+    async def _kick_controller(self) -> None:
+        """Restarts ovn-controller once a restarted vswitchd accepts OpenFlow again: its own back-off takes seconds."""
+        vswitchd = self.daemons["ovs-vswitchd"]
+        await vswitchd.wait_ready()
+        while True:
+            seen = vswitchd.restarts
+            await self._restarted(vswitchd, seen)
+            await vswitchd.wait_ready()
+            # Not by SIGTERM: it would take the chassis and its ports out of the database on its way out.
+            self.daemons["ovn-controller"].kill(signal.SIGKILL)
+
+    async def _restarted(self, process: SupervisedProcess, seen: int) -> None:
+        while process.restarts == seen:
+            self._mgmt_changed = trio.Event()
+            await self._mgmt_changed.wait()
+
+    def daemon_changed(self) -> None:
+        """To be called on each change of a daemon's state."""
+        self._mgmt_changed.set()
+
+    async def wait_programmed(self) -> None:
+        """Returns once the chassis has programmed all that the northbound database had when this was called."""
+        assert self._sb is not None
+        self.waiting_for = "ovn-controller to register its chassis"
+        await self._sb.mirrors["Chassis"].wait(CHASSIS, lambda row: row is not None)
+        self.waiting_for = "OVN to program the data path"
+
+        def op(txn: Txn) -> None:
+            row = txn.only("NB_Global") or txn.insert("NB_Global")
+            txn.increment(row, "nb_cfg")
+
+        _, wanted = await self.nb.transact_counted(op)
+        mirror = self.nb.mirrors["NB_Global"]
+        while not any(row["hv_cfg"] >= wanted for row in mirror.rows.values()):
+            key = next(iter(mirror.rows), "")
+            await mirror.wait(key, lambda row: row is None or row["hv_cfg"] >= wanted)
+
+    @staticmethod
+    async def _connectable(path: Path) -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                stream = await trio.open_unix_socket(str(path))
+                await stream.aclose()
+                return
+            await trio.sleep(_PROBE_INTERVAL)
+
+
+def new_instance_id() -> str:
+    return uuid.uuid4().hex
