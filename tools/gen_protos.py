@@ -4,8 +4,8 @@
     python tools/gen_protos.py --check    # writes nothing; fails with a diff when the committed code differs
 
 Made are: the messages (betterproto2), the service stubs (protoc_gen_taploom.py), and ``descriptors.binpb``, a
-FileDescriptorSet with the descriptors of all contracts and of what they import, for server reflection. The output depends
-on the .proto files and the locked tool versions only.
+FileDescriptorSet with the descriptors of all contracts and of what they import, for server reflection. The output
+depends on the .proto files and the locked tool versions only.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Channel:
         method: Method[RequestT, ResponseT],
         request: RequestT,
         *,
-        timeout: float | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the server is told it, too
         metadata: MetadataLike | None = None,
     ) -> ResponseT:
         """One request, one response. RpcError when the call fails."""

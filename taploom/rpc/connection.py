@@ -76,7 +76,7 @@ class _RoomySettings(h2.settings.Settings):
     which must happen after h2 has taken it.
     """
 
-    @property
+    @property  # type: ignore[misc]  # h2's has a setter, which nobody uses on the local settings
     def max_concurrent_streams(self) -> int:
         return 2 * int(self.get(h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS, 100)) + 100
 

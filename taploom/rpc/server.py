@@ -174,6 +174,7 @@ class Server:
         max_message_size: the largest request taken, in bytes.
         max_connections: connections served at the same time by `serve`; more are closed at once.
         config: the limits of a connection; `max_message_size` is then taken from it.
+        descriptor_sets: serialized FileDescriptorSets for reflection of services that are not taploom's contracts.
     """
 
     def __init__(
@@ -186,6 +187,7 @@ class Server:
         max_message_size: int = 4 * 2**20,
         max_connections: int = 64,
         config: ConnectionConfig | None = None,
+        descriptor_sets: Iterable[bytes] = (),
     ) -> None:
         self._config = config or replace(ConnectionConfig(), max_message_size=max_message_size)
         self._max_connections = max_connections
@@ -203,7 +205,7 @@ class Server:
         if reflection:
             from .reflection import reflection_services
 
-            services += reflection_services([service.service_name for service in services])
+            services += reflection_services([service.service_name for service in services], descriptor_sets)
         for service in services:
             for handler in service.handlers():
                 parse = make_parser(handler.method.request_type, strict=strict)
@@ -271,7 +273,7 @@ class Server:
                 self._connections.discard(connection)
             # Calls whose connection is gone have been cancelled; their handlers may still have to clean up.
 
-    async def drain(self, timeout: float) -> None:
+    async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - not the time-out of drain itself
         """Stops accepting, tells all clients, and waits until the calls under way have ended.
 
         What still runs after `timeout` seconds fails with UNAVAILABLE. All connections are closed when this returns.
