@@ -1,7 +1,7 @@
 """The bridge's durable state: one SQLite file, one transaction per change.
 
 WAL keeps readers (`sqlite3 bridge.db`) from blocking the bridge and makes a commit one append. `synchronous` is FULL:
-an answer "created" then also survives a power cut; with NORMAL a power cut could lose the last commits, and the addresses
+an answer "created" then also survives a power cut; with NORMAL one could lose the last commits, and the addresses
 in them would be given out twice. A commit whose row is still pending uses NORMAL: nobody has been told of it, and
 start-up removes pending rows anyway, so the hot path waits for one fsync and not two.
 

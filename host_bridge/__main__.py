@@ -1,0 +1,140 @@
+"""The host bridge's process."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import trio
+
+from host_bridge.api import GuestApi, NetworkApi, StatusApi
+from host_bridge.desired import DesiredState
+from host_bridge.errors import InvalidError, StateError
+from host_bridge.fabric import Fabric
+from host_bridge.ipam import parse_address as parse_ip
+from host_bridge.store import Store
+from taploom import __version__
+from taploom.address import Address, AddressError, data_address, open_listener, parse_address
+from taploom.link import open_dataplane
+from taploom.log import LEVELS, setup_logging
+from taploom.rpc import Server
+
+logger = logging.getLogger("taploom.bridge")
+
+HELPER_CONTROL_PORT = 6000
+_DRAIN = 3.0
+_MAX_UPSTREAMS = 3
+
+_EXAMPLE = """\
+example:
+  python -m host_bridge --socket unix:/run/taploom/bridge.sock \\
+      --state-dir /var/lib/taploom --helper hybrid:/run/taploom/helper/v.sock:6000
+
+The taploom command finds the bridge by --bridge ADDRESS, $TAPLOOM_BRIDGE, or at the socket's usual places.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="taploom-bridge",
+        description="Keeps the networks of a host's container VMs: desired state, relay and API.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--socket", required=True, metavar="ADDR", help="where to serve the API: unix:PATH or fd:N")
+    parser.add_argument("--state-dir", required=True, metavar="DIR", type=Path, help="where to keep the state")
+    parser.add_argument("--helper", required=True, metavar="ADDR", help="the helper agent's control port")
+    parser.add_argument("--helper-data", metavar="ADDR", help="its data port; default: beside the control port")
+    parser.add_argument(
+        "--dns",
+        action="append",
+        default=[],
+        metavar="IP",
+        help="where guests ask for names that no network knows; up to three; default: nowhere",
+    )
+    parser.add_argument("--log-level", default="info", choices=LEVELS, help="default: info")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the bridge until SIGTERM or SIGINT; returns the exit code."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        socket = _address(arguments.socket)
+        helper = _address(arguments.helper, HELPER_CONTROL_PORT)
+        helper_data = _address(arguments.helper_data) if arguments.helper_data else data_address(helper)
+        upstreams = [_upstream(text) for text in arguments.dns]
+        if len(upstreams) > _MAX_UPSTREAMS:
+            raise ValueError(f"{len(upstreams)} DNS servers are too many: give at most {_MAX_UPSTREAMS}")
+    except ValueError as error:
+        parser.error(str(error))
+    setup_logging("host_bridge", arguments.log_level)
+    try:
+        with Store(arguments.state_dir) as store:
+            trio.run(serve, store, socket, helper, helper_data, upstreams)
+    except (StateError, ListenError) as error:
+        print(f"taploom-bridge: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+class ListenError(Exception):
+    """The API's socket cannot be opened."""
+
+
+async def serve(store: Store, socket: Address, helper: Address, helper_data: Address, upstreams: Sequence[str]) -> None:
+    """Serves until SIGTERM or SIGINT, then lets calls under way finish.
+
+    Raises:
+        ListenError: the socket cannot be opened.
+    """
+    async with open_dataplane() as dataplane:
+        fabric = Fabric(DesiredState(store), dataplane, helper, helper_data, upstreams=upstreams)
+        try:
+            listener = await open_listener(socket)
+        except (OSError, AddressError) as error:
+            raise ListenError(f"cannot serve at {socket}: {error}") from error
+        server = Server([NetworkApi(fabric), GuestApi(fabric), StatusApi(fabric)])
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(fabric.run)
+                await nursery.start(server.serve, listener)
+                for service in ("NetworkService", "GuestService", "StatusService"):
+                    server.health.set(f"taploom.bridge.v1.{service}", serving=True)
+                logger.info("serving at %s, helper at %s, version %s", socket, helper, __version__)
+                async for number in signals:
+                    logger.info("%s: ending", signal.Signals(number).name)
+                    break
+                await server.drain(_DRAIN)
+                nursery.cancel_scope.cancel()
+
+
+def _address(text: str, default_port: int | None = None) -> Address:
+    return parse_address(text, default_port=default_port)
+
+
+def _upstream(text: str) -> str:
+    """An upstream DNS server as the guest contract has it: address, address:port or [address]:port."""
+    host, colon, port = text.rpartition(":")
+    if colon and port.isdecimal() and (":" not in host or (host.startswith("[") and host.endswith("]"))):
+        if not 0 < int(port) < 1 << 16:
+            raise ValueError(f"DNS server {text!r} has an impossible port")
+        host = host.strip("[]")
+    else:
+        host = text
+    try:
+        parse_ip(host)
+    except InvalidError as error:
+        raise ValueError(f"DNS server: {error}") from error
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The bridge's gRPC API (`taploom.bridge.v1`): contract messages in, fabric calls, contract messages out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import trio
+
+from host_bridge.errors import BridgeError
+from host_bridge.fabric import Fabric
+from host_bridge.status import StatusReader
+from taploom.contracts.taploom.bridge import v1 as bridge
+from taploom.contracts.taploom.bridge.v1.rpc import GuestServiceBase, NetworkServiceBase, StatusServiceBase
+from taploom.rpc import RpcError, SendStream, ServerContext, StatusCode
+
+_DEFAULT_INTERVAL_MS = 1000
+_INTERVALS_MS = range(100, 60_001)
+
+
+@contextlib.contextmanager
+def _as_status() -> Iterator[None]:
+    try:
+        yield
+    except BridgeError as error:
+        raise RpcError(StatusCode[error.code], str(error)) from error
+
+
+class NetworkApi(NetworkServiceBase):
+    """Networks and who is on them."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        self._fabric = fabric
+
+    async def create_network(
+        self, request: bridge.CreateNetworkRequest, context: ServerContext
+    ) -> bridge.CreateNetworkResponse:
+        with _as_status():
+            record = await self._fabric.create_network(
+                request.name,
+                subnets=request.subnets,
+                gateways=request.gateways,
+                internal=request.internal,
+                mtu=request.mtu,
+                enable_ipv6=request.enable_ipv6,
+            )
+        return bridge.CreateNetworkResponse(network=self._fabric.network_message(record))
+
+    async def list_networks(
+        self, request: bridge.ListNetworksRequest, context: ServerContext
+    ) -> bridge.ListNetworksResponse:
+        networks = self._fabric.desired.networks()
+        return bridge.ListNetworksResponse(networks=[self._fabric.network_message(record) for record in networks])
+
+    async def get_network(self, request: bridge.GetNetworkRequest, context: ServerContext) -> bridge.GetNetworkResponse:
+        with _as_status():
+            record = self._fabric.desired.find_network(request.network)
+        return bridge.GetNetworkResponse(network=self._fabric.network_message(record))
+
+    async def delete_network(
+        self, request: bridge.DeleteNetworkRequest, context: ServerContext
+    ) -> bridge.DeleteNetworkResponse:
+        with _as_status():
+            record = await self._fabric.delete_network(request.network)
+        return bridge.DeleteNetworkResponse(id=record.id)
+
+    async def connect_guest(
+        self, request: bridge.ConnectGuestRequest, context: ServerContext
+    ) -> bridge.ConnectGuestResponse:
+        with _as_status():
+            record = await self._fabric.connect(
+                request.network,
+                request.guest,
+                addresses=request.addresses,
+                aliases=request.aliases,
+                gateway_priority=request.gateway_priority,
+                mac_address=request.mac_address,
+            )
+        return bridge.ConnectGuestResponse(endpoint=self._fabric.endpoint_message(record))
+
+    async def disconnect_guest(
+        self, request: bridge.DisconnectGuestRequest, context: ServerContext
+    ) -> bridge.DisconnectGuestResponse:
+        with _as_status():
+            await self._fabric.disconnect(request.network, request.guest)
+        return bridge.DisconnectGuestResponse()
+
+
+class GuestApi(GuestServiceBase):
+    """Guests."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        self._fabric = fabric
+
+    async def register_guest(
+        self, request: bridge.RegisterGuestRequest, context: ServerContext
+    ) -> bridge.RegisterGuestResponse:
+        with _as_status():
+            record = await self._fabric.register_guest(request.name, request.address, request.data_address)
+        return bridge.RegisterGuestResponse(guest=self._fabric.guest_message(record))
+
+    async def list_guests(self, request: bridge.ListGuestsRequest, context: ServerContext) -> bridge.ListGuestsResponse:
+        guests = self._fabric.desired.guests()
+        return bridge.ListGuestsResponse(guests=[self._fabric.guest_message(record) for record in guests])
+
+    async def get_guest(self, request: bridge.GetGuestRequest, context: ServerContext) -> bridge.GetGuestResponse:
+        with _as_status():
+            record = self._fabric.desired.find_guest(request.guest)
+        return bridge.GetGuestResponse(guest=self._fabric.guest_message(record))
+
+    async def remove_guest(
+        self, request: bridge.RemoveGuestRequest, context: ServerContext
+    ) -> bridge.RemoveGuestResponse:
+        with _as_status():
+            record = await self._fabric.remove_guest(request.guest)
+        return bridge.RemoveGuestResponse(id=record.id)
+
+
+class StatusApi(StatusServiceBase):
+    """How everything is."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        self._reader = StatusReader(fabric)
+
+    async def get_status(self, request: bridge.GetStatusRequest, context: ServerContext) -> bridge.GetStatusResponse:
+        return bridge.GetStatusResponse(status=await self._reader.read())
+
+    async def watch_status(
+        self,
+        request: bridge.WatchStatusRequest,
+        stream: SendStream[bridge.WatchStatusResponse],
+        context: ServerContext,
+    ) -> None:
+        interval_ms = request.interval_ms or _DEFAULT_INTERVAL_MS
+        if interval_ms not in _INTERVALS_MS:
+            raise RpcError(
+                StatusCode.INVALID_ARGUMENT, f"interval {interval_ms} ms is out of range: use 100 to 60000, or 0"
+            )
+        due = trio.current_time()
+        while True:
+            await stream.send(bridge.WatchStatusResponse(status=await self._reader.read()))
+            due = max(due + interval_ms / 1000, trio.current_time())
+            await trio.sleep_until(due)

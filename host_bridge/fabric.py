@@ -1,0 +1,411 @@
+"""The running fabric: desired state, peers and links together, and the changes that callers wait for.
+
+A create or connect is a transaction over the database, the helper and a guest: it is committed as pending, told to both
+agents at once, and only when frames can pass is it made active. If that does not happen in time, the rows go and the
+agents converge back; a bridge that is killed in between removes pending rows when it starts. A delete or disconnect is
+recorded first and always succeeds: an agent that is away learns of it from its next Sync.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from host_bridge.describe import bridge_endpoint, bridge_guest, bridge_network
+from host_bridge.desired import DesiredState
+from host_bridge.errors import AbortedError, UnavailableError
+from host_bridge.guest_peer import GuestPeer
+from host_bridge.helper_peer import HelperPeer, network_key
+from host_bridge.links import DataLink
+from host_bridge.model import EndpointRecord, GuestRecord, NetworkRecord
+from host_bridge.peer import Failure, Peer
+from taploom.address import Address
+from taploom.contracts.taploom.bridge import v1 as bridge
+from taploom.link import Dataplane, new_secret
+from taploom.rpc import StatusCode
+
+logger = logging.getLogger("taploom.bridge")
+
+# Refusals that asking again will not change.
+_PERMANENT = frozenset(
+    {
+        StatusCode.INVALID_ARGUMENT,
+        StatusCode.NOT_FOUND,
+        StatusCode.ALREADY_EXISTS,
+        StatusCode.PERMISSION_DENIED,
+        StatusCode.FAILED_PRECONDITION,
+        StatusCode.OUT_OF_RANGE,
+        StatusCode.UNIMPLEMENTED,
+        StatusCode.INTERNAL,
+        StatusCode.DATA_LOSS,
+        StatusCode.UNAUTHENTICATED,
+    }
+)
+_MAX_RENAMES = 32
+_AFTER_CRASH = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long callers wait, in seconds.
+
+    Attributes:
+        deadline: until a create or connect is given up.
+        grace: how long a peer that cannot even be dialled may take to come back before that.
+        settle: how long a delete waits for peers that answer.
+    """
+
+    deadline: float = 10.0
+    grace: float = 3.0
+    settle: float = 2.0
+
+
+class Fabric:
+    """Everything that runs between the database and the agents. Start `run` before anything else.
+
+    Args:
+        desired: the desired state.
+        dataplane: where the relays run.
+        helper: the helper's control address.
+        helper_data: the helper's data address.
+        upstreams: DNS servers of the guests for names that no network knows.
+        timing: how long callers wait.
+    """
+
+    def __init__(
+        self,
+        desired: DesiredState,
+        dataplane: Dataplane,
+        helper: Address,
+        helper_data: Address,
+        *,
+        upstreams: Sequence[str] = (),
+        timing: Timing | None = None,
+    ) -> None:
+        self.desired = desired
+        self.timing = timing or Timing()
+        self.helper = HelperPeer(helper, helper_data, desired.store, **self._callbacks(lambda: self.helper))
+        self.guests: dict[str, GuestPeer] = {}
+        self.links: dict[str, DataLink] = {}
+        self._dataplane = dataplane
+        self._upstreams = list(upstreams)
+        self._scopes: dict[str, trio.CancelScope] = {}
+        self._leaving: dict[str, trio.Event] = {}
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Removes what a killed bridge left pending, then keeps every peer and link until cancelled."""
+        removed = self.desired.remove_pending()
+        if removed:
+            logger.info("removed %d unfinished networks and endpoints of an earlier run", removed)
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(_guarded, self.helper)
+            for guest in self.desired.guests():
+                self._add_guest(guest)
+            for endpoint in self.desired.store.endpoints():
+                self._add_link(endpoint)
+            task_status.started()
+            await trio.sleep_forever()
+
+    # Networks
+
+    async def create_network(self, name: str, **options: Any) -> NetworkRecord:
+        """Creates a network and returns once the helper has it; arguments as `DesiredState.create_network`."""
+        record = self.desired.create_network(name, **options)
+        key = network_key(record.id)
+        try:
+            self.helper.touch(key)
+            await self._converge(
+                lambda condition: self.helper.changes.until(key, condition),
+                done=lambda: self.helper.has(key),
+                refused=lambda: _refusal(self.helper, key),
+                peers=(self.helper,),
+                explain=lambda: self.helper.problem or "the helper is applying it",
+            )
+            if not self.desired.activate_network(record.id):
+                raise AbortedError(f"network {name} was removed while it was being created")
+        except BaseException:
+            self.desired.cancel_network(record.id)
+            self.helper.touch(key)
+            raise
+        logger.info("created network %s (%s)", name, ", ".join(subnet.subnet for subnet in record.subnets))
+        created = self.desired.store.network(record.id)
+        assert created is not None
+        return created
+
+    async def delete_network(self, text: str) -> NetworkRecord:
+        """Removes a network."""
+        record = self.desired.delete_network(text)
+        key = network_key(record.id)
+        self.helper.touch(key)
+        logger.info("removed network %s", record.name)
+        with trio.move_on_after(self.timing.settle):
+            await self.helper.wait_gone(key)
+        return record
+
+    # Guests
+
+    async def register_guest(self, name: str, address: str, data: str = "") -> GuestRecord:
+        """Registers a guest; the bridge starts to dial it."""
+        record = self.desired.register_guest(name, address, data)
+        self._add_guest(record)
+        logger.info("registered guest %s at %s", name, record.address)
+        await trio.lowlevel.checkpoint()
+        return record
+
+    async def remove_guest(self, text: str) -> GuestRecord:
+        """Removes a guest and disconnects it from its networks."""
+        record, endpoints = self.desired.remove_guest(text)
+        logger.info("removed guest %s", record.name)
+        for endpoint in endpoints:
+            self._drop_link(endpoint.id)
+            self.helper.touch(endpoint.id)
+        peer = self.guests.pop(record.id)
+        left = self._leaving[record.address] = trio.Event()
+        assert self._nursery is not None
+        # Not in this call: its caller may give up, the guest is to be told all the same.
+        self._nursery.start_soon(self._retire, peer, left)
+        with trio.move_on_after(self.timing.settle):
+            await left.wait()
+            for endpoint in endpoints:
+                await self.helper.wait_gone(endpoint.id)
+        return record
+
+    async def _retire(self, peer: GuestPeer, left: trio.Event) -> None:
+        await peer.retire(self.timing.settle)
+        self._scopes.pop(peer.record.id).cancel()
+        if self._leaving.get(peer.record.address) is left:
+            del self._leaving[peer.record.address]
+        left.set()
+
+    # Endpoints
+
+    async def connect(self, network: str, guest: str, **options: Any) -> EndpointRecord:
+        """Connects a guest to a network and returns once frames can pass; arguments as `DesiredState.connect`."""
+        record = self.desired.connect(network, guest, **options)
+        try:
+            link = self._add_link(record)
+            link.guest.touch(record.id)
+            self.helper.touch(record.id)
+            await self._until_up(link)
+            if link.removed or not self.desired.activate_endpoint(record.id):
+                raise AbortedError(f"{link.label} was disconnected while it was being connected")
+        except BaseException:
+            self.desired.cancel_endpoint(record.id)
+            self._forget_endpoint(record)
+            raise
+        logger.info("connected %s with %s", link.label, ", ".join(record.addresses))
+        connected = self.desired.store.endpoint(record.id)
+        assert connected is not None
+        return connected
+
+    async def disconnect(self, network: str, guest: str) -> EndpointRecord:
+        """Disconnects a guest from a network."""
+        record = self.desired.disconnect(network, guest)
+        peer = self.guests.get(record.guest_id)
+        link = self._forget_endpoint(record)
+        if link is not None:
+            logger.info("disconnected %s", link.label)
+        with trio.move_on_after(self.timing.settle):
+            if peer is not None:
+                await peer.wait_gone(record.id)
+            await self.helper.wait_gone(record.id)
+        return record
+
+    async def _until_up(self, link: DataLink) -> None:
+        """Waits until the link is up, with another interface name where the guest has one of its own by that name."""
+        refused_names: set[str] = set()
+        while True:
+            await self._converge(
+                link.changes.until,
+                done=lambda: link.up or link.removed,
+                refused=lambda: self._link_refusal(link),
+                peers=(link.guest, self.helper),
+                explain=link.waits_for,
+                retry=lambda: self._name_refused(link),
+            )
+            if link.up or link.removed:
+                return
+            endpoint = self.desired.store.endpoint(link.endpoint_id)
+            if endpoint is None:
+                return
+            refused_names.add(endpoint.interface_name)
+            failure = link.guest.failure(link.endpoint_id)
+            if failure is None:
+                continue
+            if len(refused_names) > _MAX_RENAMES:
+                raise UnavailableError(f"{link.guest.subject} refuses every interface name: {failure.message}")
+            link.guest.forgive(link.endpoint_id)
+            name = self.desired.rename_interface(link.endpoint_id, refused_names)
+            logger.info(
+                "%s has an interface %s of its own: using %s", link.guest.subject, endpoint.interface_name, name
+            )
+            link.guest.touch(link.endpoint_id)
+
+    @staticmethod
+    def _name_refused(link: DataLink) -> bool:
+        failure = link.guest.failure(link.endpoint_id)
+        return failure is not None and failure.code is StatusCode.ALREADY_EXISTS
+
+    def _link_refusal(self, link: DataLink) -> str | None:
+        return _refusal(link.guest, link.endpoint_id) or _refusal(self.helper, link.endpoint_id)
+
+    async def _converge(
+        self,
+        until: Callable[[Callable[[], bool]], Awaitable[None]],
+        *,
+        done: Callable[[], bool],
+        refused: Callable[[], str | None],
+        peers: Sequence[Peer[Any]],
+        explain: Callable[[], str],
+        retry: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Waits until `done` or `retry`; raises UnavailableError with the reason when that is not to be."""
+
+        def settled() -> bool:
+            return done() or retry() or refused() is not None
+
+        def unreachable() -> str | None:
+            return next((peer.problem for peer in peers if not peer.connected), None)
+
+        with trio.move_on_after(self.timing.deadline):
+            with trio.move_on_after(self.timing.grace):
+                await until(settled)
+            await until(lambda: settled() or unreachable() is not None)
+        if done() or retry():
+            return
+        raise UnavailableError(refused() or unreachable() or explain())
+
+    # Peers and links
+
+    def _add_guest(self, record: GuestRecord) -> None:
+        peer: GuestPeer | None = None
+
+        def this() -> Peer[Any]:
+            assert peer is not None
+            return peer
+
+        peer = GuestPeer(record, self.desired.store, self._upstreams, **self._callbacks(this))
+        self.guests[record.id] = peer
+        scope = self._scopes[record.id] = trio.CancelScope()
+        assert self._nursery is not None
+        self._nursery.start_soon(self._run_guest, peer, scope)
+
+    async def _run_guest(self, peer: GuestPeer, scope: trio.CancelScope) -> None:
+        # The same agent under another registration is told to forget everything first.
+        earlier = self._leaving.get(peer.record.address)
+        with scope:
+            if earlier is not None:
+                await earlier.wait()
+            await _guarded(peer)
+
+    def _callbacks(self, this: Callable[[], Peer[Any]]) -> dict[str, Any]:
+        def generation(key: str) -> int:
+            link = self.links.get(key)
+            return link.generation if link is not None and link.up else 0
+
+        def link_down(endpoint_id: str, reason: str, dead: int) -> None:
+            link = self.links.get(endpoint_id)
+            if link is not None:
+                link.bounce(reason, dead)
+
+        def secret(key: str) -> bytes | None:
+            link = self.links.get(key)
+            return None if link is None or link.up else new_secret()
+
+        def sent(key: str, value: bytes) -> None:
+            link = self.links.get(key)
+            if link is not None:
+                link.secret_accepted(this(), value)
+
+        def changed(key: str) -> None:
+            peer = this()
+            if key:
+                link = self.links.get(key)
+                if link is not None:
+                    link.changes.notify()
+                return
+            for link in list(self.links.values()):
+                if peer in (link.guest, link.helper):
+                    link.connection_changed(peer)
+
+        return {
+            "on_change": changed,
+            "on_link_down": link_down,
+            "link_generation": generation,
+            "link_secret": secret,
+            "on_secret_sent": sent,
+        }
+
+    def _add_link(self, endpoint: EndpointRecord) -> DataLink:
+        guest = self.guests[endpoint.guest_id]
+        label = f"{guest.record.name} on {self.desired.network_name(endpoint.network_id)}"
+        link = DataLink(endpoint.id, label, guest, self.helper, self._dataplane)
+        self.links[endpoint.id] = link
+        assert self._nursery is not None
+        self._nursery.start_soon(link.run)
+        return link
+
+    def _drop_link(self, endpoint_id: str) -> DataLink | None:
+        link = self.links.pop(endpoint_id, None)
+        if link is not None:
+            link.removed = True
+            link.scope.cancel()
+            link.changes.notify()
+        return link
+
+    def _forget_endpoint(self, record: EndpointRecord) -> DataLink | None:
+        link = self._drop_link(record.id)
+        if record.guest_id in self.guests:
+            self.guests[record.guest_id].touch(record.id)
+        self.helper.touch(record.id)
+        return link
+
+    # What callers see
+
+    def network_message(self, record: NetworkRecord) -> bridge.Network:
+        """A network with its endpoints."""
+        endpoints = self.desired.store.endpoints(network_id=record.id)
+        return bridge_network(record, [self.endpoint_message(endpoint) for endpoint in endpoints if endpoint.active])
+
+    def guest_message(self, record: GuestRecord) -> bridge.Guest:
+        """A guest with its endpoints and connection."""
+        endpoints = self.desired.store.endpoints(guest_id=record.id)
+        peer = self.guests.get(record.id)
+        return bridge_guest(
+            record,
+            [self.endpoint_message(endpoint) for endpoint in endpoints if endpoint.active],
+            connected=peer is not None and peer.connected,
+            problem="the guest has been removed" if peer is None else peer.problem,
+        )
+
+    def endpoint_message(self, record: EndpointRecord) -> bridge.Endpoint:
+        """An endpoint and whether frames can pass."""
+        network = self.desired.store.network(record.network_id)
+        guest = self.desired.store.guest(record.guest_id)
+        assert network is not None and guest is not None, "foreign keys"
+        link = self.links.get(record.id)
+        return bridge_endpoint(record, network, guest, link_up=link is not None and link.up)
+
+
+def _refusal(peer: Peer[Any], key: str) -> str | None:
+    failure: Failure | None = peer.failure(key)
+    if failure is None or failure.code not in _PERMANENT:
+        return None
+    return f"{peer.subject} refuses it: {failure.message}"
+
+
+async def _guarded(peer: Peer[Any]) -> None:
+    """Runs a peer; what one peer can provoke must not end the bridge for the others."""
+    while True:
+        try:
+            await peer.run()
+        except Exception:
+            logger.exception("internal error with %s; dialling again", peer.subject)
+            peer.crashed()
+        await trio.sleep(_AFTER_CRASH)

@@ -1,0 +1,145 @@
+"""A guest's agent, as a peer: `taploom.guest.v1`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any
+
+from host_bridge.describe import guest_interface
+from host_bridge.model import GuestRecord
+from host_bridge.names import clean_text
+from host_bridge.peer import Event, LinkDownEvent, OtherEvent, Peer, PeerInfo, SyncResult, status_code
+from host_bridge.store import Store
+from taploom.address import parse_address
+from taploom.contracts.taploom.guest.v1 import (
+    ApplyInterfaceRequest,
+    AuthorizeLinkRequest,
+    DeleteInterfaceRequest,
+    GetInfoRequest,
+    GuestFeature,
+    Interface,
+    InterfaceState,
+    InterfaceStatus,
+    ListInterfacesRequest,
+    Resolver,
+    SyncRequest,
+    WatchEventsRequest,
+    WatchEventsResponse,
+)
+from taploom.contracts.taploom.guest.v1.rpc import GuestServiceClient
+from taploom.contracts.taploom.link.v1 import LinkFeature
+from taploom.rpc import Channel, RpcError, StatusCode
+
+_LINK_FEATURES = {
+    GuestFeature.LINK_VNET_HDR: LinkFeature.VNET_HDR,
+    GuestFeature.LINK_TSO: LinkFeature.TSO,
+    GuestFeature.LINK_USO: LinkFeature.USO,
+}
+
+
+class GuestPeer(Peer[Interface]):
+    """The agent in a guest's VM. Keys are endpoint ids.
+
+    Args:
+        record: the guest.
+        store: where what is wanted is read from.
+        upstreams: the DNS servers for names that no network knows.
+        options: see `Peer`.
+    """
+
+    def __init__(self, record: GuestRecord, store: Store, upstreams: Sequence[str], **options: Any) -> None:
+        super().__init__(f"guest {record.name}", parse_address(record.address), **options)
+        self.record = record
+        self.data_address = parse_address(record.data_address)
+        self._store = store
+        self._upstreams = list(upstreams)
+        self._client: GuestServiceClient | None = None
+
+    @property
+    def client(self) -> GuestServiceClient:
+        """The stub. RpcError when there is no connection."""
+        if self._client is None:
+            raise RpcError(StatusCode.UNAVAILABLE, self.problem or f"{self.subject} is not connected")
+        return self._client
+
+    def bind(self, channel: Channel | None) -> None:
+        self._client = None if channel is None else GuestServiceClient(channel)
+
+    async def get_info(self, within: float) -> PeerInfo:
+        info = await self.client.get_info(GetInfoRequest(), timeout=within)
+        features = {int(feature) for feature in info.features}
+        return PeerInfo(
+            version=clean_text(info.version, 40),
+            contract_versions=frozenset(info.contract_versions),
+            link_features=frozenset(link for feature, link in _LINK_FEATURES.items() if feature in features),
+            has_events=GuestFeature.EVENTS in features,
+            instance_id=clean_text(info.instance_id, 80),
+            has_resolver=GuestFeature.RESOLVER in features,
+        )
+
+    def wanted(self, key: str) -> Interface | None:
+        endpoint = self._store.endpoint(key)
+        if endpoint is None or endpoint.guest_id != self.record.id:
+            return None
+        network = self._store.network(endpoint.network_id)
+        assert network is not None, "foreign key"
+        return guest_interface(endpoint, network)
+
+    def wanted_keys(self) -> Iterable[str]:
+        return [endpoint.id for endpoint in self._store.endpoints(guest_id=self.record.id)]
+
+    def claims(self, description: Interface) -> frozenset[str]:
+        return frozenset({f"name {description.name}"})
+
+    async def sync(self, snapshot: Mapping[str, Interface], within: float) -> SyncResult:
+        assert self.info is not None
+        enabled = self.info.has_resolver and not self._retiring
+        resolver = Resolver(enabled=enabled, upstreams=self._upstreams if enabled else [])
+        request = SyncRequest(interfaces=list(snapshot.values()), resolver=resolver)
+        response = await self.client.sync(request, timeout=within)
+        return SyncResult(
+            failures={f.endpoint_id: (status_code(f.code), f.message) for f in response.failures},
+            links_down=_links_down(response.interfaces),
+        )
+
+    async def apply(self, key: str, description: Interface, secret: bytes | None, within: float) -> None:
+        request = ApplyInterfaceRequest(interface=description, link_secret=secret or b"")
+        await self.client.apply_interface(request, timeout=within)
+
+    async def delete(self, key: str, within: float) -> None:
+        await self.client.delete_interface(DeleteInterfaceRequest(endpoint_id=key), timeout=within)
+
+    async def authorize(self, endpoint_id: str, secret: bytes, within: float) -> None:
+        request = AuthorizeLinkRequest(endpoint_id=endpoint_id, secret=secret)
+        await self.client.authorize_link(request, timeout=within)
+
+    @contextlib.asynccontextmanager
+    async def events(self) -> AsyncIterator[AsyncIterator[Event]]:
+        async with self.client.watch_events(WatchEventsRequest()) as stream:
+            yield (_event(message) async for message in stream)
+
+    async def links_down(self, within: float) -> frozenset[str]:
+        return _links_down(await self.interfaces(within))
+
+    async def interfaces(self, within: float) -> list[InterfaceStatus]:
+        """The agent's interfaces with their counters."""
+        response = await self.client.list_interfaces(ListInterfacesRequest(), timeout=within)
+        return response.interfaces
+
+
+def _links_down(interfaces: Sequence[InterfaceStatus]) -> frozenset[str]:
+    return frozenset(
+        status.interface.endpoint_id
+        for status in interfaces
+        if status.interface is not None and status.state == InterfaceState.NO_LINK
+    )
+
+
+def _event(message: WatchEventsResponse) -> Event:
+    if message.link_down is not None:
+        return LinkDownEvent(message.link_down.endpoint_id, message.link_down.reason)
+    if message.interface_repaired is not None:
+        repaired = message.interface_repaired
+        return OtherEvent(f"mended endpoint {repaired.endpoint_id[:12]}: {repaired.what}")
+    return OtherEvent("")
