@@ -1,0 +1,270 @@
+"""`taploom network`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from host_bridge.client import CALL_TIMEOUT, call
+from host_bridge.commands.options import bridge_options, json_option
+from host_bridge.output import plain, print_fields, print_json, print_table, short
+
+if TYPE_CHECKING:
+    from taploom.contracts.taploom.bridge.v1 import (
+        ConnectGuestResponse,
+        CreateNetworkResponse,
+        DeleteNetworkResponse,
+        DisconnectGuestResponse,
+        Endpoint,
+        GetNetworkResponse,
+        ListNetworksResponse,
+    )
+    from taploom.contracts.taploom.bridge.v1.rpc import NetworkServiceClient
+    from taploom.rpc import Channel
+
+
+@click.group()
+def network() -> None:
+    """Networks, and which guests are on them.
+
+    \b
+    Example:
+        taploom network create app
+        taploom network connect app web
+    """
+
+
+@network.command()
+@click.argument("name")
+@click.option("--subnet", "subnets", metavar="CIDR", multiple=True, help="A subnet; one per family.")
+@click.option(
+    "--gateway", "gateways", metavar="IP", multiple=True, help="A subnet's gateway; default: its lowest address."
+)
+@click.option("--internal", is_flag=True, help="No way out of the network.")
+@click.option("--ipv6", is_flag=True, help="Give the network IPv6 too.")
+@click.option("--mtu", metavar="BYTES", type=click.IntRange(0, 65535), default=0, help="Default: 1500.")
+@json_option
+@bridge_options
+def create(
+    *,
+    bridge: str,
+    name: str,
+    subnets: tuple[str, ...],
+    gateways: tuple[str, ...],
+    internal: bool,
+    ipv6: bool,
+    mtu: int,
+    as_json: bool,
+) -> None:
+    """Create a network; prints its id.
+
+    \b
+    Example:
+        taploom network create app
+        taploom network create back --internal --subnet 10.5.0.0/24 --gateway 10.5.0.1 --ipv6
+    """
+    from taploom.contracts.taploom.bridge.v1 import CreateNetworkRequest
+
+    request = CreateNetworkRequest(
+        name=name, subnets=list(subnets), gateways=list(gateways), internal=internal, mtu=mtu, enable_ipv6=ipv6
+    )
+
+    async def ask(channel: Channel) -> CreateNetworkResponse:
+        return await _client(channel).create_network(request, timeout=CALL_TIMEOUT)
+
+    created = call(bridge, ask).network
+    assert created is not None
+    print_json(created) if as_json else click.echo(created.id)
+
+
+@network.command("ls")
+@json_option
+@bridge_options
+def list_(bridge: str, as_json: bool) -> None:
+    """List the networks.
+
+    \b
+    Example:
+        taploom network ls
+    """
+    from taploom.contracts.taploom.bridge.v1 import ListNetworksRequest
+
+    async def ask(channel: Channel) -> ListNetworksResponse:
+        return await _client(channel).list_networks(ListNetworksRequest(), timeout=CALL_TIMEOUT)
+
+    networks = call(bridge, ask).networks
+    if as_json:
+        print_json(networks)
+        return
+    print_table(
+        ("NETWORK ID", "NAME", "SUBNETS", "INTERNAL", "MTU", "GUESTS"),
+        [
+            (
+                short(one.id),
+                one.name,
+                " ".join(one.subnets),
+                "yes" if one.internal else "no",
+                str(one.mtu),
+                " ".join(endpoint.guest_name for endpoint in one.endpoints) or "-",
+            )
+            for one in networks
+        ],
+    )
+
+
+@network.command()
+@click.argument("network")
+@json_option
+@bridge_options
+def inspect(bridge: str, network: str, as_json: bool) -> None:
+    """Show a network and who is on it. NETWORK is its name, its id, or the beginning of its id.
+
+    \b
+    Example:
+        taploom network inspect app
+    """
+    from taploom.contracts.taploom.bridge.v1 import GetNetworkRequest
+
+    async def ask(channel: Channel) -> GetNetworkResponse:
+        return await _client(channel).get_network(GetNetworkRequest(network=network), timeout=CALL_TIMEOUT)
+
+    found = call(bridge, ask).network
+    assert found is not None
+    if as_json:
+        print_json(found)
+        return
+    print_fields(
+        [
+            ("Name", found.name),
+            ("Id", found.id),
+            ("Created", plain(found.created_at)),
+            ("Subnets", " ".join(found.subnets)),
+            ("Gateways", " ".join(found.gateways)),
+            ("Internal", "yes" if found.internal else "no"),
+            ("MTU", str(found.mtu)),
+        ]
+    )
+    print_endpoints(found.endpoints, of_guest=False)
+
+
+@network.command()
+@click.argument("networks", metavar="NETWORK...", nargs=-1, required=True)
+@json_option
+@bridge_options
+def rm(bridge: str, networks: tuple[str, ...], as_json: bool) -> None:
+    """Remove networks; guests must be disconnected first. Prints what was removed.
+
+    \b
+    Example:
+        taploom network rm app
+    """
+    from taploom.contracts.taploom.bridge.v1 import DeleteNetworkRequest
+
+    removed = []
+    for name in networks:
+
+        async def ask(channel: Channel, name: str = name) -> DeleteNetworkResponse:
+            return await _client(channel).delete_network(DeleteNetworkRequest(network=name), timeout=CALL_TIMEOUT)
+
+        removed.append(call(bridge, ask))
+        if not as_json:
+            click.echo(name)
+    if as_json:
+        print_json(removed)
+
+
+@network.command()
+@click.argument("network")
+@click.argument("guest")
+@click.option("--ip", "addresses", metavar="IP", multiple=True, help="The address to have; one per family.")
+@click.option("--alias", "aliases", metavar="NAME", multiple=True, help="A further name of the guest; repeatable.")
+@click.option("--priority", metavar="N", type=int, default=0, help="The highest has the default route; default: 0.")
+@click.option("--mac", metavar="MAC", default="", help="The MAC address to have; default: a random one.")
+@json_option
+@bridge_options
+def connect(
+    *,
+    bridge: str,
+    network: str,
+    guest: str,
+    addresses: tuple[str, ...],
+    aliases: tuple[str, ...],
+    priority: int,
+    mac: str,
+    as_json: bool,
+) -> None:
+    """Connect a guest to a network while it runs; returns once frames can pass.
+
+    \b
+    Example:
+        taploom network connect app db --alias postgres --ip 172.18.0.10
+    """
+    from taploom.contracts.taploom.bridge.v1 import ConnectGuestRequest
+
+    if not -(2**31) <= priority < 2**31:
+        raise click.BadParameter("use -2147483648 to 2147483647", param_hint="--priority")
+    request = ConnectGuestRequest(
+        network=network,
+        guest=guest,
+        addresses=list(addresses),
+        aliases=list(aliases),
+        gateway_priority=priority,
+        mac_address=mac,
+    )
+
+    async def ask(channel: Channel) -> ConnectGuestResponse:
+        return await _client(channel).connect_guest(request, timeout=CALL_TIMEOUT)
+
+    endpoint = call(bridge, ask).endpoint
+    if as_json:
+        print_json(endpoint)
+
+
+@network.command()
+@click.argument("network")
+@click.argument("guest")
+@bridge_options
+def disconnect(bridge: str, network: str, guest: str) -> None:
+    """Disconnect a guest from a network while it runs.
+
+    \b
+    Example:
+        taploom network disconnect app db
+    """
+    from taploom.contracts.taploom.bridge.v1 import DisconnectGuestRequest
+
+    request = DisconnectGuestRequest(network=network, guest=guest)
+
+    async def ask(channel: Channel) -> DisconnectGuestResponse:
+        return await _client(channel).disconnect_guest(request, timeout=CALL_TIMEOUT)
+
+    call(bridge, ask)
+
+
+def print_endpoints(endpoints: list[Endpoint], *, of_guest: bool) -> None:
+    """Prints the endpoints of a network, or of a guest."""
+    if not endpoints:
+        return
+    click.echo()
+    print_table(
+        ("NETWORK" if of_guest else "GUEST", "INTERFACE", "ADDRESSES", "MAC", "ALIASES", "PRIORITY", "LINK"),
+        [
+            (
+                endpoint.network_name if of_guest else endpoint.guest_name,
+                endpoint.interface_name,
+                " ".join(endpoint.addresses),
+                endpoint.mac_address,
+                " ".join(endpoint.aliases) or "-",
+                str(endpoint.gateway_priority),
+                "up" if endpoint.link_up else "down",
+            )
+            for endpoint in endpoints
+        ],
+    )
+
+
+def _client(channel: Channel) -> NetworkServiceClient:
+    from taploom.contracts.taploom.bridge.v1.rpc import NetworkServiceClient
+
+    return NetworkServiceClient(channel)
