@@ -135,6 +135,10 @@ def execute(lab: Lab, name: str, command: tuple[str, ...]) -> None:
     _known(lab, name)
     if not (lab.guest_directory(name) / "holder").exists():
         raise LabError(f"guest {name!r} is not running; see 'taploom lab status{lab.option}'")
+    # click hands over the `--` that ends our own options.
+    command = command[1:] if command[0] == "--" else command
+    if not command:
+        raise click.UsageError("Missing argument 'COMMAND...'.")
     argv = [*enter_guest(lab, name), *command]
     sys.stdout.flush()
     os.execvpe(argv[0], argv, lab.environment())  # noqa: S606 -- the command is what was asked for
