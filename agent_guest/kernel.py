@@ -81,7 +81,11 @@ class Kernel:
 
     def exists(self, index: int) -> bool:
         """Whether there still is a link with this index."""
-        return index in self._netlink.links()
+        try:
+            socket.if_indextoname(index)
+        except OSError:
+            return False
+        return True
 
     def remove(self, tap: Tap | None, index: int) -> None:
         """Removes the interface; its TAP is closed. It may be gone already."""
@@ -90,7 +94,7 @@ class Kernel:
                 tap.set_persist(False)
             tap.close()
         try:
-            if index in self._netlink.links():
+            if self.exists(index):
                 self._netlink.delete_link(index)
         except NetlinkError as error:
             if error.errno not in GONE:
@@ -113,8 +117,7 @@ class Kernel:
 
         ``repair``: addresses that others added are left alone.
         """
-        state = self._netlink.state()
-        link = state.links.get(index)
+        link = self._netlink.links().get(index)
         if link is None:
             raise NetlinkError(errno.ENODEV, f"interface {spec.name} has been removed by another program")
         steps = plan.plan_link(spec, link, ALIAS_PREFIX + spec.endpoint_id)

@@ -15,7 +15,7 @@ RESOLVER_ADDRESS = "127.0.0.11"
 _LABEL = r"[a-zA-Z0-9_]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9_])?"
 _NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
 _OPTION = re.compile(r"[a-zA-Z0-9_-]+(:[a-zA-Z0-9._-]+)?")
-_UPSTREAM = re.compile(r"\[(?P<v6>[^\]]+)\](:(?P<port6>\d{1,5}))?|(?P<v4>[0-9.]+)(:(?P<port4>\d{1,5}))?")
+_UPSTREAM = re.compile(r"\[(?P<v6>[^\]]+)\](:(?P<port6>[0-9]{1,5}))?|(?P<v4>[0-9.]+)(:(?P<port4>[0-9]{1,5}))?")
 _SCOPE = re.compile(r"[a-zA-Z0-9_.-]{1,15}")
 
 
