@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import socket
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -200,11 +199,11 @@ class Fabric:
         if not spec.dns_servers:
             return
         assert self._nursery is not None
-        number = next(self._numbers)
+        outer = links.free_name("tldns", self._numbers)
         dns = DnsServer(
             spec,
-            folder=self._stack.run_dir / "dns" / str(number),
-            outer=f"tldns{number}",
+            folder=self._stack.run_dir / "dns" / outer,
+            outer=outer,
             program=self._stack.programs["dnsmasq"],
             log=self._stack.log_dir / f"dnsmasq-{spec.network_id}.log",
             env=self._stack.env,
@@ -361,12 +360,7 @@ class Fabric:
 
     def _open_tap(self, mtu: int) -> Tap:
         # A name is never used again: a port whose TAP went and came back under the same name stays dead in vswitchd.
-        while True:
-            name = f"tl{next(self._numbers)}"
-            try:
-                socket.if_nametoindex(name)
-            except OSError:
-                break
+        name = links.free_name("tl", self._numbers)
         tap = Tap.open(name)
         try:
             links.harden(name)

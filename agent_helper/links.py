@@ -13,6 +13,7 @@ import ipaddress
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 _CLONE_NEWNET = 0x40000000  # sched.h
 _SIOCSIFMTU, _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8922, 0x8913, 0x8914, 0x1  # netdevice(7)
+_MARK = "taploom:datapath"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -156,6 +158,29 @@ def delete_link(name: str) -> None:
         except NetlinkError as exc:
             if exc.code != errno.ENODEV:
                 raise OSError(exc.code, f"cannot delete {name}: {os.strerror(exc.code)}") from exc
+
+
+def mark(name: str) -> None:
+    """Marks an interface that outlives its maker as ours; nothing when it is not there."""
+    with IPRoute() as ipr:
+        for index in ipr.link_lookup(ifname=name):
+            ipr.link("set", index=index, ifalias=_MARK)
+
+
+def marked() -> list[str]:
+    """The interfaces here that are marked as ours."""
+    with IPRoute() as ipr:
+        return [link.get_attr("IFLA_IFNAME") for link in ipr.get_links() if link.get_attr("IFLA_IFALIAS") == _MARK]
+
+
+def free_name(prefix: str, numbers: Iterator[int]) -> str:
+    """The prefix with the next number that no interface here has."""
+    while True:
+        name = f"{prefix}{next(numbers)}"
+        try:
+            socket.if_nametoindex(name)
+        except OSError:
+            return name
 
 
 def has_kernel_datapath() -> bool:

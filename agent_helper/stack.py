@@ -19,8 +19,8 @@ from pathlib import Path
 
 import trio
 
+from agent_helper import links
 from agent_helper.errors import SetupError, UnavailableError
-from agent_helper.links import has_kernel_datapath
 from agent_helper.ovsdb import Database, Txn
 from taploom.supervise import SupervisedProcess
 
@@ -28,10 +28,12 @@ logger = logging.getLogger("taploom.helper.stack")
 
 CHASSIS = "taploom-helper"
 BRIDGE = "br-int"
+_DATAPATH_INTERFACES = (BRIDGE, "ovs-netdev", "ovs-system")
 _PROGRAMS = {
     "ovsdb-server": "openvswitch-switch",
     "ovsdb-tool": "openvswitch-switch",
     "ovs-vswitchd": "openvswitch-switch",
+    "ovs-dpctl": "openvswitch-switch",
     "ovn-northd": "ovn-central",
     "ovn-controller": "ovn-host",
     "dnsmasq": "dnsmasq-base",
@@ -166,7 +168,7 @@ class Stack:
             return found[0] if found else ""
 
         def probe() -> None:
-            self.kernel_datapath = has_kernel_datapath()
+            self.kernel_datapath = links.has_kernel_datapath()
             self.ovs_version, self.ovn_version = version("ovs-vswitchd"), version("ovn-controller")
 
         await trio.to_thread.run_sync(probe)
@@ -174,6 +176,7 @@ class Stack:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Runs the daemons until cancelled; reports started once ports can be plugged and are forwarded."""
         self._prepare_folders()
+        await trio.to_thread.run_sync(self._remove_datapath)  # of a run that was killed
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._run_ovsdb_server)
@@ -182,6 +185,7 @@ class Stack:
                 nursery.start_soon(self._run_vswitchd)
                 nursery.start_soon(self._run_northd)
                 await self._connectable(self.mgmt)
+                await trio.to_thread.run_sync(self._mark_datapath)
                 nursery.start_soon(self._run_controller)
                 nursery.start_soon(self._kick_controller)
                 await self.wait_programmed()
@@ -189,9 +193,11 @@ class Stack:
                 self.ready.set()
                 task_status.started()
         finally:
-            for database in (self._conf, self._nb, self._sb):
-                if database is not None:
-                    await database.stop()
+            with trio.CancelScope(shield=True):
+                for database in (self._conf, self._nb, self._sb):
+                    if database is not None:
+                        await database.stop()
+                await trio.to_thread.run_sync(self._remove_datapath)
 
     def _prepare_folders(self) -> None:
         # Whatever a run before left (sockets, databases, hosts files) is of no use.
@@ -340,6 +346,20 @@ class Stack:
 
         process = self._daemon("ovn-controller", f"unix:{self.socket}", ready=ready, prepare=prepare)
         await process.run()
+
+    def _mark_datapath(self) -> None:
+        for name in _DATAPATH_INTERFACES:
+            links.mark(name)
+
+    def _remove_datapath(self) -> None:
+        """vswitchd leaves its data path behind on purpose, for its next run; ours starts from nothing."""
+        left = links.marked()
+        if "ovs-system" in left:  # the kernel's: its interfaces go with it
+            subprocess.run([self.programs["ovs-dpctl"], "del-dp", "ovs-system"], check=False, env=self.env)
+            left = links.marked()
+        for name in left:
+            with contextlib.suppress(OSError):
+                links.delete_link(name)
 
     async def _kick_controller(self) -> None:
         """Restarts ovn-controller once a restarted vswitchd accepts OpenFlow again: its own back-off takes seconds."""
