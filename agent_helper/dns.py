@@ -75,6 +75,9 @@ class DnsServer:
             "--log-facility=-",
             "--user=root",
             "--group=root",
+            # It knows what its hosts files say and nothing else: NXDOMAIN for other names, an empty NOERROR for
+            # other types of a name that it has. Without this both would be REFUSED.
+            "--local=/#/",
             "--no-resolv",
             "--no-hosts",
             "--no-poll",
