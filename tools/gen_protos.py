@@ -71,7 +71,8 @@ def _infrastructure_descriptors() -> list[FileDescriptorProto]:
     stable.package = "grpc.reflection.v1"
     for message in stable.message_type:
         for field in message.field:
-            field.type_name = field.type_name.replace(".v1alpha.", ".v1.")
+            if field.type_name:
+                field.type_name = field.type_name.replace(".v1alpha.", ".v1.")
     for service in stable.service:
         for method in service.method:
             method.input_type = method.input_type.replace(".v1alpha.", ".v1.")

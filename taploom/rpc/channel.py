@@ -11,7 +11,7 @@ from typing import Any, Generic, Self
 import trio
 
 from .codec import make_parser
-from .connection import CANCEL, Connection, ConnectionConfig, Http2Stream
+from .connection import CANCEL, CallEndedError, Connection, ConnectionConfig, Http2Stream
 from .metadata import Metadata, MetadataLike, decode_binary, decode_metadata, encode_metadata, encode_timeout
 from .service import Method, RequestT, ResponseT
 from .status import RpcError, StatusCode, code_from_http, decode_message, decode_status_details
@@ -195,9 +195,11 @@ class Call(Generic[RequestT, ResponseT]):
         stream = self._stream
         with self._within_deadline():
             await trio.lowlevel.checkpoint()
-            if stream.remote_closed and stream.error is None:
-                _check_status(stream)  # an error status says more than that nothing can be sent
-            await self._connection.send_message(stream, bytes(message))
+            try:
+                await self._connection.send_message(stream, bytes(message))
+            except CallEndedError:
+                _check_status(stream)
+                raise
 
     def _done_writing(self) -> None:
         stream = self._stream

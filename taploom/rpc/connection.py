@@ -69,6 +69,10 @@ class ConnectionConfig:
     flood_limits: FloodLimits = field(default_factory=FloodLimits)
 
 
+class CallEndedError(RpcError):
+    """The server has ended the call, so nothing can be sent; its status says more."""
+
+
 class _RoomySettings(h2.settings.Settings):
     """Settings that advertise a stream limit but let h2 accept more.
 
@@ -106,7 +110,7 @@ class Http2Stream:
         self.inbox: deque[tuple[bytes, int]] = deque()
         """Complete messages with the flow-control credit to hand back once they are consumed."""
         self.credit_deferred = 0
-        """Credit of the incomplete message that is held back."""
+        """Credit of the stream's window (not the connection's) that its incomplete message has to wait for."""
         self.headers: list[tuple[bytes, bytes]] | None = None
         self.trailers: list[tuple[bytes, bytes]] | None = None
         self.remote_closed = False
@@ -420,7 +424,9 @@ class Connection:
         if stream.error is not None:
             raise stream.error
         if self.is_client and stream.remote_closed:
-            raise RpcError(StatusCode.FAILED_PRECONDITION, "the server has ended the call; it takes no more messages")
+            raise CallEndedError(
+                StatusCode.FAILED_PRECONDITION, "the server has ended the call; it takes no more messages"
+            )
         if stream.local_closed:
             raise RpcError(StatusCode.CANCELLED, "the call has ended on this side; nothing more can be sent")
 
@@ -455,6 +461,8 @@ class Connection:
         try:
             if first_message is not None:
                 await self.send_message(stream, first_message, end_stream=True)
+        except CallEndedError:
+            pass  # whoever receives finds out why
         except BaseException:
             self.forget(stream, CANCEL)
             raise
@@ -468,8 +476,7 @@ class Connection:
         self._incomplete -= stream.reader.pending
         if self.close_reason is None:
             self.reset(stream, error_code)
-            credit = stream.credit_deferred + sum(credit for _, credit in stream.inbox)
-            self._acknowledge(stream, credit)
+            self._acknowledge(stream, sum(credit for _, credit in stream.inbox))
             self._release_deferred()
         stream.inbox.clear()
         self._slot_lot.unpark()
@@ -559,7 +566,7 @@ class Connection:
         assert self._on_request is not None
         stream = Http2Stream(event.stream_id, self._config.max_message_size)
         draining = self._last_accepted is not None and event.stream_id > self._last_accepted
-        if draining or self.close_reason is not None or len(self._streams) >= self._config.max_concurrent_streams:
+        if draining or self.close_reason is not None or self._is_full():
             self.reset(stream, REFUSED_STREAM)
             self._gate.stream_refused(self._last_received)
             return
@@ -567,6 +574,13 @@ class Connection:
         self._streams[event.stream_id] = stream
         self._state_lot.unpark_all()
         self._on_request(stream)
+
+    def _is_full(self) -> bool:
+        """Whether a server takes no more calls; handlers of reset calls that still clean up count less."""
+        limit = self._config.max_concurrent_streams
+        if len(self._streams) < limit:
+            return False
+        return len(self._streams) >= 2 * limit or sum(s.error is None for s in self._streams.values()) >= limit
 
     def _response(self, event: h2.events.ResponseReceived) -> None:
         stream = self._streams.get(event.stream_id)
@@ -595,8 +609,8 @@ class Connection:
         except FramingError as error:
             self._incomplete -= before
             stream.reader = MessageReader(self._config.max_message_size)
-            self._h2.acknowledge_received_data(total + stream.credit_deferred, event.stream_id)
             stream.credit_deferred = 0
+            self._h2.acknowledge_received_data(total, event.stream_id)
             self._framing_failed(stream, error)
             return
         pending = stream.reader.pending
@@ -605,8 +619,7 @@ class Connection:
         # at once, or a message larger than the window could never complete.
         at_once = total - len(event.data)
         if messages:
-            credit = stream.credit_deferred - before
-            stream.credit_deferred = 0
+            credit = -before
             for message in messages:
                 stream.inbox.append((message, credit + len(message) + PREFIX_SIZE))
                 credit = 0
@@ -614,6 +627,8 @@ class Connection:
         else:
             at_once += len(event.data)
         if pending and self._incomplete > _INCOMPLETE_LIMIT and not self._is_oldest_incomplete(stream):
+            # Only this stream has to wait; the connection's window is everybody's.
+            self._h2.increment_flow_control_window(at_once)
             stream.credit_deferred += at_once
         elif at_once:
             self._h2.acknowledge_received_data(at_once, event.stream_id)
@@ -627,9 +642,13 @@ class Connection:
     def _release_deferred(self) -> None:
         """Gives credit to incomplete messages that were held back, as far as memory allows: at least to the oldest."""
         for stream in self._streams.values():
-            if stream.credit_deferred and (self._incomplete <= _INCOMPLETE_LIMIT or self._is_oldest_incomplete(stream)):
+            if not stream.credit_deferred:
+                continue
+            if self._incomplete <= _INCOMPLETE_LIMIT or not stream.reader.pending or self._is_oldest_incomplete(stream):
                 credit, stream.credit_deferred = stream.credit_deferred, 0
-                self._acknowledge(stream, credit)
+                if not stream.remote_closed:
+                    self._h2.increment_flow_control_window(credit, stream.stream_id)
+        self._flush()
 
     def _framing_failed(self, stream: Http2Stream, error: FramingError) -> None:
         if isinstance(error, MessageTooLargeError):

@@ -7,8 +7,11 @@ error codes), doc/http-grpc-status-mapping.md, and google/rpc/status.proto for `
 from __future__ import annotations
 
 import enum
+import re
 
 from .wire import LENGTH_DELIMITED, WireError, encode_bytes, encode_varint_field, fields
+
+_ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 
 
 class StatusCode(enum.IntEnum):
@@ -110,24 +113,8 @@ def encode_message(message: str) -> str:
 
 def decode_message(value: str) -> str:
     """The text of a ``grpc-message``; what is not well encoded stays as it is (the protocol forbids to fail on it)."""
-    if "%" not in value:
-        return value
-    data = value.encode("utf-8", "replace")
-    out = bytearray()
-    position = 0
-    while position < len(data):
-        if data[position] == 0x25:
-            try:
-                out.append(int(data[position + 1 : position + 3].decode("ascii"), 16))
-            except (ValueError, UnicodeDecodeError):
-                out.append(0x25)
-                position += 1
-            else:
-                position += 3
-            continue
-        out.append(data[position])
-        position += 1
-    return out.decode("utf-8", "replace")
+    data = _ESCAPE.sub(lambda match: bytes((int(match[1], 16),)), value.encode("utf-8", "replace"))
+    return data.decode("utf-8", "replace")
 
 
 _HTTP_STATUS = {
