@@ -274,7 +274,7 @@ class Interfaces:
                 temporary = f"tlx{managed.index}"
                 try:
                     await self._run(self._kernel.rename, managed.index, temporary)
-                except NetlinkError as error:
+                except (NetlinkError, NameTakenError) as error:
                     logger.warning("interface %s keeps its name: %s", self._name(managed), error)
                     continue
                 if managed.adopted is not None:

@@ -101,10 +101,15 @@ class Kernel:
                 raise
 
     def rename(self, index: int, name: str) -> None:
-        """Renames a link, going down for it only on kernels that cannot do it live (before 6.2)."""
+        """Renames a link, going down for it only on kernels that cannot do it live (before 6.2).
+
+        Raises NameTakenError.
+        """
         try:
             self._netlink.set_link(index, name=name)
         except NetlinkError as error:
+            if error.errno == errno.EEXIST:
+                raise NameTakenError(f"interface name {name} is taken in this VM; choose another name") from error
             if error.errno != errno.EBUSY:
                 raise
             self._netlink.set_link(index, up=False)
