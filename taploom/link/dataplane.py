@@ -123,8 +123,15 @@ class Dataplane:
                 self._token.run_sync_soon(self._send_down.send_nowait, (link, link_id, reason))
 
         def start() -> None:
-            link.job = make(socks, counters, end)
-            link.job.start()
+            try:
+                link.job = make(socks, counters, end)
+                link.job.start()
+            except (OSError, ValueError) as error:  # a descriptor that its owner has closed meanwhile
+                if link.job is not None:
+                    link.job.stop()
+                for sock in socks:
+                    sock.close()
+                end(f"the link cannot be attached: {error}")
 
         self._loop.call(start)
 

@@ -81,9 +81,9 @@ async def open_relay(
     """Dial both data ports at once, do both handshakes, and relay between the two streams.
 
     A relay of the same id is replaced and its counters go on. ``on_down(reason)`` is called in trio's thread when
-    the relay breaks, not after ``close_relay``. Returns the features of the link. Raises LinkError when a side cannot be
-    reached within ``timeout`` seconds, refuses, or grants other features than the other side: ask for those that both
-    sides' GetInfo names (then a FeatureMismatchError, which says what both granted).
+    the relay breaks, not after ``close_relay``. Returns the features of the link. Raises LinkError when a side
+    cannot be reached within ``timeout`` seconds or refuses, and FeatureMismatchError, which says what both granted,
+    when they differ: ask for the features that both sides' GetInfo names.
     """
     wanted = frozenset(features)
     results: dict[str, tuple[trio.SocketStream, frozenset[LinkFeature]]] = {}

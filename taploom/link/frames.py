@@ -172,15 +172,19 @@ class FrameDecoder:
 
     def __init__(self, features: Iterable[LinkFeature]) -> None:
         self.scanner: Final = FrameScanner(features)
-        self._rest = b""
+        self._rest = bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
         """The frames that ``data`` completes, each [header and] Ethernet frame. Raises FrameError."""
-        buffer = self._rest + data
-        frames: list[memoryview] = []
-        consumed = self.scanner.scan(memoryview(buffer), 0, len(buffer), frames)
-        self._rest = buffer[consumed:]
-        return [bytes(frame) for frame in frames]
+        self._rest += data
+        slices: list[memoryview] = []
+        with memoryview(self._rest) as view:
+            consumed = self.scanner.scan(view, 0, len(view), slices)
+            frames = [bytes(piece) for piece in slices]
+            for piece in slices:
+                piece.release()
+        del self._rest[:consumed]
+        return frames
 
     @property
     def pending(self) -> int:

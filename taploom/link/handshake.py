@@ -27,15 +27,7 @@ from taploom.contracts.taploom.link.v1 import (
     LinkRefused,
     LinkReply,
 )
-
-try:
-    from taploom.rpc.wirecheck import parse_strict
-except ImportError:  # until it lands
-
-    def parse_strict(message_type, data):  # type: ignore[no-untyped-def, no-redef]  # until it lands
-        """Lenient for now."""
-        return message_type.parse(data)
-
+from taploom.rpc.wirecheck import WireError, parse_strict
 
 __all__ = [
     "HELLO_TIMEOUT",
@@ -105,7 +97,7 @@ def decode_message(message_type: type[M], data: bytes) -> M:
     """Parse a message's bytes (without the length), strictly. Raises HandshakeError."""
     try:
         return parse_strict(message_type, data)
-    except ValueError as error:
+    except WireError as error:
         raise HandshakeError(f"not a valid {message_type.__name__}: {error}") from error
 
 

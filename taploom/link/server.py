@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ __all__ = ["LinkServer", "LinkStatus", "UnknownEndpointError"]
 logger = logging.getLogger("taploom.link.server")
 
 _MAX_HANDSHAKES: Final = 64
+_SERIAL: Final = itertools.count()
 
 
 class UnknownEndpointError(KeyError):
@@ -55,8 +57,9 @@ class _Endpoint:
     def __init__(self, endpoint_id: str, tap: Tap) -> None:
         self.id: Final = endpoint_id
         self.tap: Final = tap
+        # One of its own: what a removed endpoint's link does is never taken for its successor's.
+        self.link_id: Final = f"{endpoint_id}#{next(_SERIAL)}"
         self.up = False
-        self.links = 0
         self.removed = False
         self.features: frozenset[LinkFeature] = frozenset()
         self.last_close_reason = ""
@@ -112,7 +115,7 @@ class LinkServer:
         self._authorizations.drop(endpoint_id)
         with trio.CancelScope(shield=True):
             async with endpoint.lock:
-                await self._dataplane.detach(_link_id(endpoint))
+                await self._dataplane.detach(endpoint.link_id)
                 endpoint.up = False
         _carrier_off(endpoint.tap)
 
@@ -133,7 +136,7 @@ class LinkServer:
         if endpoint is None:
             raise UnknownEndpointError(endpoint_id)
         try:
-            counters = self._dataplane.counters(_link_id(endpoint))
+            counters = self._dataplane.counters(endpoint.link_id)
         except KeyError:
             counters = LinkCounters()
         counters.tx_drops += endpoint.tap.tx_drops()
@@ -194,28 +197,33 @@ class LinkServer:
     async def _set_up(
         self, endpoint: _Endpoint, stream: trio.SocketStream, features: frozenset[LinkFeature], version: int
     ) -> None:
-        """Replace whatever link the endpoint has by ``stream``; with the endpoint's lock held."""
-        await self._dataplane.stop(_link_id(endpoint))
+        """Replace whatever link the endpoint has by ``stream``; with the endpoint's lock held.
+
+        Until the dialler has its answer, the link before goes on.
+        """
+        tap = endpoint.tap
+        if not tap.is_alive():
+            raise HandshakeError(f"interface {tap.name} is gone", LinkRefusal.UNAVAILABLE)
+        await stream.send_all(ready(version, features))
+        # From here on the endpoint is in an ordered state whatever happens: nothing waits for the peer.
+        with trio.CancelScope(shield=True):
+            await self._dataplane.stop(endpoint.link_id)
         if endpoint.up:
-            endpoint.up = False
             endpoint.last_close_reason = "replaced by a new link"
             logger.info("link of endpoint %s: replaced by a new one", endpoint.id)
         try:
-            # With the carrier off nothing is queued while the offloads change.
-            endpoint.tap.set_carrier(False)
-            endpoint.tap.set_offloads(features)
-            await stream.send_all(ready(version, features))
+            if tap.offloads != features:
+                # With the carrier off nothing is queued while the offloads change.
+                tap.set_carrier(False)
+                tap.set_offloads(features)
             self._dataplane.attach_pump(
-                _link_id(endpoint),
-                endpoint.tap.fileno(),
-                stream,
-                features,
-                lambda reason: self._broken(endpoint, reason),
+                endpoint.link_id, tap.fileno(), stream, features, lambda reason: self._broken(endpoint, reason)
             )
-            endpoint.tap.set_carrier(True)
+            tap.set_carrier(True)
         except TapError as error:
-            await self._dataplane.stop(_link_id(endpoint))
-            raise HandshakeError(str(error), LinkRefusal.UNAVAILABLE) from error
+            await self._dataplane.stop(endpoint.link_id)
+            self._broken(endpoint, str(error))
+            return
         endpoint.up = True
         endpoint.features = features
         logger.info("link of endpoint %s: up, features %s", endpoint.id, _names(features))
@@ -223,15 +231,11 @@ class LinkServer:
 
     def _broken(self, endpoint: _Endpoint, reason: str) -> None:
         endpoint.up = False
+        endpoint.features = frozenset()
         endpoint.last_close_reason = reason
         _carrier_off(endpoint.tap)
         logger.warning("link of endpoint %s: down: %s", endpoint.id, reason)
         self._on_down(endpoint.id, reason)
-
-
-def _link_id(endpoint: _Endpoint) -> str:
-    # The object's identity: a removed endpoint's counters and link are never its successor's.
-    return f"{endpoint.id}#{id(endpoint)}"
 
 
 def _carrier_off(tap: Tap) -> None:

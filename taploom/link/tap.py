@@ -22,6 +22,7 @@ __all__ = ["Tap", "TapError", "probe_features"]
 _TUNSETIFF: Final = 0x400454CA
 _TUNSETPERSIST: Final = 0x400454CB
 _TUNSETOFFLOAD: Final = 0x400454D0
+_TUNGETIFF: Final = 0x800454D2
 _TUNSETVNETHDRSZ: Final = 0x400454D8
 _TUNSETVNETLE: Final = 0x400454DC
 _TUNSETCARRIER: Final = 0x400454E2
@@ -134,6 +135,14 @@ class Tap:
         with contextlib.suppress(OSError):
             for _ in range(4096):
                 os.read(self._fd, 1)
+
+    def is_alive(self) -> bool:
+        """Whether the interface is still there: it can be removed by others while the descriptor is open."""
+        try:
+            fcntl.ioctl(self._fd, _TUNGETIFF, bytes(40))
+        except (OSError, ValueError):
+            return False
+        return True
 
     def set_carrier(self, on: bool) -> None:
         """Turn the interface's carrier on or off: what ``ip link`` shows as LOWER_UP. Raises TapError."""
