@@ -437,6 +437,7 @@ class Fabric:
                     f"the port of endpoint {endpoint.spec.endpoint_id} was not programmed within {_UP_TIMEOUT:.0f} s; "
                     "look at GetHealth and apply it again"
                 )
+            await self._stack.enlarge_packet_sockets()
 
         async def known() -> None:
             if dns is not None and not await dns.knows(endpoint.spec, within=_NAMES_TIMEOUT):

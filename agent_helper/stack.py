@@ -22,6 +22,7 @@ import trio
 from agent_helper import links
 from agent_helper.errors import SetupError, UnavailableError
 from agent_helper.ovsdb import Database, Txn
+from agent_helper.packet_sockets import enlarge_packet_sockets
 from taploom.supervise import SupervisedProcess
 
 logger = logging.getLogger("taploom.helper.stack")
@@ -369,8 +370,19 @@ class Stack:
             seen = vswitchd.restarts
             await self._restarted(vswitchd, seen)
             await vswitchd.wait_ready()
+            await self.enlarge_packet_sockets()  # br-int's ports are opened before it accepts OpenFlow
             # Not by SIGTERM: it would take the chassis and its ports out of the database on its way out.
             self.daemons["ovn-controller"].kill(signal.SIGKILL)
+
+    async def enlarge_packet_sockets(self) -> None:
+        """Lets the userspace data path take bursts on every port that it has. The kernel's needs nothing."""
+        pid = self.daemons["ovs-vswitchd"].pid
+        if self.kernel_datapath or not pid:
+            return
+        try:
+            await trio.to_thread.run_sync(enlarge_packet_sockets, pid)
+        except OSError as exc:
+            logger.warning("ports of the userspace data path keep small receive buffers: %s", exc)
 
     async def _restarted(self, process: SupervisedProcess, seen: int) -> None:
         while process.restarts == seen:
