@@ -22,7 +22,7 @@ from host_bridge.guest_peer import GuestPeer
 from host_bridge.helper_peer import HelperPeer, network_key
 from host_bridge.links import DataLink
 from host_bridge.model import EndpointRecord, GuestRecord, NetworkRecord
-from host_bridge.peer import Failure, Peer
+from host_bridge.peer import PERMANENT, Peer
 from taploom.address import Address
 from taploom.contracts.taploom.bridge import v1 as bridge
 from taploom.link import Dataplane, new_secret
@@ -30,21 +30,6 @@ from taploom.rpc import StatusCode
 
 logger = logging.getLogger("taploom.bridge")
 
-# Refusals that asking again will not change.
-_PERMANENT = frozenset(
-    {
-        StatusCode.INVALID_ARGUMENT,
-        StatusCode.NOT_FOUND,
-        StatusCode.ALREADY_EXISTS,
-        StatusCode.PERMISSION_DENIED,
-        StatusCode.FAILED_PRECONDITION,
-        StatusCode.OUT_OF_RANGE,
-        StatusCode.UNIMPLEMENTED,
-        StatusCode.INTERNAL,
-        StatusCode.DATA_LOSS,
-        StatusCode.UNAUTHENTICATED,
-    }
-)
 _MAX_RENAMES = 32
 _AFTER_CRASH = 1.0
 
@@ -125,7 +110,7 @@ class Fabric:
                 done=lambda: self.helper.has(key),
                 refused=lambda: _refusal(self.helper, key),
                 peers=(self.helper,),
-                explain=lambda: self.helper.problem or "the helper is applying it",
+                explain=lambda: self.helper.waits_for(key),
             )
             if not self.desired.activate_network(record.id):
                 raise AbortedError(f"network {name} was removed while it was being created")
@@ -195,9 +180,11 @@ class Fabric:
             await self._until_up(link)
             if link.removed or not self.desired.activate_endpoint(record.id):
                 raise AbortedError(f"{link.label} was disconnected while it was being connected")
-        except BaseException:
+        except BaseException as error:
             self.desired.cancel_endpoint(record.id)
             self._forget_endpoint(record)
+            if isinstance(error, Exception):
+                await self._settle(record)
             raise
         logger.info("connected %s with %s", link.label, ", ".join(record.addresses))
         connected = self.desired.store.endpoint(record.id)
@@ -207,15 +194,19 @@ class Fabric:
     async def disconnect(self, network: str, guest: str) -> EndpointRecord:
         """Disconnects a guest from a network."""
         record = self.desired.disconnect(network, guest)
-        peer = self.guests.get(record.guest_id)
         link = self._forget_endpoint(record)
         if link is not None:
             logger.info("disconnected %s", link.label)
+        await self._settle(record)
+        return record
+
+    async def _settle(self, record: EndpointRecord) -> None:
+        """Waits a little for the agents to let go of an endpoint; those that do not answer converge later."""
+        peer = self.guests.get(record.guest_id)
         with trio.move_on_after(self.timing.settle):
             if peer is not None:
                 await peer.wait_gone(record.id)
             await self.helper.wait_gone(record.id)
-        return record
 
     async def _until_up(self, link: DataLink) -> None:
         """Waits until the link is up, with another interface name where the guest has one of its own by that name."""
@@ -305,21 +296,26 @@ class Fabric:
             await _guarded(peer)
 
     def _callbacks(self, this: Callable[[], Peer[Any]]) -> dict[str, Any]:
+        def own(endpoint_id: str) -> DataLink | None:
+            # What a guest says about an endpoint of another guest counts for nothing.
+            link = self.links.get(endpoint_id)
+            return link if link is not None and this() in (link.guest, link.helper) else None
+
         def generation(key: str) -> int:
-            link = self.links.get(key)
+            link = own(key)
             return link.generation if link is not None and link.up else 0
 
         def link_down(endpoint_id: str, reason: str, dead: int) -> None:
-            link = self.links.get(endpoint_id)
+            link = own(endpoint_id)
             if link is not None:
                 link.bounce(reason, dead)
 
         def secret(key: str) -> bytes | None:
-            link = self.links.get(key)
+            link = own(key)
             return None if link is None or link.up else new_secret()
 
         def sent(key: str, value: bytes) -> None:
-            link = self.links.get(key)
+            link = own(key)
             if link is not None:
                 link.secret_accepted(this(), value)
 
@@ -394,10 +390,8 @@ class Fabric:
 
 
 def _refusal(peer: Peer[Any], key: str) -> str | None:
-    failure: Failure | None = peer.failure(key)
-    if failure is None or failure.code not in _PERMANENT:
-        return None
-    return f"{peer.subject} refuses it: {failure.message}"
+    failure = peer.failure(key)
+    return peer.waits_for(key) if failure is not None and failure.code in PERMANENT else None
 
 
 async def _guarded(peer: Peer[Any]) -> None:

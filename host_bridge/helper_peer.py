@@ -115,6 +115,12 @@ class HelperPeer(Peer[Network | Endpoint]):
     def requires(self, description: Network | Endpoint) -> str | None:
         return network_key(description.network_id) if isinstance(description, Endpoint) else None
 
+    def label(self, key: str) -> str:
+        if not key.startswith(_NETWORK):
+            return super().label(key)
+        network = self._store.network(key.removeprefix(_NETWORK))
+        return f"network {key.removeprefix(_NETWORK)[:12] if network is None else network.name}"
+
     async def sync(self, snapshot: Mapping[str, Network | Endpoint], within: float) -> SyncResult:
         request = SyncRequest(
             networks=[one for one in snapshot.values() if isinstance(one, Network)],

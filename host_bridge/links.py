@@ -90,12 +90,11 @@ class DataLink:
             if not peer.connected:
                 return peer.problem
         for peer in (self.guest, self.helper):
-            failure = peer.failure(self.endpoint_id)
-            if failure is not None:
-                return f"{peer.subject} refuses it: {failure.message}"
+            if peer.failure(self.endpoint_id) is not None:
+                return peer.waits_for(self.endpoint_id)
         for peer in (self.guest, self.helper):
             if not peer.has(self.endpoint_id):
-                return peer.problem or f"{peer.subject} is applying it"
+                return peer.waits_for(self.endpoint_id)
         return self.problem or "the link is being dialled"
 
     async def run(self) -> None:

@@ -47,6 +47,22 @@ MAX_CONCURRENT_CALLS = 16
 EVENT_BURST = 200
 EVENT_RATE = 100.0
 
+# Refusals that asking again will not change. They are asked again all the same, for what is wanted is still wanted.
+PERMANENT = frozenset(
+    {
+        StatusCode.INVALID_ARGUMENT,
+        StatusCode.NOT_FOUND,
+        StatusCode.ALREADY_EXISTS,
+        StatusCode.PERMISSION_DENIED,
+        StatusCode.FAILED_PRECONDITION,
+        StatusCode.OUT_OF_RANGE,
+        StatusCode.UNIMPLEMENTED,
+        StatusCode.INTERNAL,
+        StatusCode.DATA_LOSS,
+        StatusCode.UNAUTHENTICATED,
+    }
+)
+
 Description = betterproto2.Message
 
 
@@ -224,9 +240,9 @@ class Peer(abc.ABC, Generic[D]):
         """The key of the object that must be applied before this one, or None."""
         return None
 
-    def endpoint_id(self, key: str) -> str | None:
-        """The endpoint that a key is, or None when it is something else."""
-        return key
+    def label(self, key: str) -> str:
+        """What to call an object in the log."""
+        return f"endpoint {key[:12]}"
 
     # What others ask
 
@@ -242,6 +258,16 @@ class Peer(abc.ABC, Generic[D]):
     def failure(self, key: str) -> Failure | None:
         """Why the object is not applied, when the agent refused it."""
         return self._failures.get(key)
+
+    def waits_for(self, key: str) -> str:
+        """Why the object is not as it is wanted there, for people; empty when it is."""
+        if self.has(key):
+            return ""
+        failure = self._failures.get(key)
+        if failure is not None:
+            verb = "refuses it" if failure.code in PERMANENT else "cannot apply it yet"
+            return f"{self.subject} {verb}: {failure.message}"
+        return self.problem or f"{self.subject} is applying it"
 
     def failures(self) -> dict[str, Failure]:
         """All objects that the agent refused."""
@@ -413,7 +439,7 @@ class Peer(abc.ABC, Generic[D]):
         for key, (code, message) in result.failures.items():
             if key in snapshot:
                 self._failures[key] = before.get(key) or Failure(code, clean_text(message), _now())
-                logger.warning("%s refused %s: %s", self.subject, key[:16], clean_text(message))
+                logger.warning("%s did not take %s: %s", self.subject, self.label(key), clean_text(message))
         self._dirty |= set(self._failures) | {key for key in self.wanted_keys() if key not in self._applied}
         self._dirty |= {key for key in self._applied if self.wanted(key) is None}
         self._synced = True
@@ -512,7 +538,7 @@ class Peer(abc.ABC, Generic[D]):
         message = rpc_reason(error)
         known = self._failures.get(key)
         if known is None or known.message != message:
-            logger.warning("%s refused %s: %s", self.subject, key[:16], message)
+            logger.warning("%s did not take %s: %s", self.subject, self.label(key), message)
         if known is None:
             self._failures[key] = Failure(error.code, message, _now())
         else:

@@ -57,7 +57,7 @@ class _Polled(Generic[T]):
 
     async def refresh(self) -> None:
         """Asks unless the answer is fresh; keeps the old answer when there is none in time."""
-        with trio.move_on_after(POLL_TIMEOUT):
+        with trio.move_on_after(POLL_TIMEOUT) as scope:
             async with self._lock:
                 if trio.current_time() - self._asked_at < MAX_AGE:
                     return
@@ -67,6 +67,7 @@ class _Polled(Generic[T]):
                 except RpcError:
                     self.silent = True
                 self._asked_at = trio.current_time()
+        self.silent = self.silent or scope.cancelled_caught
 
     def forget(self) -> None:
         """Drops an answer that an agent gave before it went away."""
@@ -208,12 +209,9 @@ class StatusReader:
             key = network_key(network.id)
             if not network.active or not fabric.helper.has(key):
                 failure = fabric.helper.failure(key)
-                reason = f"the helper refuses it: {failure.message}" if failure else fabric.helper.problem
                 since = network.created_at if not network.active else failure.since if failure else fabric.helper.since
                 pending.append(
-                    Pending(
-                        subject=f"network {network.name}", reason=reason or "the helper is applying it", since=since
-                    )
+                    Pending(subject=f"network {network.name}", reason=fabric.helper.waits_for(key), since=since)
                 )
         for endpoint in fabric.desired.store.endpoints():
             link = fabric.links.get(endpoint.id)

@@ -14,7 +14,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 
 def bridge_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds --bridge and --lab, which may also stand before the command's name; the command gets `bridge`, the address."""
+    """Adds --bridge and --lab, which may also stand before the command's name. The command gets `bridge`."""
 
     @click.option("--bridge", "bridge_", metavar="ADDRESS", help="Where the bridge is, such as unix:/path.")
     @click.option("--lab", "lab_", metavar="NAME", help="The lab whose bridge to use.")
