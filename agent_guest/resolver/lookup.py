@@ -175,7 +175,10 @@ class Lookup:
 
 
 def read_network_reply(reply: bytes, qtype: int) -> NetworkResult:
-    """What a network's server says: NOERROR means known, REFUSED and NXDOMAIN not, anything else is no answer."""
+    """What a network's server says: NOERROR means known, REFUSED and NXDOMAIN not, anything else is no answer.
+
+    NOERROR without records wants a second look: see needs_confirmation.
+    """
     rcode = wire.rcode_of(reply)
     if rcode in (wire.REFUSED, wire.NXDOMAIN):
         return UNKNOWN
@@ -185,6 +188,24 @@ def read_network_reply(reply: bytes, qtype: int) -> NetworkResult:
         return NetworkResult(Known.YES, wire.read_records(reply, qtype))
     except wire.MalformedError:
         return SILENT
+
+
+def needs_confirmation(result: NetworkResult, qtype: int) -> int | None:
+    """The type to ask for next, to tell an empty answer for a known name from one for a name that only has children.
+
+    dnsmasq answers NOERROR for example.com when it knows api.example.com (RFC 8020); a container's alias must not hide
+    the rest of a domain.
+    """
+    if result.known is not Known.YES or result.records:
+        return None
+    return {wire.A: wire.AAAA, wire.AAAA: wire.A}.get(qtype)
+
+
+def confirmed(other: NetworkResult) -> NetworkResult:
+    """The result, given that of the other type: known without records of the first, or not known."""
+    if other.known is Known.YES:
+        return NetworkResult(Known.YES) if other.records else UNKNOWN
+    return other
 
 
 def _name(text: str) -> dns.name.Name:

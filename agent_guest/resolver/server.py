@@ -13,7 +13,16 @@ import trio
 from . import wire
 from .config import RESOLVER_ADDRESS, Upstream
 from .exchange import ask_network, exchange_tcp, exchange_udp, receive_framed
-from .lookup import SILENT, Lookup, NetworkView, Next, read_network_reply
+from .lookup import (
+    SILENT,
+    Lookup,
+    NetworkResult,
+    NetworkView,
+    Next,
+    confirmed,
+    needs_confirmation,
+    read_network_reply,
+)
 
 logger = logging.getLogger("taploom.guest.resolver")
 
@@ -72,15 +81,14 @@ class Resolver:
 
     async def _ask_networks(self, lookup: Lookup, networks: Sequence[NetworkView]) -> None:
         """Asks all networks at once; on return the lookup is past them."""
-        question = wire.ask(0, lookup.query.name, lookup.network_qtype)
         start = trio.current_time()
 
         async def ask(index: int, view: NetworkView) -> None:
             suspect = self._suspects.get(view.interface, 0.0) > start
             with trio.move_on_at(start + (SUSPECT_TIMEOUT if suspect else NETWORK_TIMEOUT)) as scopes[index]:
-                reply = await ask_network(question, view.servers, view.interface)
+                result = await self._ask_network(lookup, view)
                 self._suspects.pop(view.interface, None)
-                lookup.network_result(index, read_network_reply(reply, lookup.network_qtype))
+                lookup.network_result(index, result)
             if index in lookup.unanswered():
                 self._suspects[view.interface] = trio.current_time() + SUSPECT_PERIOD
                 lookup.network_result(index, SILENT)
@@ -95,6 +103,17 @@ class Resolver:
         async with trio.open_nursery() as nursery:
             for index in lookup.unanswered():
                 nursery.start_soon(ask, index, networks[index])
+
+    async def _ask_network(self, lookup: Lookup, view: NetworkView) -> NetworkResult:
+        """What one network says, once it says something."""
+        name, qtype = lookup.query.name, lookup.network_qtype
+        reply = await ask_network(wire.ask(0, name, qtype), view.servers, view.interface)
+        result = read_network_reply(reply, qtype)
+        confirming = needs_confirmation(result, qtype)
+        if confirming is None:
+            return result
+        reply = await ask_network(wire.ask(0, name, confirming), view.servers, view.interface)
+        return confirmed(read_network_reply(reply, confirming))
 
     async def _forward(self, message: bytes, upstream: Upstream, tcp: bool) -> bytes | None:
         with trio.move_on_after(UPSTREAM_TIMEOUT):

@@ -19,6 +19,8 @@ from agent_guest.resolver.lookup import (
     NetworkResult,
     NetworkView,
     Next,
+    confirmed,
+    needs_confirmation,
     read_network_reply,
 )
 
@@ -171,6 +173,18 @@ def test_what_networks_servers_say() -> None:
     assert read_network_reply(wire.answer(asked, wire.NXDOMAIN), wire.A) is UNKNOWN
     assert read_network_reply(wire.answer(asked, wire.SERVFAIL), wire.A) is SILENT
     assert read_network_reply(wire.answer(asked, wire.NOERROR, (ONE,))[:-13], wire.A) is SILENT
+
+
+def test_an_empty_answer_counts_only_when_the_other_family_has_addresses() -> None:
+    assert needs_confirmation(known(), wire.A) == wire.AAAA
+    assert needs_confirmation(known(), wire.AAAA) == wire.A
+    assert needs_confirmation(known(), wire.PTR) is None
+    assert needs_confirmation(known(ONE), wire.A) is None
+    assert needs_confirmation(UNKNOWN, wire.A) is None
+    assert confirmed(known(ONE)) == known()
+    assert confirmed(known()) is UNKNOWN
+    assert confirmed(SILENT) is SILENT
+    assert confirmed(UNKNOWN) is UNKNOWN
 
 
 results = st.sampled_from([UNKNOWN, SILENT, known(), known(ONE), known(TWO)])
