@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.measure import HotResult, LinkResult, Results
+from bench.measure import HotResult, LinkResult, Results, hot_median
 
 GUEST_AGENT_BYTES = 35_000_000
 
@@ -44,9 +44,7 @@ def percentile(values: list[float], share: float) -> float:
 
 def wanted(results: Results) -> list[Wanted]:
     """What was wanted beside what was measured, reached or not."""
-    links = {(link.path, link.mtu): link for link in results.links}
-    mine = {mtu: statistics.median(link.tcp_gbps) for (path, mtu), link in links.items() if path == "taploom"}
-    peer = {mtu: statistics.median(link.tcp_gbps) for (path, mtu), link in links.items() if path == "gvproxy"}
+    mine, peer = _tcp(results, "taploom"), _tcp(results, "gvproxy")
     rows = [
         _ratio("TCP at MTU 1500 against gvproxy at MTU 1500", 4.0, mine.get(1500), peer.get(1500)),
         _ratio(
@@ -64,7 +62,7 @@ def wanted(results: Results) -> list[Wanted]:
         rows.append(_at_most(f"round trip p50, {name}", 1.0, statistics.median(samples) if samples else None, "ms"))
     for how in ("API", "CLI"):
         hot = next((hot for hot in results.hot if hot.path == "taploom" and hot.how == how), None)
-        value = statistics.median(hot.first_reply_ms) if hot else None
+        value = hot_median(hot) if hot and hot.returned_ms else None
         rows.append(_at_most(f"hot connect to the first reply, by {how}, median", 150.0, value, "ms"))
     agents = [
         row.rss
@@ -83,6 +81,11 @@ def wanted(results: Results) -> list[Wanted]:
     return rows
 
 
+def _tcp(results: Results, path: str) -> dict[int, float]:
+    """The path's median Gb/s by MTU."""
+    return {link.mtu: statistics.median(link.tcp_gbps) for link in results.links if link.path == path and link.tcp_gbps}
+
+
 def _ratio(what: str, least: float, mine: float | None, peer: float | None) -> Wanted:
     if mine is None or peer is None:
         return Wanted(what, f"at least {least:.0f}x", "not measured", None)
@@ -93,7 +96,8 @@ def _ratio(what: str, least: float, mine: float | None, peer: float | None) -> W
 def _at_most(what: str, most: float, value: float | None, unit: str) -> Wanted:
     if value is None:
         return Wanted(what, f"at most {most:g} {unit}", "not measured", None)
-    return Wanted(what, f"at most {most:g} {unit}", f"{value:.3g} {unit}", value <= most)
+    measured = f"{value:.3g} {unit}" if math.isfinite(value) else "no reply in half of the connects or more"
+    return Wanted(what, f"at most {most:g} {unit}", measured, value <= most)
 
 
 def grids(machine: dict[str, str], results: Results) -> list[Grid]:
@@ -122,7 +126,7 @@ def grids(machine: dict[str, str], results: Results) -> list[Grid]:
         ),
         Grid(
             "Hot connect, ms: median (least to most)",
-            ("path", "by", "call to first reply", "call to return", "times"),
+            ("path", "by", "call to first reply", "call to return", "times", "no reply in 10 s"),
             [_hot_row(hot) for hot in results.hot],
         ),
         Grid(
@@ -133,6 +137,7 @@ def grids(machine: dict[str, str], results: Results) -> list[Grid]:
                 for row in results.memory
             ],
         ),
+        Grid("Failures", ("what",), [(failure,) for failure in results.failures]),
         Grid(
             "Wanted",
             ("what", "wanted", "measured", "reached"),
@@ -175,7 +180,8 @@ def _hot_row(hot: HotResult) -> tuple[str, ...]:
         hot.how,
         _spread(hot.first_reply_ms, 0),
         _spread(hot.returned_ms, 0),
-        str(len(hot.first_reply_ms)),
+        str(len(hot.returned_ms)),
+        str(hot.unanswered),
     )
 
 
@@ -222,6 +228,7 @@ def as_json(machine: dict[str, str], settings: dict[str, Any], results: Results)
         "idle_cpus": results.idle_cpus,
         "links": links,
         "hot_connect": [dataclasses.asdict(hot) for hot in results.hot],
+        "failures": results.failures,
         "memory": [dataclasses.asdict(row) for row in results.memory],
         "wanted": [dataclasses.asdict(row) for row in wanted(results)],
     }

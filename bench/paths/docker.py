@@ -19,6 +19,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from bench.paths import How, Link, Path, Process
+from bench.processes import children, program, with_descendants
 from bench.run import BenchError, Netns, Run, wait_for
 
 # Debian's own, by full path: /usr/local/bin may have another client first.
@@ -176,33 +177,16 @@ def _import_image(run: Run, engine: _Engine, directory: FilePath, image: str) ->
 def _netns(engine: _Engine, outer: int, container: str) -> Netns:
     """A container's network namespace, seen from outside the daemon's PID namespace."""
     inner = engine.api("GET", f"/containers/{container}/json")["State"]["Pid"]
-    first = _children(outer)[0]
+    first = children(outer)[0]
     return Netns(f"/proc/{first}/root/proc/{inner}/ns/net")
-
-
-def _children(pid: int) -> list[int]:
-    return [int(child) for child in FilePath(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _processes(outer: int) -> list[Process]:
     """The daemon's processes and all below, without the containers' own."""
-    found: list[Process] = []
-    pending = _children(outer)
-    while pending:
-        pid = pending.pop()
-        try:
-            name = FilePath(f"/proc/{pid}/comm").read_text().strip()
-            threads = [int(task.name) for task in FilePath(f"/proc/{pid}/task").iterdir()]
-            pending += [
-                int(child)
-                for thread in threads
-                for child in FilePath(f"/proc/{pid}/task/{thread}/children").read_text().split()
-            ]
-        except OSError:  # it has just ended
-            continue
-        if name not in ("tini", "sleep"):
-            found.append(Process(name, pid))
-    return sorted(found, key=lambda process: process.label)
+    found = [Process(program(pid), pid) for pid in with_descendants(children(outer))]
+    return sorted(
+        (process for process in found if process.label not in ("", "tini", "sleep")), key=lambda process: process.label
+    )
 
 
 def sweep() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import trio
 
 from bench.paths import How, Link, Path, Process
+from bench.processes import program, with_descendants
 from bench.run import BenchError, Netns, Run
 from taploom import __version__
 from taploom.address import connect, parse_address
@@ -121,7 +122,7 @@ def build(run: Run, mtus: list[int]) -> Path:
         [Link("taploom", mtu, client, server, addresses[f"mtu{mtu}"]) for mtu in mtus],
         {"taploom": __version__},
         _Hot(lab, status["bridge"], client, server, addresses["hot"], "hot", "client"),
-        lambda: _processes(FilePath(status["state_directory"])),
+        lambda: _processes(lab),
     )
 
 
@@ -133,26 +134,17 @@ def _address(network: dict[str, Any], guest: str) -> str:
     raise BenchError(f"{guest} is not on {network['name']}: {network}")
 
 
-def _processes(directory: FilePath) -> list[Process]:
+def _processes(lab: _Lab) -> list[Process]:
     """The lab's processes with the names that `taploom lab status` gives them, or their programs' names."""
-    rows = json.loads((directory / "status.json").read_bytes())["processes"]
-    names = {row["pid"]: row["name"] for row in rows if row["pid"]}
-    marker = f"TAPLOOM_LAB_DIR={directory}".encode()
-    found = []
-    for entry in FilePath("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            environment = (entry / "environ").read_bytes().split(b"\0")
-            program = (entry / "comm").read_text().strip()
-            arguments = (entry / "cmdline").read_bytes().split(b"\0")
-        except OSError:  # it has just ended
-            continue
-        if marker not in environment or program == "sleep":
-            continue
-        default = "lab supervisor" if b"lab.supervisor" in arguments else program
-        found.append(Process(names.get(int(entry.name), default), int(entry.name)))
-    return sorted(found, key=lambda process: process.label)
+    status = lab.status()
+    names = {row["pid"]: row["name"] for row in status["processes"] if row["pid"]}
+    names[status["supervisor_pid"]] = "lab supervisor"
+    found = [
+        Process(names.get(pid, program(pid)), pid)
+        for pid in with_descendants(names)
+        if not names.get(pid, "").endswith("/holder")  # stands for the container's own first process
+    ]
+    return sorted((process for process in found if process.label), key=lambda process: process.label)
 
 
 def _sweep(run: Run) -> None:
