@@ -104,9 +104,9 @@ def build(run: Run, mtus: list[int]) -> Path:
     Raises:
         BenchError: Docker is not installed, or does not start.
     """
-    for program in (CLIENT, DAEMON, str(_BUSYBOX)):
-        if not FilePath(program).exists():
-            raise BenchError(f"{program} is missing: run bench/setup.sh")
+    for needed in (CLIENT, DAEMON, str(_BUSYBOX)):
+        if not FilePath(needed).exists():
+            raise BenchError(f"{needed} is missing: run bench/setup.sh")
     sweep()
     directory = run.directory / "docker"
     directory.mkdir()
