@@ -12,7 +12,8 @@ import heapq
 import logging
 import secrets
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -57,6 +58,8 @@ class DnsServer:
         self.spec = spec
         self.outer = outer
         self._folder = folder
+        self._names = folder / "names"
+        self._servers = folder / "servers"
         self._namespace: Namespace | None = None
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
@@ -67,21 +70,22 @@ class DnsServer:
         self._free: list[int] = []
         self._next_slot = 0
         self._written: dict[str, str] = {}
+        self._known: dict[str, tuple[str, ...]] = {}
+        self._served = ""
+        self._to_reload = False
         argv = [
             program,
             "--keep-in-foreground",
             "--conf-file=/dev/null",
             "--pid-file=",
-            "--log-facility=-",
+            "--log-facility=/dev/null",  # it tells of each name file that it reads; fatal errors go to stderr
             "--user=root",
             "--group=root",
-            # It knows what its hosts files say and nothing else: NXDOMAIN for other names, an empty NOERROR for
-            # other types of a name that it has. Without this both would be REFUSED.
-            "--local=/#/",
             "--no-resolv",
             "--no-hosts",
             "--no-poll",
-            f"--hostsdir={folder}",
+            f"--hostsdir={self._names}",
+            f"--servers-file={self._servers}",
             f"--local-ttl={_TTL}",
             "--bind-interfaces",
             *(f"--listen-address={address}" for address in spec.dns_servers),
@@ -94,22 +98,22 @@ class DnsServer:
             log=log,
             backoff_max=1.0,
             ready=self._answering,
-            on_change=on_daemon,
+            on_change=self._changed,
         )
+        self._on_daemon = on_daemon
         self.process: SupervisedProcess | None = None
 
     async def open(self) -> None:
-        """Makes the namespace and the veth pair.
+        """Makes the namespace and the veth pair. Names may be set before.
 
         Raises:
             OSError: the kernel refused; nothing is left.
         """
         spec = self.spec
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
+        self._make_folder()
 
         def make() -> Namespace:
-            namespace = Namespace.create()
+            namespace = Namespace()
             try:
                 addresses, routes = list(spec.dns_servers), list(spec.subnets)
                 plug_veth(namespace, self.outer, _INNER, spec.dns_mac, spec.mtu, addresses, routes)
@@ -150,45 +154,72 @@ class DnsServer:
             await trio.to_thread.run_sync(drop)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def set_names(self, endpoint: EndpointSpec) -> bool:
-        """Makes the endpoint's names be known; True when that changed anything."""
-        content = names.hosts_file(endpoint.addresses, endpoint.names, self.spec.name)
-        if not content:
-            return self.remove_names(endpoint.endpoint_id)
-        if self._written.get(endpoint.endpoint_id) == content:
-            return False
-        slot = self._slots.get(endpoint.endpoint_id)
-        if slot is None:
-            slot = heapq.heappop(self._free) if self._free else self._next_slot
-            self._next_slot = max(self._next_slot, slot + 1)
-            self._slots[endpoint.endpoint_id] = slot
-        # Renamed into place, so that dnsmasq never reads half of it. It ignores names that start with a dot.
-        temporary = self._folder / f".{slot}"
-        temporary.write_text(content)
-        temporary.rename(self._folder / str(slot))
-        self._written[endpoint.endpoint_id] = content
-        return True
+    def _make_folder(self) -> None:
+        if not self._folder.exists():
+            self._names.mkdir(parents=True)
+            self._servers.touch()
 
-    def remove_names(self, endpoint_id: str) -> bool:
-        """Makes the endpoint's names unknown; True when they were known."""
+    def set_names(self, endpoints: Iterable[EndpointSpec]) -> None:
+        """Makes the endpoints' names be known, and those that they had before unknown."""
+        self._make_folder()
+        for endpoint in endpoints:
+            content = names.hosts_file(endpoint.addresses, endpoint.names, self.spec.name)
+            if not content:
+                self._forget(endpoint.endpoint_id)
+            elif self._written.get(endpoint.endpoint_id) != content:
+                slot = self._slots.get(endpoint.endpoint_id)
+                if slot is None:
+                    slot = heapq.heappop(self._free) if self._free else self._next_slot
+                    self._next_slot = max(self._next_slot, slot + 1)
+                    self._slots[endpoint.endpoint_id] = slot
+                # dnsmasq ignores files that start with a dot.
+                _write(self._names / f".{slot}", self._names / str(slot), content)
+                self._written[endpoint.endpoint_id] = content
+                self._known[endpoint.endpoint_id] = endpoint.names
+        self._reload()
+
+    def remove_names(self, endpoint_ids: Iterable[str]) -> None:
+        """Makes the endpoints' names unknown."""
+        for endpoint_id in endpoint_ids:
+            self._forget(endpoint_id)
+        self._reload()
+
+    def _forget(self, endpoint_id: str) -> None:
         slot = self._slots.pop(endpoint_id, None)
-        self._written.pop(endpoint_id, None)
-        if slot is None:
-            return False
-        (self._folder / str(slot)).unlink(missing_ok=True)
-        heapq.heappush(self._free, slot)
-        return True
+        if slot is not None:
+            del self._written[endpoint_id], self._known[endpoint_id]
+            (self._names / str(slot)).unlink(missing_ok=True)
+            heapq.heappush(self._free, slot)
+
+    def _reload(self) -> None:
+        content = names.servers_file({name for known in self._known.values() for name in known}, self.spec.name)
+        if content == self._served:
+            return
+        self._served = content
+        _write(self._folder / ".servers", self._servers, content)
+        # Before it answers, it may not have its handler yet and would end.
+        if self.process is not None and self.process.state == "running":
+            self.process.kill(signal.SIGHUP)
+        else:
+            self._to_reload = True
+
+    def _changed(self, process: SupervisedProcess) -> None:
+        if process.state == "running" and self._to_reload:
+            self._to_reload = False
+            process.kill(signal.SIGHUP)
+        self._on_daemon(process)
 
     async def knows(self, endpoint: EndpointSpec, *, within: float) -> bool:
         """Waits until dnsmasq answers the endpoint's name with its addresses; False when it does not in `within` s."""
         if not endpoint.names or len(name := f"{endpoint.names[0]}.{self.spec.name}") > 253:
             return True
         with trio.move_on_after(within):
-            for address in endpoint.addresses:
-                # dnsmasq takes inotify's events before it takes questions, so the first answer nearly always has it.
+            # dnsmasq takes inotify's events before it takes questions, so the first answer nearly always has it.
+            for version in (4, 6):
+                wanted = {address for address in endpoint.addresses if address.version == version}
                 while True:
-                    answer = await self._ask(name, address.version)
-                    if answer is not None and address in names.answers(answer, address.version):
+                    answer = await self._ask(name, version)
+                    if answer is not None and not names.rcode(answer) and wanted <= names.answers(answer, version):
                         break
                     await trio.sleep(_RETRY)
             return True
@@ -219,3 +250,9 @@ class DnsServer:
                     if names.answer_id(data) == self._probe_id:
                         return data
             return None
+
+
+def _write(temporary: Path, path: Path, content: str) -> None:
+    """Renamed into place, so that nobody ever reads half of it."""
+    temporary.write_text(content)
+    temporary.rename(path)

@@ -209,9 +209,7 @@ class Fabric:
             env=self._stack.env,
             on_daemon=partial(self._on_dns, spec.network_id),
         )
-        for endpoint in network.endpoints.values():
-            if not endpoint.spec.disabled:
-                dns.set_names(endpoint.spec)
+        dns.set_names(e.spec for e in network.endpoints.values() if not e.spec.disabled)
         await dns.open()
         network.dns = dns
         plug = partial(vswitch.plug, interfaces={dns.outer: northbound.dns_port(spec.network_id)})
@@ -347,8 +345,8 @@ class Fabric:
             for endpoint in wanted:
                 if endpoint in new and endpoint.tap is not None:
                     self._ports.add(endpoint.spec.endpoint_id, endpoint.tap)
-                if endpoint.network.dns is not None:
-                    endpoint.network.dns.set_names(endpoint.spec)
+            for dns, group in _by_dns(wanted):
+                dns.set_names(e.spec for e in group)
         except BaseException:
             with contextlib.suppress(HelperError):
                 await self._remove_endpoints(new)
@@ -387,9 +385,9 @@ class Fabric:
             return
         ports = [(e.spec.network_id, e.spec.endpoint_id) for e in endpoints]
         taps = [e.tap for e in endpoints if e.tap is not None]
+        for dns, group in _by_dns(endpoints):
+            dns.remove_names(e.spec.endpoint_id for e in group)
         for endpoint in endpoints:
-            if endpoint.network.dns is not None:
-                endpoint.network.dns.remove_names(endpoint.spec.endpoint_id)
             if endpoint.tap is not None:
                 await self._ports.remove(endpoint.spec.endpoint_id)
         await _together(
@@ -606,6 +604,15 @@ def _set_mtus(taps: Iterable[Tap | None], mtu: int) -> None:
     for tap in taps:
         if tap is not None:
             links.set_mtu(tap.name, min(mtu, _MAX_TAP_MTU))
+
+
+def _by_dns(endpoints: Iterable[EndpointState]) -> list[tuple[DnsServer, list[EndpointState]]]:
+    """The endpoints of each network that has a DNS server."""
+    groups: dict[DnsServer, list[EndpointState]] = {}
+    for endpoint in endpoints:
+        if endpoint.network.dns is not None:
+            groups.setdefault(endpoint.network.dns, []).append(endpoint)
+    return list(groups.items())
 
 
 def _close_all(taps: Iterable[Tap]) -> None:

@@ -14,9 +14,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
@@ -76,75 +74,80 @@ def set_up(interface: str) -> None:
         fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sH14x", interface.encode(), flags | _IFF_UP))
 
 
-@dataclass
 class Namespace:
-    """A network namespace without a name: it goes when its last process, socket and file descriptor go."""
+    """A network namespace without a name: it goes when its last process, socket and file descriptor go.
 
-    fd: int
-    ipr: Any
-    probe: socket.socket
-    closed: bool = field(default=False)
+    `probe` is a UDP socket in it: a socket belongs to the namespace that it was opened in, for good.
+    """
 
-    @classmethod
-    def create(cls) -> Namespace:
-        """A new namespace, with a netlink socket and a UDP socket in it. Our own thread's namespace stays."""
-        before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            _check(_libc.unshare(_CLONE_NEWNET), "unshare a network namespace")
-            try:
-                fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-                # A socket belongs to the namespace that it was opened in, for good.
-                ipr = IPRoute()
-                probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-                for family in _SYSCTLS:
-                    for name in ("default", "all"):
-                        with contextlib.suppress(FileNotFoundError):
-                            setting = {"ipv4": "forwarding", "ipv6": "accept_ra"}[family]
-                            Path(f"/proc/sys/net/{family}/conf/{name}/{setting}").write_text("0")
-            finally:
-                _check(_libc.setns(before, _CLONE_NEWNET), "return to the network namespace")
-        finally:
-            os.close(before)
-        return cls(fd, ipr, probe)
+    def __init__(self) -> None:
+        self.fd = -1
+        with _own_namespace_kept():
+            _check(_libc.unshare(_CLONE_NEWNET), "make a network namespace")
+            self.fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            self.probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+            # A new namespace has the machine's own settings, of which forwarding may be one.
+            for family, setting in (("ipv4", "forwarding"), ("ipv6", "forwarding"), ("ipv6", "accept_ra")):
+                for scope in ("default", "all"):
+                    with contextlib.suppress(FileNotFoundError):
+                        Path(f"/proc/sys/net/{family}/conf/{scope}/{setting}").write_text("0")
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Has the calling thread, and no other, in the namespace."""
+        with _own_namespace_kept():
+            _check(_libc.setns(self.fd, _CLONE_NEWNET), "enter a network namespace")
+            yield
 
     def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            self.probe.close()
-            self.ipr.close()
-            os.close(self.fd)
+        """Lets go of the namespace."""
+        self.probe.close()
+        os.close(self.fd)
+
+
+@contextlib.contextmanager
+def _own_namespace_kept() -> Iterator[None]:
+    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            yield
+        finally:
+            _check(_libc.setns(before, _CLONE_NEWNET), "return to the network namespace")
+    finally:
+        os.close(before)
 
 
 def plug_veth(  # noqa: PLR0917 -- what a veth pair is
-    namespace: Namespace, outer: str, inner: str, mac: str, mtu: int, addresses: list[Address], routes: list[IPNetwork]
+    namespace: Namespace,
+    outer: str,
+    inner: str,
+    mac: str,
+    mtu: int,
+    addresses: list[Address],
+    routes: list[IPNetwork],
 ) -> None:
     """Creates a veth pair, `outer` here and `inner` in the namespace with these addresses and on-link routes.
 
     Raises:
-        OSError: the kernel refused.
+        OSError: the kernel refused; nothing is left.
     """
+    # An IPRoute has an event loop per thread that uses it: each is opened, used and closed in one.
     try:
         with IPRoute() as here:
-            here.link(
-                "add",
-                ifname=outer,
-                kind="veth",
-                mtu=mtu,
-                peer={"ifname": inner, "net_ns_fd": namespace.fd, "address": mac, "mtu": mtu},
-            )
+            peer = {"ifname": inner, "net_ns_fd": namespace.fd, "address": mac, "mtu": mtu}
+            here.link("add", ifname=outer, kind="veth", mtu=mtu, peer=peer)
             harden(outer)
             here.link("set", ifname=outer, state="up")
-        there = namespace.ipr
-        there.link("set", ifname="lo", state="up")
-        index = there.link_lookup(ifname=inner)[0]
-        there.link("set", index=index, state="up")
-        for address in addresses:
-            flags = {"flags": 0x02} if address.version == 6 else {}  # IFA_F_NODAD: it answers at once
-            there.addr("add", index=index, address=str(address), prefixlen=address.max_prefixlen, **flags)
-        for route in routes:
-            family = socket.AF_INET if route.version == 4 else socket.AF_INET6
-            if any(address.version == route.version for address in addresses):
-                there.route("add", dst=str(route), oif=index, scope=253 if route.version == 4 else 0, family=family)
+        with namespace.entered(), IPRoute() as there:
+            there.link("set", ifname="lo", state="up")
+            index = there.link_lookup(ifname=inner)[0]
+            there.link("set", index=index, state="up")
+            for address in addresses:
+                flags = {"flags": 0x02} if address.version == 6 else {}  # IFA_F_NODAD: it answers at once
+                there.addr("add", index=index, address=str(address), prefixlen=address.max_prefixlen, **flags)
+            for route in routes:
+                if any(address.version == route.version for address in addresses):
+                    there.route("add", dst=str(route), oif=index, scope="link" if route.version == 4 else "universe")
     except NetlinkError as exc:
         delete_link(outer)
         raise OSError(exc.code, f"cannot set up the DNS server's interface {outer}: {os.strerror(exc.code)}") from exc

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -32,6 +32,16 @@ def hosts_file(addresses: Sequence[Address], names: Sequence[str], network: str)
     return "".join(f"{address}{line}\n" for address in addresses)
 
 
+def servers_file(names: Iterable[str], network: str) -> str:
+    """What makes these names, bare and with the network's, be answered from the hosts files alone (--servers-file).
+
+    A known name that has no address of the family asked for is then an empty answer. All others are refused, so that
+    who asks can tell: the simpler --local=/#/ would make every name's parents known as well.
+    """
+    full = {name.lower() for name in names} | {f"{name}.{network}".lower() for name in names}
+    return "".join(f"server=/{name}/\n" for name in sorted(full) if len(name) <= 253)
+
+
 def query(message_id: int, name: str, version: int) -> bytes:
     """A DNS query for the name's A (version 4) or AAAA (6) records (RFC 1035, 4.1)."""
     labels = b"".join(bytes([len(label)]) + label.encode("ascii") for label in name.split("."))
@@ -43,6 +53,11 @@ def answer_id(data: bytes) -> int | None:
     if len(data) < _HEADER.size or not data[2] & 0x80:
         return None
     return int.from_bytes(data[:2], "big")
+
+
+def rcode(data: bytes) -> int:
+    """The response code of a DNS response that `answer_id` has accepted."""
+    return data[3] & 0xF
 
 
 def answers(data: bytes, version: int) -> set[Address]:

@@ -18,8 +18,11 @@ RECEIVE_BUFFER = 8 * 1024 * 1024  # bytes; the kernel counts twice that, for its
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def enlarge_packet_sockets(pid: int, size: int = RECEIVE_BUFFER) -> int:
+def enlarge_packet_sockets(pid: int, done: set[str], size: int = RECEIVE_BUFFER) -> int:
     """Gives every AF_PACKET socket of a process a receive buffer of at least `size` bytes.
+
+    Args:
+        done: the process's sockets that were dealt with before, to be passed over; brought up to date.
 
     Returns:
         How many sockets were changed. A process or socket that ends meanwhile is passed over.
@@ -28,6 +31,7 @@ def enlarge_packet_sockets(pid: int, size: int = RECEIVE_BUFFER) -> int:
         OSError: the kernel refuses (no pidfd_getfd, or not our child and no CAP_SYS_PTRACE).
     """
     changed = 0
+    found: set[str] = set()
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -35,9 +39,13 @@ def enlarge_packet_sockets(pid: int, size: int = RECEIVE_BUFFER) -> int:
     try:
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             try:
-                if not str(entry.readlink()).startswith("socket:"):
-                    continue
+                name = str(entry.readlink())
             except OSError:  # closed since
+                continue
+            if not name.startswith("socket:"):
+                continue
+            found.add(name)
+            if name in done:
                 continue
             fd = _libc.syscall(_SYS_PIDFD_GETFD, pidfd, int(entry.name), 0)
             if fd < 0:
@@ -50,8 +58,10 @@ def enlarge_packet_sockets(pid: int, size: int = RECEIVE_BUFFER) -> int:
                 if sock.family == socket.AF_PACKET and sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) < 2 * size:
                     sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size)
                     changed += 1
+            done.add(name)
     except FileNotFoundError:  # the process ended
         pass
     finally:
         os.close(pidfd)
+    done &= found
     return changed

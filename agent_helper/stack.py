@@ -123,6 +123,8 @@ class Stack:
         self._nb: Database | None = None
         self._sb: Database | None = None
         self._mgmt_changed = trio.Event()
+        self._enlarging = trio.Lock()
+        self._enlarged: tuple[int, set[str]] = (0, set())
         # ovsdb-server, ovs-vswitchd and ovn-controller find one another by these.
         folders = {
             f"{who}_{what}DIR": str(self.run_dir) for who in ("OVS", "OVN") for what in ("RUN", "LOG", "DB", "SYSCONF")
@@ -380,7 +382,10 @@ class Stack:
         if self.kernel_datapath or not pid:
             return
         try:
-            await trio.to_thread.run_sync(enlarge_packet_sockets, pid)
+            async with self._enlarging:
+                if self._enlarged[0] != pid:
+                    self._enlarged = (pid, set())
+                await trio.to_thread.run_sync(enlarge_packet_sockets, *self._enlarged)
         except OSError as exc:
             logger.warning("ports of the userspace data path keep small receive buffers: %s", exc)
 

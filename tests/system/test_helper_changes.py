@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 from dataclasses import replace
 
 import pytest
 import trio
 from test_helper_failures import Pinger, interfaces
-from test_helper_rig import Rig, endpoint, eventually, helper, network, rpc_status, sh
+from test_helper_rig import Guest, Rig, endpoint, eventually, helper, network, rpc_status, sh
 
 from taploom.contracts.taploom.helper.v1 import (
     ApplyEndpointRequest,
@@ -25,6 +26,12 @@ from taploom.contracts.taploom.helper.v1 import (
 )
 
 pytestmark = pytest.mark.system
+
+
+def unknown(guest: Guest, server: str, name: str) -> bool:
+    """Whether the server does not know the name (any more: until it has read the list of names again, it says so by
+    NXDOMAIN)."""
+    return re.search("status: (REFUSED|NXDOMAIN)", guest.dig(server, name)) is not None
 
 
 async def test_hot_connect_and_disconnect_leave_nothing_and_disturb_nobody() -> None:
@@ -55,6 +62,7 @@ async def test_hot_connect_and_disconnect_leave_nothing_and_disturb_nobody() -> 
                 if cycle % 10 == 0:
                     await rig.apply(network(3), endpoint(3, 2, "passing"))
                     await rig.delete_network("n3")
+            await pinger.answered_after(time.time())
         finally:
             pinger.stop()
         sent, got = re.findall(r"(\d+) packets transmitted, (\d+) received", (rig.folder / "ping").read_text())[0]
@@ -70,7 +78,7 @@ async def test_hot_connect_and_disconnect_leave_nothing_and_disturb_nobody() -> 
             await eventually(same)
         except trio.TooSlowError:
             assert after == before
-        assert "REFUSED" in fixed.dig("169.254.64.2", "alias.net2")
+        assert unknown(fixed, "169.254.64.2", "alias.net2")
 
 
 async def test_names() -> None:
@@ -93,19 +101,27 @@ async def test_names() -> None:
         known = a.dig(server, "AAAA", "four")
         assert "NOERROR" in known
         assert "ANSWER: 0" in known
-        assert "REFUSED" in a.dig(server, "nobody")
-        assert "REFUSED" in a.dig(server, "example.com")
+        assert short("MX", "four") == set()
+        await rig.apply(endpoint(1, 6, "six", "api.example.com"))
+        # A parent of a name that is known is not.
+        for name in ("nobody", "nobody.net1", "net1", "example.com", "com", "www.example.com"):
+            for kind in ("A", "AAAA", "TXT"):
+                assert "REFUSED" in a.dig(server, kind, name), (kind, name)
+        for name in ("api.example.com", "six", "six.net1"):
+            assert short(name) == {"10.77.1.6"}
+            assert "NOERROR" in a.dig(server, "AAAA", name)
+            assert short("AAAA", name) == set()
         assert "REFUSED" in a.dig(server, "-x", "10.77.1.77")
         assert re.search(r"\s600\s+IN\s+A\s", a.dig(server, "db"))
         # Changes show at once, and touch neither port nor dnsmasq.
         before = await rig.daemons()
         await rig.apply(endpoint(1, 3, "database", ipv6=True))
         assert short("database") == {"10.77.1.3"}
-        assert "REFUSED" in a.dig(server, "db")
+        assert unknown(a, server, "db")
         assert short("shared") == {"10.77.1.4"}
         assert short("-x", "10.77.1.3") == {"database.net1."}
         await rig.delete_endpoint("e1-3")
-        assert "REFUSED" in a.dig(server, "database.net1")
+        assert unknown(a, server, "database.net1")
         assert {n: d.pid for n, d in (await rig.daemons()).items()} == {n: d.pid for n, d in before.items()}
         # Names that DNS cannot carry are left out; the others are there.
         await rig.apply(endpoint(1, 5, "x" * 70, "a..b", "fine"))
@@ -121,8 +137,8 @@ async def test_changes_in_place() -> None:
         # Another address: same TAP, same link.
         (after,) = await rig.apply(endpoint(1, 3, "db", addresses=["10.77.1.33"]))
         assert (after.tap, after.link_up) == (before.tap, True)
-        b.run("ip", "addr", "add", "10.77.1.33/24", "dev", "eth0")
         b.run("ip", "addr", "del", "10.77.1.3/24", "dev", "eth0")
+        b.run("ip", "addr", "add", "10.77.1.33/24", "dev", "eth0")
         assert a.ping("10.77.1.33")
         assert not a.ping("fd00:77:1::3", wait=1)
         assert a.dig("169.254.64.1", "+short", "db") == "10.77.1.33"
@@ -144,7 +160,7 @@ async def test_changes_in_place() -> None:
         assert (off.tap, off.port_up) == ("", False)
         assert after.tap not in interfaces(rig)
         assert not a.ping("10.77.1.33", wait=1)
-        assert "REFUSED" in a.dig("169.254.64.77", "db.renamed")
+        assert unknown(a, "169.254.64.77", "db.renamed")
         (on,) = await rig.apply(endpoint(1, 3, "db", addresses=["10.77.1.33"]))
         assert on.port_up
         await rig.link(b, "e1-3")
@@ -191,7 +207,7 @@ async def test_tcp_goes_through_with_and_without_offloads() -> None:
             server.wait()
         status = (await rig.client.list_endpoints(ListEndpointsRequest())).endpoints[0]
         assert status.counters is not None
-        assert status.counters.rx_bytes > 60_000_000
+        assert status.counters.rx_bytes > 50_000_000
 
 
 async def test_sync_makes_everything_as_described() -> None:
@@ -209,6 +225,7 @@ async def test_sync_makes_everything_as_described() -> None:
             response = await rig.client.sync(
                 SyncRequest(networks=[network(1), network(4), *wrong_networks], endpoints=[*wanted, *wrong]), timeout=60
             )
+            await pinger.answered_after(time.time())
         finally:
             pinger.stop()
         assert sorted(response.removed_ids) == ["e2-2", "n2"]
