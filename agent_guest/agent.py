@@ -13,7 +13,7 @@ import trio
 
 from taploom import __version__
 from taploom.address import Address, open_listener
-from taploom.contracts.taploom.guest.v1 import GuestFeature, InterfaceRepaired, LinkDown, LinkUp
+from taploom.contracts.taploom.guest.v1 import GuestFeature, LinkDown, LinkUp
 from taploom.contracts.taploom.link.v1 import LinkFeature
 from taploom.link import LinkServer, open_dataplane, probe_features
 from taploom.rpc import Server
@@ -24,7 +24,6 @@ from .kernel import Kernel
 from .names import Names
 from .resolver.resolvconf import ResolvConf
 from .service import GuestService
-from .spec import InterfaceSpec
 
 logger = logging.getLogger("taploom.guest.agent")
 
@@ -83,18 +82,12 @@ async def run_agent(options: Options) -> None:
                         LinkDown(endpoint_id=endpoint_id, reason=reason)
                     ),
                 )
-                names = Names(
-                    lambda: trio.to_thread.run_sync(kernel.loopback_up),
-                    ResolvConf(options.resolv_conf, saved_path(options)),
-                )
 
-                def described(specs: list[InterfaceSpec]) -> None:
-                    names.set_interfaces(specs)
+                async def loopback_up() -> None:
+                    await interfaces.loopback_up()
 
-                def repaired(event: InterfaceRepaired) -> None:
-                    events.publish(event)
-
-                interfaces = Interfaces(kernel, links, on_repair=repaired, on_change=described)
+                names = Names(loopback_up, ResolvConf(options.resolv_conf, saved_path(options)))
+                interfaces = Interfaces(kernel, links, on_repair=events.publish, on_change=names.set_interfaces)
                 try:
                     await _serve(
                         options,
@@ -134,6 +127,7 @@ async def _serve(
         await nursery.start(server.serve, control)
         logger.info("version %s serves on %s, data links on %s", __version__, options.control, options.data)
         await _stop_signal(signals)
+        events.close()
         await server.drain(DRAIN_TIMEOUT)
         nursery.cancel_scope.cancel()
 

@@ -43,6 +43,12 @@ class EventHub:
                 channel.close()
                 del self._watchers[watcher]
 
+    def close(self) -> None:
+        """Ends every watch after the events that it has not read yet."""
+        for channel in self._watchers.values():
+            channel.close()
+        self._watchers.clear()
+
     @contextlib.contextmanager
     def watch(self) -> Iterator[Watcher]:
         """A watcher of everything that is published from now on."""

@@ -161,6 +161,10 @@ class Interfaces:
             raise NotDescribedError(endpoint_id)
         self._links.authorize(endpoint_id, secret)
 
+    async def loopback_up(self) -> None:
+        """Brings `lo` up, for whoever listens there. Raises NetlinkError."""
+        await self._run(self._kernel.loopback_up)
+
     def statuses(self) -> list[InterfaceStatus]:
         """Every interface, by name."""
         found = [self._status(managed) for managed in self._managed.values()]
@@ -315,7 +319,11 @@ class Interfaces:
         delay: float | None = None
         async with self._exclusive():
             specs = self._by_index()
-            wrong = await self._run(self._kernel.needs, specs)
+            try:
+                wrong = await self._run(self._kernel.needs, specs)
+            except NetlinkError as error:
+                logger.warning("cannot look at the interfaces: %s", error)
+                return RETRY_DELAY
             for index, gone in wrong.items():
                 spec = specs[index]
                 wait = limiter.acquire(spec.endpoint_id, trio.current_time())
@@ -384,6 +392,7 @@ class Interfaces:
         )
 
     async def _run(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        # The limiter lets one call in at a time: the kernel's netlink socket is not for two threads at once.
         return await trio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=self._thread)
 
 

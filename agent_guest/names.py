@@ -75,7 +75,7 @@ class Names:
         self._publish()
 
     def _publish(self) -> None:
-        self._resolver.knowledge = Knowledge(self._networks, self._config.upstreams, self._config.hostname)
+        self._resolver.learn(Knowledge(self._networks, self._config.upstreams, self._config.hostname))
 
     async def _enable(self, config: ResolverConfig) -> None:
         if self._serving is None:
@@ -92,8 +92,8 @@ class Names:
             raise NamesError(f"cannot write {error.filename or 'resolv.conf'}: {error.strerror}") from error
 
     async def _bind(self) -> None:
-        await self._loopback_up()
         try:
+            await self._loopback_up()
             self._server.bind()
         except OSError as error:
             what = f"cannot serve names on {RESOLVER_ADDRESS}:53"

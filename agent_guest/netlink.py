@@ -214,11 +214,21 @@ class Netlink:
     def _replies(self, sequence: int) -> Iterator[tuple[int, int, bytes]]:
         """(type, flags, whole message) of each reply to the request; ends only by its consumer."""
         while True:
-            # MSG_TRUNC with an empty buffer tells the datagram's size: no dump is ever cut.
-            size = self._socket.recv_into(bytearray(1), 1, socket.MSG_PEEK | socket.MSG_TRUNC)
-            for kind, flags, reply_to, message in split_messages(self._socket.recv(max(size, 32768))):
-                if reply_to == sequence:
+            for kind, flags, reply_to, message in split_messages(self._receive()):
+                if reply_to == sequence:  # others are what is left of a request that was given up
                     yield kind, flags, message
+
+    def _receive(self) -> bytes:
+        try:
+            # MSG_TRUNC tells the datagram's whole size: no dump is ever cut.
+            size = self._socket.recv_into(bytearray(1), 1, socket.MSG_PEEK | socket.MSG_TRUNC)
+            return self._socket.recv(max(size, 32768))
+        except TimeoutError:
+            raise NetlinkError(
+                errno.ETIMEDOUT, f"the kernel has not answered a netlink request within {_REQUEST_TIMEOUT:g} s"
+            ) from None
+        except OSError as error:
+            raise NetlinkError(error.errno, f"netlink: {error.strerror}") from error
 
     def _request(self, message: Any, kind: int, flags: int = 0) -> None:
         sequence = self._send(message, kind, flags | NLM_F_ACK)

@@ -18,6 +18,8 @@ _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _RESERVED_NAMES = frozenset({"lo", "all", "default", ".", ".."})
 MTU_MIN, MTU_MAX, MTU_MIN_IPV6 = 68, 65521, 1280
 """RFC 791; 65535 less the Ethernet header, drivers/net/tun.c; RFC 8200."""
+MAX_ITEMS = 256
+"""Addresses, routes and servers of one interface."""
 
 _T = TypeVar("_T")
 
@@ -68,6 +70,9 @@ class InterfaceSpec:
             raise SpecError(f"mac_address {mac[:40]!r} is not of the form aa:bb:cc:dd:ee:ff")
         if int(mac[:2], 16) & 1:
             raise SpecError(f"mac_address {mac} is a multicast address; an interface needs a unicast one")
+        for field in ("addresses", "routes", "dns_servers"):
+            if len(getattr(message, field)) > MAX_ITEMS:
+                raise SpecError(f"{field} has {len(getattr(message, field))} entries; at most {MAX_ITEMS} are allowed")
         addresses = tuple(_parse("addresses", text, _address) for text in message.addresses)
         if len({address.ip for address in addresses}) != len(addresses):
             raise SpecError("addresses has one address twice")

@@ -57,6 +57,11 @@ class Resolver:
     _suspects: dict[str, float] = field(default_factory=dict)
     _forwarding: int = 0
 
+    def learn(self, knowledge: Knowledge) -> None:
+        """What lookups go by from now on; networks that were silent get another chance."""
+        self.knowledge = knowledge
+        self._suspects.clear()
+
     async def resolve(self, message: bytes, *, tcp: bool) -> bytes | None:
         """The reply to a client's message; None where the client gets none."""
         try:

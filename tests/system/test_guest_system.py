@@ -608,6 +608,26 @@ async def test_a_bind_mounted_resolv_conf(tmp_path: Path) -> None:
         subprocess.run(["umount", target], check=True)
 
 
+async def test_nothing_is_left_of_networks_that_came_and_went(rig: Rig) -> None:
+    await rig.join(rig.one)
+    await rig.resolver()
+
+    def open_files() -> int:
+        return len(list(Path(f"/proc/{rig.guest.pid}/fd").iterdir()))
+
+    before, files = rig.guest.ip("-br", "link"), open_files()
+    async with rig.guest.client() as client:
+        for _ in range(50):
+            await client.apply_interface(ApplyInterfaceRequest(interface=rig.two.interface()))
+            await rig.two.link(rig.guest)
+            assert await rig.found("nobody") == []
+            await client.delete_interface(DeleteInterfaceRequest(endpoint_id="ep1"))
+            await rig.two.unlink()
+    await until(lambda: open_files() <= files, "every descriptor is closed")
+    assert rig.guest.ip("-br", "link") == before
+    rig.ping("172.18.0.1")
+
+
 async def test_memory_stays_within_the_budget_with_two_networks_and_names_in_use(rig: Rig) -> None:
     rig.one.names("172.18.0.3 db", "fd00:0::3 db")
     rig.two.names("172.19.0.3 cache")

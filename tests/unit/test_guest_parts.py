@@ -43,6 +43,15 @@ async def test_a_slow_watcher_is_dropped_and_the_others_are_not() -> None:
     hub.publish(LinkUp(endpoint_id="c"))
 
 
+async def test_a_closed_hub_ends_watches_after_what_they_have_to_read() -> None:
+    hub = EventHub()
+    with hub.watch() as watcher:
+        hub.publish(LinkUp(endpoint_id="a"))
+        hub.close()
+        with trio.fail_after(5):
+            assert len([event async for event in watcher]) == 1
+
+
 def test_features_are_what_the_kernel_has_and_nobody_hides() -> None:
     everything = frozenset({LinkFeature.VNET_HDR, LinkFeature.TSO, LinkFeature.USO})
     assert features(everything, frozenset()) == set(OPTIONAL_FEATURES.values())

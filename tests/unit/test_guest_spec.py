@@ -79,6 +79,7 @@ def test_a_good_description_is_taken_in_canonical_spelling() -> None:
         ({"dns_servers": ["169.254.64.1", "169.254.64.1"]}, "twice"),
         ({"dns_servers": ["172.18.0.2"]}, "own address"),
         ({"dns_servers": ["127.0.0.11"]}, "cannot be a server"),
+        ({"addresses": [f"10.1.{n // 250}.{n % 250 + 1}/16" for n in range(257)]}, "256"),
         ({"network_name": "a b"}, "network_name"),
         ({"network_name": "x" * 254}, "253"),
     ],
