@@ -19,6 +19,9 @@ from .wire import WireError
 
 # How long a channel that is left waits for its last frames to go out, seconds.
 _CLOSE_TIMEOUT = 1.0
+# How often a call that the server refused to look at is tried again, and the first wait in seconds; it doubles.
+_MAX_REFUSALS = 6
+_REFUSAL_BACKOFF = 0.01
 
 
 class Channel:
@@ -112,14 +115,33 @@ class Call(Generic[RequestT, ResponseT]):
         self._request = request
         self._deadline = math.inf
         self._opened: Http2Stream | None = None
+        self._refusals = 0
 
     async def __aenter__(self) -> Self:
         if self._timeout is not None:
             self._deadline = trio.current_time() + self._timeout
-        message = None if self._request is None else bytes(self._request)
         with self._within_deadline():
-            self._opened = await self._connection.open_stream(self._headers, message)
+            await self._open()
         return self
+
+    async def _open(self) -> None:
+        message = None if self._request is None else bytes(self._request)
+        self._opened = await self._connection.open_stream(self._headers, message)
+
+    async def _try_again(self) -> bool:
+        """Starts a refused call anew; False when it was not refused or too often.
+
+        A server that counts streams otherwise than we do refuses some although it has announced room for them, and
+        the call was not looked at (RFC 9113, section 8.7). Only a request that is known as a whole can be repeated.
+        """
+        stream = self._stream
+        if not stream.refused or self._request is None or self._refusals >= _MAX_REFUSALS:
+            return False
+        self._connection.forget(stream)
+        await trio.sleep(_REFUSAL_BACKOFF * 2**self._refusals)
+        self._refusals += 1
+        await self._open()
+        return True
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -148,13 +170,14 @@ class Call(Generic[RequestT, ResponseT]):
 
     async def initial_metadata(self) -> Metadata:
         """The metadata of the response's headers; waits for them. RpcError when the call fails before."""
-        stream = self._stream
         with self._within_deadline():
-            while stream.headers is None:
-                if stream.error is not None:
-                    raise stream.error
-                await stream.wait_changed()
-        return decode_metadata(stream.headers or ())
+            while self._stream.headers is None:
+                error = self._stream.error
+                if error is None:
+                    await self._stream.wait_changed()
+                elif not await self._try_again():
+                    raise error
+        return decode_metadata(self._stream.headers or ())
 
     @property
     def trailing_metadata(self) -> Metadata:
@@ -163,15 +186,10 @@ class Call(Generic[RequestT, ResponseT]):
 
     async def _receive(self) -> ResponseT | None:
         """The next response; None after the last one of a call that ended with OK. RpcError otherwise."""
-        stream = self._stream
-        # Other tasks get their turn also when messages queue up here.
         await trio.lowlevel.checkpoint_if_cancelled()
         with self._within_deadline():
-            try:
-                data = await self._connection.receive(stream)
-            except RpcError:
-                _check_headers(stream)  # another kind of server says more with its HTTP status
-                raise
+            data = await self._receive_bytes()
+            stream = self._stream
             if data is None:
                 _check_status(stream)
                 return None
@@ -182,6 +200,15 @@ class Call(Generic[RequestT, ResponseT]):
                 self._connection.forget(stream, CANCEL)
                 raise RpcError(StatusCode.INTERNAL, f"malformed response: {error}") from error
         raise AssertionError("unreachable: the block returns or raises")
+
+    async def _receive_bytes(self) -> bytes | None:
+        while True:
+            try:
+                return await self._connection.receive(self._stream)
+            except RpcError:
+                _check_headers(self._stream)  # another kind of server says more with its HTTP status
+                if not await self._try_again():
+                    raise
 
     async def _single_response(self) -> ResponseT:
         response = await self._receive()
@@ -301,6 +328,7 @@ def _request_headers(path: str, timeout: float | None, metadata: MetadataLike | 
         (b":authority", b"localhost"),
         (b"te", b"trailers"),
         (b"content-type", b"application/grpc"),
+        (b"grpc-accept-encoding", b"identity"),
         (b"user-agent", b"grpc-python-taploom"),
     ]
     if timeout is not None:

@@ -38,8 +38,6 @@ _READ_SIZE = 65_536
 _MAX_STREAM_ID = 2**31 - 1
 # DATA waits while this much is still to be written: the writer's buffer is not where messages queue up.
 _OUTBOUND_HIGH_WATER = 65_536
-# More than this can only be answers to control frames of a peer that does not read.
-_OUTBOUND_LIMIT = 2**20
 # How long the last bytes (a GOAWAY, a status) may take on a connection that is being closed, seconds.
 _FLUSH_TIMEOUT = 2.0
 # Incomplete messages of all streams together; beyond it only the oldest one gets credit to complete.
@@ -64,6 +62,8 @@ class ConnectionConfig:
     handshake_timeout: float = 10.0
     keepalive: float | None = 30.0
     """After so long without a byte from the peer while calls are live, a PING is sent; None: never."""
+    max_backlog: int = 2**20
+    """Unsent bytes that end the connection: so many are there only when the peer asks much and does not read."""
     keepalive_timeout: float = 10.0
     """The connection is lost when so long after the PING still nothing has come."""
     flood_limits: FloodLimits = field(default_factory=FloodLimits)
@@ -99,6 +99,7 @@ class Http2Stream:
         "on_reset",
         "reader",
         "receive_error",
+        "refused",
         "remote_closed",
         "stream_id",
         "trailers",
@@ -119,6 +120,8 @@ class Http2Stream:
         """Why the stream is lost: nothing can be sent or received."""
         self.receive_error: RpcError | None = None
         """Why no more messages come, although the stream is open: what came was not a legal message."""
+        self.refused = False
+        """Whether the server says that it has not looked at the call: it may be tried again."""
         self.on_reset: Callable[[], None] | None = None
         self._readable = trio.lowlevel.ParkingLot()
         self._sendable = trio.lowlevel.ParkingLot()
@@ -545,7 +548,7 @@ class Connection:
                     if handler is not None:
                         handler(self, event)
             self._flush()
-            if len(self._outbound) > _OUTBOUND_LIMIT:
+            if len(self._outbound) > self._config.max_backlog:
                 raise GateError(ENHANCE_YOUR_CALM, "the peer sends but does not read")
 
     def _goaway(self, frame: GoAway) -> None:
@@ -678,6 +681,7 @@ class Connection:
         if stream is None:
             return
         code = int(event.error_code or 0)
+        stream.refused = code == REFUSED_STREAM
         self._lose(stream, RpcError(code_from_reset(code), f"the peer reset the call (HTTP/2 error {code})"))
 
     def _lose(self, stream: Http2Stream, error: RpcError) -> None:

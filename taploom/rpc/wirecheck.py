@@ -9,6 +9,7 @@ google.protobuf does. Refused are:
   not);
 - strings that are not UTF-8, enum values outside of int32, timestamps and durations out of their range;
 - two members of a oneof, and a singular message field that comes twice (legal protobuf, which no encoder writes);
+- map entries without their message or with unknown fields (legal too, and written by nobody);
 - messages nested more than `MAX_DEPTH` deep or with more than `MAX_FIELDS` fields and elements, and unknown fields
   that would take betterproto2 too long to keep.
 
@@ -80,11 +81,15 @@ class _Field:
 class _Schema:
     """What may come for one message type."""
 
-    __slots__ = ("fields", "name", "validate")
+    __slots__ = ("closed", "fields", "name", "required", "validate")
 
-    def __init__(self, message_type: type) -> None:
+    def __init__(self, message_type: type, *, map_entry: bool = False) -> None:
         self.name = message_type.__name__
         self.fields: dict[int, _Field] = {}
+        self.closed = map_entry
+        """Whether unknown fields are refused."""
+        self.required: str | None = None
+        """A field that must be there: the message of a map's entry, which is an empty one for protobuf."""
         self.validate: Callable[[bytes], None] | None = None
         if message_type.__module__.endswith(".google.protobuf"):
             self.validate = {"Timestamp": _check_timestamp, "Duration": _check_duration}.get(self.name)
@@ -93,25 +98,28 @@ class _Schema:
         for name, meta in metadata.meta_by_field_name.items():
             submessage: Callable[[], _Schema] | None = None
             if meta.proto_type in (betterproto2.TYPE_MESSAGE, betterproto2.TYPE_MAP):
-                submessage = _deferred(meta.unwrap() if meta.unwrap else metadata.cls_by_field[name])
+                submessage_type = meta.unwrap() if meta.unwrap else metadata.cls_by_field[name]
+                submessage = _deferred(submessage_type, map_entry=meta.proto_type == betterproto2.TYPE_MAP)
             repeated = bool(meta.repeated) or meta.proto_type == betterproto2.TYPE_MAP
             group = None if meta.group is None else str(meta.group)
+            if map_entry and submessage is not None:
+                self.required = str(name)
             self.fields[meta.number] = _Field(name, meta.proto_type, group, repeated, submessage)
 
 
 _schemas: dict[type, _Schema] = {}
 
 
-def _schema(message_type: type) -> _Schema:
+def _schema(message_type: type, *, map_entry: bool = False) -> _Schema:
     schema = _schemas.get(message_type)
     if schema is None:
-        schema = _schemas[message_type] = _Schema(message_type)
+        schema = _schemas[message_type] = _Schema(message_type, map_entry=map_entry)
     return schema
 
 
-def _deferred(message_type: type) -> Callable[[], _Schema]:
+def _deferred(message_type: type, *, map_entry: bool) -> Callable[[], _Schema]:
     """The schema when it is needed: message types may contain themselves."""
-    return lambda: _schema(message_type)
+    return lambda: _schema(message_type, map_entry=map_entry)
 
 
 def check(data: bytes, message_type: type) -> None:
@@ -160,6 +168,8 @@ class _Checker:
             value_start, position = self._skip(position, end, wire_type, schema.name)
             field = schema.fields.get(tag >> 3)
             if field is None:
+                if schema.closed:
+                    raise WireError("a map entry has a field besides key and value")
                 unknown_count += 1
                 unknown_bytes += position - field_start
                 if unknown_count * unknown_bytes > _MAX_UNKNOWN_WORK:
@@ -187,6 +197,8 @@ class _Checker:
                     raise WireError(f"{schema.name}.{field.name} is not UTF-8") from None
             elif field.is_enum:
                 self._enum(value_start, position, field, schema)
+        if schema.required is not None and schema.required not in seen:
+            raise WireError(f"{schema.name} lacks its {schema.required}")
         if schema.validate is not None:
             schema.validate(self._data[start:end])
 
