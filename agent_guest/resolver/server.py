@@ -32,7 +32,7 @@ NETWORK_TIMEOUT = 1.0
 """Seconds for a network to answer a name that no other network knows."""
 NETWORK_GRACE = 0.2
 """Seconds that a silent network holds up the answer of another one."""
-SUSPECT_TIMEOUT, SUSPECT_PERIOD = 0.1, 5.0
+SUSPECT_TIMEOUT, SUSPECT_GRACE, SUSPECT_PERIOD = 0.1, 0.02, 5.0
 """A network that was silent gets less time for a while, so that a dead one does not slow every name."""
 MAX_UDP_QUERIES, MAX_UPSTREAM_QUERIES = 256, 128
 MAX_CONNECTIONS, MAX_PIPELINED = 32, 16
@@ -89,8 +89,8 @@ class Resolver:
         start = trio.current_time()
 
         async def ask(index: int, view: NetworkView) -> None:
-            suspect = self._suspects.get(view.interface, 0.0) > start
-            with trio.move_on_at(start + (SUSPECT_TIMEOUT if suspect else NETWORK_TIMEOUT)) as scopes[index]:
+            timeout = SUSPECT_TIMEOUT if self._is_suspect(view, start) else NETWORK_TIMEOUT
+            with trio.move_on_at(start + timeout) as scopes[index]:
                 result = await self._ask_network(lookup, view)
                 self._suspects.pop(view.interface, None)
                 lookup.network_result(index, result)
@@ -100,14 +100,17 @@ class Resolver:
             if lookup.next is not Next.NETWORKS:
                 nursery.cancel_scope.cancel()
             elif lookup.held_up():
-                for other in lookup.unanswered():
-                    if other in scopes:
-                        scopes[other].deadline = min(scopes[other].deadline, start + NETWORK_GRACE)
+                for other, scope in scopes.items():
+                    grace = SUSPECT_GRACE if self._is_suspect(networks[other], start) else NETWORK_GRACE
+                    scope.deadline = min(scope.deadline, start + grace)
 
         scopes: dict[int, trio.CancelScope] = {}
         async with trio.open_nursery() as nursery:
             for index in lookup.unanswered():
                 nursery.start_soon(ask, index, networks[index])
+
+    def _is_suspect(self, view: NetworkView, now: float) -> bool:
+        return self._suspects.get(view.interface, 0.0) > now
 
     async def _ask_network(self, lookup: Lookup, view: NetworkView) -> NetworkResult:
         """What one network says, once it says something."""
