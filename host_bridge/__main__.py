@@ -95,14 +95,15 @@ async def serve(store: Store, socket: Address, helper: Address, helper_data: Add
     Raises:
         ListenError: the socket cannot be opened.
     """
-    async with open_dataplane() as dataplane:
-        fabric = Fabric(DesiredState(store), dataplane, helper, helper_data, upstreams=upstreams)
-        try:
-            listener = await open_listener(socket)
-        except (OSError, AddressError) as error:
-            raise ListenError(f"cannot serve at {socket}: {error}") from error
-        server = Server([NetworkApi(fabric), GuestApi(fabric), StatusApi(fabric)])
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    # First: whoever sees the socket may already send SIGTERM.
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with open_dataplane() as dataplane:
+            fabric = Fabric(DesiredState(store), dataplane, helper, helper_data, upstreams=upstreams)
+            try:
+                listener = await open_listener(socket)
+            except (OSError, AddressError) as error:
+                raise ListenError(f"cannot serve at {socket}: {error}") from error
+            server = Server([NetworkApi(fabric), GuestApi(fabric), StatusApi(fabric)])
             async with trio.open_nursery() as nursery:
                 await nursery.start(fabric.run)
                 await nursery.start(server.serve, listener)

@@ -57,6 +57,10 @@ class HelperPeer(Peer[Network | Endpoint]):
         options: see `Peer`.
     """
 
+    # It tells of every link of every guest, and is ours.
+    event_burst = 20_000.0
+    event_rate = 5_000.0
+
     def __init__(
         self,
         address: Address,

@@ -43,9 +43,6 @@ POLL_INTERVAL = 1.0
 # tight loop.
 STABLE_AFTER = 2.0
 MAX_CONCURRENT_CALLS = 16
-# Events a peer may send at once and per second; a hostile guest is throttled by back-pressure beyond.
-EVENT_BURST = 200
-EVENT_RATE = 100.0
 
 # Refusals that asking again will not change. They are asked again all the same, for what is wanted is still wanted.
 PERMANENT = frozenset(
@@ -148,6 +145,10 @@ class Peer(abc.ABC, Generic[D]):
         link_secret: gives the secret to send along with an endpoint's description, or None.
         on_secret_sent: called when the agent has accepted that secret.
     """
+
+    # Events that the peer may send at once and per second; beyond, it is throttled by back-pressure.
+    event_burst = 500.0
+    event_rate = 100.0
 
     def __init__(
         self,
@@ -563,7 +564,7 @@ class Peer(abc.ABC, Generic[D]):
         if not self.info.has_events:
             task_status.started()
             await self._poll(end)
-        budget, filled = float(EVENT_BURST), trio.current_time()
+        budget, filled = self.event_burst, trio.current_time()
         started = False
         try:
             async with self.events() as events:
@@ -572,10 +573,10 @@ class Peer(abc.ABC, Generic[D]):
                         started = True
                         task_status.started()
                     now = trio.current_time()
-                    budget = min(EVENT_BURST, budget + (now - filled) * EVENT_RATE) - 1
+                    budget = min(self.event_burst, budget + (now - filled) * self.event_rate) - 1
                     filled = now
                     if budget < 0:
-                        await trio.sleep(-budget / EVENT_RATE)
+                        await trio.sleep(-budget / self.event_rate)
                     await self._happened(event)
             reason = f"{self.subject} ended the stream of events"
         except RpcError as error:
