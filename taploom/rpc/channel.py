@@ -221,7 +221,8 @@ class Call(Generic[RequestT, ResponseT]):
     async def _send(self, message: RequestT) -> None:
         stream = self._stream
         with self._within_deadline():
-            await trio.lowlevel.checkpoint()
+            # Others run when enough has queued up for the writer: small messages then share its writes.
+            await trio.lowlevel.checkpoint_if_cancelled()
             try:
                 await self._connection.send_message(stream, bytes(message))
             except CallEndedError:

@@ -46,6 +46,7 @@ _INCOMPLETE_LIMIT = 8 * 2**20
 _ENCODER_TABLE_SIZE = 4096
 
 NO_ERROR = int(h2.errors.ErrorCodes.NO_ERROR)
+INTERNAL_ERROR = int(h2.errors.ErrorCodes.INTERNAL_ERROR)
 CANCEL = int(h2.errors.ErrorCodes.CANCEL)
 REFUSED_STREAM = int(h2.errors.ErrorCodes.REFUSED_STREAM)
 
@@ -348,7 +349,7 @@ class Connection:
                 data, self._outbound = self._outbound, bytearray()
                 try:
                     await self._transport.send_all(data)
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
                     self.finish("the peer closed the connection")
                     return
                 self._drained_lot.unpark_all()
@@ -521,11 +522,11 @@ class Connection:
                 # h2 has queued a GOAWAY of its own.
                 error_code = error.error_code if isinstance(error, GateError) else None
                 logger.warning("closing the connection with %s: %s", self._label, reason)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
+            except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
                 pass
             except Exception:  # whatever bytes do to h2 ends this connection and nothing else
                 reason = "what the peer sent cannot be processed"
-                error_code = int(h2.errors.ErrorCodes.INTERNAL_ERROR)
+                error_code = INTERNAL_ERROR
                 logger.exception("closing the connection with %s: %s", self._label, reason)
         if self._handshake_scope.cancelled_caught:
             reason = f"the peer did not send its HTTP/2 preface and SETTINGS within {timeout:g} s"
@@ -751,6 +752,8 @@ class Connection:
             await trio.sleep_until(max(self._last_received, busy_since) + interval)
             if not self._streams or trio.current_time() < max(self._last_received, busy_since) + interval:
                 continue
+            if self.close_reason is not None:
+                return
             asked = trio.current_time()
             self._h2.ping(b"taploom\x02")
             self._flush()

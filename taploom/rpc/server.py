@@ -11,7 +11,7 @@ from typing import Any, Generic, Self, TypeVar
 import trio
 
 from .codec import make_parser
-from .connection import NO_ERROR, Connection, ConnectionConfig, Http2Stream
+from .connection import INTERNAL_ERROR, NO_ERROR, Connection, ConnectionConfig, Http2Stream
 from .health import Health
 from .metadata import (
     Metadata,
@@ -159,7 +159,8 @@ class _Responses:
         self._context = context
 
     async def send(self, message: Any) -> None:
-        await trio.lowlevel.checkpoint()
+        # Others run when enough has queued up for the writer: small messages then share its writes.
+        await trio.lowlevel.checkpoint_if_cancelled()
         await self._context.send(message)
 
 
@@ -299,6 +300,8 @@ class Server:
         route = self._routes.get(path)
         counted = route is not None and not route.infrastructure
         self._live_calls += counted
+        # A client that still sends may stop, and its status stands (RFC 9113, section 8.1).
+        end = NO_ERROR
         try:
             refusal = _refusal(headers)
             if refusal is not None:
@@ -308,9 +311,11 @@ class Server:
         except RpcError as error:
             if stream.error is None:
                 logger.info("%s from %s could not be answered: %s", path, peer, error)
+        except Exception:  # such as metadata in a handler's error that cannot be sent
+            logger.exception("%s from %s could not be answered", path, peer)
+            end = INTERNAL_ERROR
         finally:
-            # NO_ERROR: a client that still sends may stop, and its status stands (RFC 9113, section 8.1).
-            connection.forget(stream, NO_ERROR)
+            connection.forget(stream, end)
             self._live_calls -= counted
             if not self._live_calls:
                 self._idle_lot.unpark_all()

@@ -97,6 +97,8 @@ class Echo(EchoServiceBase):
                 )
             case "grouped error":
                 raise ExceptionGroup("one", [RpcError(StatusCode.ABORTED, "from a nursery")])
+            case "bad metadata":
+                raise RpcError(StatusCode.ABORTED, "", metadata=(("Not Legal", "x"),))
             case "crash":
                 raise ZeroDivisionError("secret of the implementation")
             case "metadata":

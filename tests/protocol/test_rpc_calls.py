@@ -184,6 +184,16 @@ async def test_a_crash_in_a_handler_is_logged_and_not_told(caplog: pytest.LogCap
     assert "ZeroDivisionError" in caplog.text
 
 
+async def test_an_error_that_cannot_be_sent_ends_its_call_only(caplog: pytest.LogCaptureFixture) -> None:
+    async with memory_pair(echo_server()) as stream, open_channel(stream) as channel:
+        client = EchoServiceClient(channel)
+        with pytest.raises(RpcError) as caught:
+            await client.unary(UnaryRequest(behaviour="bad metadata"))
+        assert caught.value.code is StatusCode.INTERNAL
+        assert (await client.unary(UnaryRequest(text="x"))).text == "x"
+    assert "could not be answered" in caplog.text
+
+
 async def test_the_error_of_a_call_is_not_wrapped_in_a_group() -> None:
     method = Method(
         "/no.Service/Method",
