@@ -2,7 +2,7 @@
 
 Importing ``pyroute2`` itself loads every protocol that it knows and asyncio: 300 modules, 12 MB of resident memory
 and, on an emulated CPU, seconds of start-up. The agent needs three message classes, so it imports those below the
-package's ``__init__`` (10 modules, 1.5 MB) and brings its own socket, which also suits a worker thread better than
+package's ``__init__`` (7 modules, 0.6 MB) and brings its own socket, which also suits a worker thread better than
 an event loop would. Sources: netlink(7), rtnetlink(7), linux/netlink.h, linux/rtnetlink.h.
 """
 
@@ -20,8 +20,8 @@ from typing import Any
 from .state import AddressState, KernelState, LinkState, Network, RouteState, network, parse_interface, parse_ip
 
 
-def _message_classes() -> tuple[Any, Any, Any]:
-    """pyroute2's (ifinfmsg, ifaddrmsg, rtmsg) classes, without running ``pyroute2/__init__.py``."""
+def _pyroute2() -> tuple[Any, Any, Any, Any]:
+    """pyroute2's (nlmsg, nla, ifaddrmsg, rtmsg) classes, without running ``pyroute2/__init__.py``."""
     bare = "pyroute2" not in sys.modules
     if bare:
         spec = importlib.util.find_spec("pyroute2")
@@ -29,17 +29,39 @@ def _message_classes() -> tuple[Any, Any, Any]:
             raise ModuleNotFoundError("pyroute2 is not installed; install taploom[guest]", name="pyroute2")
         sys.modules["pyroute2"] = importlib.util.module_from_spec(spec)
     try:
+        from pyroute2.netlink import nla, nlmsg
         from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
-        from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
         from pyroute2.netlink.rtnl.rtmsg import rtmsg
     finally:
         if bare:
             # A later `import pyroute2` by anyone else in this process gets the real, whole package.
             del sys.modules["pyroute2"]
-    return ifinfmsg, ifaddrmsg, rtmsg
+    return nlmsg, nla, ifaddrmsg, rtmsg
 
 
-ifinfmsg, ifaddrmsg, rtmsg = _message_classes()
+nlmsg, nla, ifaddrmsg, rtmsg = _pyroute2()
+
+
+class ifinfmsg(nlmsg):  # type: ignore[misc,valid-type]  # noqa: N801, RUF100 - struct ifinfomsg, as pyroute2 calls it
+    """struct ifinfomsg (rtnetlink(7)) with the attributes that are used here.
+
+    pyroute2's own class knows the options of every kind of link, and loads `multiprocessing` and 25 other modules.
+    """
+
+    fields = (("family", "B"), ("_align", "B"), ("ifi_type", "H"), ("index", "i"), ("flags", "I"), ("change", "I"))
+    nla_map = (
+        (1, "IFLA_ADDRESS", "l2addr"),
+        (3, "IFLA_IFNAME", "asciiz"),
+        (4, "IFLA_MTU", "uint32"),
+        (18, "IFLA_LINKINFO", "linkinfo"),
+        (20, "IFLA_IFALIAS", "asciiz"),
+    )
+
+    class linkinfo(nla):  # type: ignore[misc,valid-type]  # noqa: N801, RUF100
+        """IFLA_LINKINFO's first attribute: what kind of link it is."""
+
+        nla_map = ((1, "IFLA_INFO_KIND", "asciiz"),)
+
 
 # linux/netlink.h
 NLM_F_REQUEST, NLM_F_MULTI, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x2, 0x4, 0x10
