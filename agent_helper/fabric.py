@@ -65,6 +65,7 @@ class EndpointState:
     message: Endpoint
     network: NetworkState
     tap: Tap | None = None
+    linked: bool = False  # known to the data links' server
     gone: trio.Event = field(default_factory=trio.Event)
 
 
@@ -105,6 +106,7 @@ class Fabric:
         self._endpoint_locks = KeyedLocks()
         self._nursery: trio.Nursery | None = None
         self._reread = trio.Event()
+        self._to_unplug: set[str] = set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Runs what keeps the fabric as described, until cancelled. Nothing of it is left then."""
@@ -218,9 +220,11 @@ class Fabric:
     async def _close_dns(self, network: NetworkState) -> None:
         dns = network.dns
         if dns is not None:
-            await self._unplug([dns.outer])
-            network.dns = None
-            await dns.close()
+            try:
+                await self._unplug([dns.outer])
+            finally:
+                network.dns = None
+                await dns.close()
 
     # Endpoints
 
@@ -343,8 +347,9 @@ class Fabric:
             if wanted:
                 await _together(partial(self._stack.nb.transact, in_nb), plug)
             for endpoint in wanted:
-                if endpoint in new and endpoint.tap is not None:
+                if not endpoint.linked and endpoint.tap is not None:
                     self._ports.add(endpoint.spec.endpoint_id, endpoint.tap)
+                    endpoint.linked = True
             for dns, group in _by_dns(wanted):
                 dns.set_names(e.spec for e in group)
         except BaseException:
@@ -388,8 +393,8 @@ class Fabric:
         for dns, group in _by_dns(endpoints):
             dns.remove_names(e.spec.endpoint_id for e in group)
         for endpoint in endpoints:
-            if endpoint.tap is not None:
-                await self._ports.remove(endpoint.spec.endpoint_id)
+            await self._ports.remove(endpoint.spec.endpoint_id)
+            endpoint.linked = False
         await _together(
             partial(self._stack.nb.transact, partial(northbound.remove_endpoints, ports=ports)),
             partial(self._unplug, [tap.name for tap in taps]),
@@ -403,7 +408,10 @@ class Fabric:
         if not names:
             return
         conf = self._stack.conf
-        _, wanted = await conf.transact_counted(partial(vswitch.unplug, names=names))
+        self._to_unplug.update(names)  # until it has succeeded: the next attempt takes along what this one left
+        unplugged = sorted(self._to_unplug)
+        _, wanted = await conf.transact_counted(partial(vswitch.unplug, names=unplugged))
+        self._to_unplug.difference_update(unplugged)
         mirror = conf.mirrors["Open_vSwitch"]
         with trio.move_on_after(_UNPLUG_TIMEOUT) as scope:
             while not any(row["cur_cfg"] >= wanted for row in mirror.rows.values()):
@@ -431,9 +439,11 @@ class Fabric:
             if endpoint.gone.is_set():
                 raise PreconditionError(f"endpoint {endpoint.spec.endpoint_id} was removed meanwhile")
             if scope.cancelled_caught:
+                row = self._stack.conf.mirrors["Interface"].rows.get(tap.name, {})
+                error = "".join(row.get("error", ())) or "no error is known"
                 raise UnavailableError(
-                    f"the port of endpoint {endpoint.spec.endpoint_id} was not programmed within {_UP_TIMEOUT:.0f} s; "
-                    "look at GetHealth and apply it again"
+                    f"the port of endpoint {endpoint.spec.endpoint_id} was not programmed within {_UP_TIMEOUT:.0f} s "
+                    f"({error}); look at GetHealth and apply it again"
                 )
             await self._stack.enlarge_packet_sockets()
 

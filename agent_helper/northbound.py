@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from agent_helper.errors import UnavailableError
 from agent_helper.ovsdb import Row, Txn
 from agent_helper.spec import EndpointSpec, NetworkSpec
 from agent_helper.stack import CHASSIS
@@ -57,7 +58,7 @@ def ensure_endpoint(txn: Txn, spec: EndpointSpec) -> None:
     """The endpoint's port, which lets only its own MAC and IP addresses in."""
     switch = txn.find("Logical_Switch", switch_name(spec.network_id))
     if switch is None:
-        raise LookupError(f"logical switch {switch_name(spec.network_id)} is not there")
+        raise UnavailableError(f"network {spec.network_id} is just being restored in OVN's database; try again")
     addresses = [spec.port_addresses]
     _ensure_port(txn, switch, endpoint_port(spec.endpoint_id), "", addresses, security=addresses)
 

@@ -17,7 +17,7 @@ from ovs.db import idl as ovs_idl
 from ovsdbapp import exceptions as ovsdb_exceptions
 from ovsdbapp.backend.ovs_idl import command, connection, idlutils, transaction
 
-from agent_helper.errors import UnavailableError
+from agent_helper.errors import HelperError, UnavailableError
 
 logger = logging.getLogger("taploom.helper.ovsdb")
 
@@ -290,12 +290,13 @@ class Database:
         try:
             await trio.to_thread.run_sync(self._commit_in_thread, jobs, limiter=self._limiter)
         except ovsdb_exceptions.TimeoutException:
-            error = UnavailableError(f"the {self.name} database does not answer; try again")
             for job in jobs:
-                job.done, job.error = True, error
+                job.done, job.error = True, UnavailableError(f"the {self.name} database does not answer; try again")
         except Exception as exc:
             if len(jobs) == 1:
-                jobs[0].done, jobs[0].error = True, exc
+                # The library's own errors are RuntimeErrors with the server's words.
+                error = HelperError(f"the {self.name} database: {exc}") if isinstance(exc, RuntimeError) else exc
+                jobs[0].done, jobs[0].error = True, error
             else:  # one is wrong: the others must not suffer
                 for job in jobs:
                     await self._commit([job])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from agent_helper.errors import UnavailableError
 from agent_helper.ovsdb import Txn, Values
 from agent_helper.stack import BRIDGE
 
@@ -12,7 +13,7 @@ def plug(txn: Txn, interfaces: Mapping[str, str]) -> None:
     """Plugs the interfaces into the integration bridge, each for the logical port that it maps to."""
     bridge = txn.find("Bridge", BRIDGE)
     if bridge is None:
-        raise LookupError(f"bridge {BRIDGE} is not there")
+        raise UnavailableError(f"bridge {BRIDGE} is just being restored in Open vSwitch's database; try again")
     for name, logical_port in interfaces.items():
         interface = txn.find("Interface", name)
         if interface is not None:

@@ -138,14 +138,16 @@ async def test_a_lost_database_is_made_anew_and_filled(name: str, damage: str) -
             file.unlink()
         else:
             file.write_text("this is no database\n")
-        os.kill((await rig.daemons())["ovsdb-server"].pid, signal.SIGKILL)
-        killed = time.time()
         pinger = Pinger(a, "10.77.1.3", rig.folder / "ping")
         try:
+            await pinger.answered_after(0)
+            os.kill((await rig.daemons())["ovsdb-server"].pid, signal.SIGKILL)
+            killed = time.time()
             await pinger.answered_after(killed, count=100)
             await recovered(rig, a)
         finally:
             pinger.stop()
+        print(f"{name}.db {damage}: longest gap {pinger.longest_gap() * 1000:.0f} ms")
         # Several kinds of rows come back one after the other.
         counts: dict[str, int] = {}
 
