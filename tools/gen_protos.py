@@ -89,7 +89,7 @@ def _descriptor_set(data: bytes, *, bundled: bool) -> bytes:
     result = FileDescriptorSet()
     for name in sorted(files):
         result.file.add().CopyFrom(files[name])
-    return result.SerializeToString(deterministic=True)
+    return bytes(result.SerializeToString(deterministic=True))
 
 
 def generate(target: Target, output: Path) -> None:

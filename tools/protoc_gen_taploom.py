@@ -127,9 +127,9 @@ def docstring(comment: str, indent: str, fallback: str) -> Iterator[str]:
     """A comment as a docstring; one space after ``//`` is not part of the text."""
     lines = [line.removeprefix(" ").rstrip() for line in comment.splitlines()] or [fallback]
     lines = [line.replace("\\", "\\\\").replace('"""', '\\"\\"\\"') for line in lines]
-    if lines[-1].endswith('"'):
-        lines[-1] += " "
     if len(lines) == 1:
+        if lines[0].endswith('"'):
+            lines[0] += " "
         yield f'{indent}"""{lines[0]}"""'
         return
     yield f'{indent}"""{lines[0]}'

@@ -461,6 +461,7 @@ class Connection:
             raise RpcError(StatusCode.UNAVAILABLE, f"the channel takes no more calls: {error}") from error
         stream = Http2Stream(stream_id, self._config.max_message_size)
         self._streams[stream_id] = stream
+        self._gate.stream_opened()
         self._state_lot.unpark_all()
         try:
             if first_message is not None:

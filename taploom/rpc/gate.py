@@ -163,6 +163,10 @@ class FrameGate:
         """Notes that we sent DATA frames: the peer will answer with WINDOW_UPDATE frames."""
         self._windows.give(4.0 * frames)
 
+    def stream_opened(self) -> None:
+        """Notes that we, a client, opened a stream: the server may reset it."""
+        self._resets.give(1.0)
+
     def stream_refused(self, now: float) -> None:
         """Notes that a stream was reset by us because of what the peer did; GateError when it does so too often."""
         if not self._resets.take(now):

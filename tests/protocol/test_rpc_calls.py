@@ -3,6 +3,7 @@
 import logging
 import math
 from pathlib import Path
+from random import Random
 
 import pytest
 import trio
@@ -25,6 +26,7 @@ from taploom.rpc import (
     StatusCode,
     open_channel,
 )
+from taploom.rpc.gate import FloodLimits
 from taploom.rpc.health import CHECK, WATCH, HealthCheckRequest, ServingStatus
 from taploom.rpc.service import Method
 from taploom.rpc.status import unpack_any
@@ -330,6 +332,56 @@ async def test_a_send_cancelled_half_way_ends_its_call_and_nothing_else() -> Non
             with pytest.raises(RpcError):
                 await call.send(ClientStreamRequest())
         assert (await client.unary(UnaryRequest(text="x"))).text == "x"
+
+
+async def test_a_storm_of_cancelled_calls_leaves_a_good_connection() -> None:
+    """Calls of all shapes, cancelled at random points: no credit, stream or handler is lost on the way."""
+    random = Random(7)
+    limits = FloodLimits(reset_burst=10**9)
+    config = ConnectionConfig(flood_limits=limits)
+    async with (
+        memory_pair(echo_server(config=config)) as stream,
+        open_channel(stream, config=config) as channel,
+    ):
+        client = EchoServiceClient(channel)
+
+        async def unary(size: int) -> None:
+            await client.unary(UnaryRequest(payload=bytes(size)))
+
+        async def server_stream(size: int) -> None:
+            async with client.server_stream(ServerStreamRequest(count=10, payload_size=size)) as responses:
+                async for _ in responses:
+                    if random.random() < 0.1:
+                        break
+
+        async def client_stream(size: int) -> None:
+            async with client.client_stream() as call:
+                for _ in range(random.randrange(6)):
+                    await call.send(ClientStreamRequest(payload=bytes(size)))
+                await call.finish()
+
+        async def bidi(size: int) -> None:
+            async with client.bidi() as call:
+                for _ in range(random.randrange(6)):
+                    await call.send(BidiRequest(payload=bytes(size)))
+                    await call.receive()
+
+        async def worker() -> None:
+            for _ in range(6):
+                steps = random.randrange(40)
+                with trio.CancelScope() as scope:
+                    async with trio.open_nursery() as nursery:
+                        shape = random.choice([unary, server_stream, client_stream, bidi])
+                        nursery.start_soon(shape, random.choice([0, 100, 30_000, 400_000]))
+                        for _ in range(steps):
+                            await trio.lowlevel.checkpoint()
+                        scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(30):
+                nursery.start_soon(worker)
+        response = await client.unary(UnaryRequest(payload=bytes(3 * 2**20)))
+        assert len(response.payload) == 3 * 2**20
 
 
 async def test_a_server_that_ends_early_is_heard_by_a_client_that_still_sends() -> None:

@@ -146,6 +146,13 @@ def test_refused_streams_count_as_resets() -> None:
         gate.stream_refused(0.0)
 
 
+def test_streams_that_we_open_may_be_reset() -> None:
+    gate = opened()
+    for _ in range(50):
+        gate.stream_opened()
+        feed(gate, frame(RST, bytes(4), 0, 1))
+
+
 def test_informational_responses_count_as_control_frames() -> None:
     gate = opened()
     with pytest.raises(GateError, match="informational"):
