@@ -191,7 +191,9 @@ class Everything(betterproto2.Message):
 
     text: "str | None" = betterproto2.field(35, betterproto2.TYPE_STRING, optional=True, group="choice")
 
-    nested: "EverythingNested | None" = betterproto2.field(36, betterproto2.TYPE_MESSAGE, optional=True, group="choice")
+    nested: "EverythingNested | None" = betterproto2.field(
+        36, betterproto2.TYPE_MESSAGE, optional=True, group="choice"
+    )
 
     number: "int | None" = betterproto2.field(38, betterproto2.TYPE_UINT32, optional=True, group="choice")
 
