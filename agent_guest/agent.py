@@ -70,14 +70,17 @@ async def run_agent(options: Options) -> None:
         offered = features(await trio.to_thread.run_sync(probe_features), options.without)
         events = EventHub()
         kernel = Kernel()
+
+        def link_up(endpoint_id: str, agreed: frozenset[LinkFeature]) -> None:
+            interfaces.greet(endpoint_id)
+            events.publish(LinkUp(endpoint_id=endpoint_id, features=sorted(agreed)))
+
         try:
             async with open_dataplane() as dataplane:
                 links = LinkServer(
                     dataplane,
                     features=frozenset(link for guest, link in _LINK_FEATURES.items() if guest in offered),
-                    on_up=lambda endpoint_id, agreed: events.publish(
-                        LinkUp(endpoint_id=endpoint_id, features=sorted(agreed))
-                    ),
+                    on_up=link_up,
                     on_down=lambda endpoint_id, reason: events.publish(
                         LinkDown(endpoint_id=endpoint_id, reason=reason)
                     ),

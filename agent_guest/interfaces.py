@@ -90,12 +90,14 @@ class Interfaces:
     async def adopt(self) -> None:
         """Takes over the TAPs of the agent that ran before, touching neither addresses nor routes."""
         async with self._lock:
-            for link in await self._run(self._kernel.adoptable):
+            await self._adopt_all()
+
+    async def _adopt_all(self) -> None:
+        for link in await self._run(self._kernel.adoptable):
+            if link.endpoint_id not in self._managed:
                 await self._adopt(link)
 
     async def _adopt(self, link: LinkState) -> None:
-        if link.endpoint_id in self._managed:
-            return
         try:
             tap = await self._run(self._kernel.attach, link)
         except TapError as error:
@@ -122,6 +124,8 @@ class Interfaces:
     async def delete(self, endpoint_id: str) -> None:
         """Removes the interface; the default route moves to the next one first."""
         async with self._exclusive():
+            if endpoint_id not in self._managed:
+                await self._adopt_all()  # it may be a TAP that could not be adopted at the start
             await self._remove([endpoint_id])
             self._changed()
 
@@ -134,6 +138,7 @@ class Interfaces:
         """
         specs = list(specs)
         async with self._exclusive():
+            await self._adopt_all()
             wanted = {spec.endpoint_id for spec in specs} | kept
             removed = [endpoint_id for endpoint_id in self._managed if endpoint_id not in wanted]
             await self._remove(removed)
@@ -256,10 +261,12 @@ class Interfaces:
         except APPLY_ERRORS as error:
             logger.warning("routes before the removal of %s: %s", ", ".join(endpoint_ids), error)
         for managed in doomed:
-            if managed.tap is not None:
+            tap, managed.tap = managed.tap, None
+            if tap is not None:
                 await self._links.remove(managed.endpoint_id)
+            # When this fails the endpoint stays known, so that the next try finds it.
+            await self._run(self._kernel.remove, tap, managed.index)
             del self._managed[managed.endpoint_id]
-            await self._run(self._kernel.remove, managed.tap, managed.index)
 
     async def _detach(self, managed: _Managed) -> None:
         """Lets go of the TAP of an interface that another program has removed."""
@@ -357,6 +364,16 @@ class Interfaces:
         async with self._lock:
             with trio.CancelScope(shield=True):
                 yield
+
+    def greet(self, endpoint_id: str) -> None:
+        """To be called when an endpoint's link has come up: tells its neighbours. Failing is no harm: they will ask."""
+        managed = self._managed.get(endpoint_id)
+        if managed is None or managed.spec is None:
+            return
+        try:
+            neighbours.greet(managed.index, managed.spec)
+        except OSError as error:
+            logger.debug("greeting the neighbours of %s: %s", managed.spec.name, error)
 
     # -- helpers ------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from taploom.link import Tap
+from taploom.link import Tap, TapError
 
 from . import plan
 from .netlink import GONE, Netlink, NetlinkError
@@ -63,7 +63,14 @@ class Kernel:
         links = self._netlink.links().values()
         for link in links:
             if link.endpoint_id == spec.endpoint_id and link.kind == "tun":
-                return self.attach(link), link.index
+                try:
+                    return self.attach(link), link.index
+                except TapError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    # Made by an agent that opened its TAPs with other flags: of no use to this one.
+                    self._netlink.delete_link(link.index)
+                    return self.create(spec)
         for link in links:
             if link.name == spec.name:
                 owner = f"endpoint {link.endpoint_id}" if link.endpoint_id else "something that is not taploom's"

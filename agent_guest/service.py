@@ -120,9 +120,12 @@ class GuestService(GuestServiceBase):
     async def sync(self, request: SyncRequest, context: ServerContext) -> SyncResponse:
         specs, failures, kept = _parse_snapshot(request)
         resolver = _resolver_config(request.resolver or Resolver())
-        removed, refused = await self._interfaces.sync(specs, kept)
-        for endpoint_id, error in refused:
-            failures.append(_failure(endpoint_id, error))
+        try:
+            removed, refused = await self._interfaces.sync(specs, kept)
+        except APPLY_ERRORS as error:
+            raise _apply_error(error) from error
+        for endpoint_id, reason in refused:
+            failures.append(_failure(endpoint_id, reason))
         await self._set_names(resolver)
         return SyncResponse(interfaces=self._interfaces.statuses(), removed_endpoint_ids=removed, failures=failures)
 

@@ -462,3 +462,44 @@ def test_bad_addresses_are_one_line() -> None:
         check=False,
     )
     assert done.returncode == 1 and "/proc/x" in done.stderr
+
+
+async def test_a_tap_that_could_not_be_adopted_is_taken_or_removed_later(guest: Guest) -> None:
+    await guest.stop()
+    guest.ip("tuntap", "add", "eth0", "mode", "tap")
+    guest.ip("link", "set", "eth0", "alias", "taploom:ep0")
+    guest.ip("tuntap", "add", "eth1", "mode", "tap", "multi_queue")
+    guest.ip("link", "set", "eth1", "alias", "taploom:ep1")
+    holder = subprocess.Popen(
+        ["ip", "netns", "exec", guest.netns, sys.executable, "-c", HOLD_TAP, "eth0"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdin is not None and holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        await guest.start()
+        async with guest.client() as client:
+            assert (await client.list_interfaces(ListInterfacesRequest())).interfaces == []
+            # One whose flags are another agent's is made anew; one that is held is waited for.
+            done = await client.sync(SyncRequest(interfaces=[interface(0), interface(1)]))
+            assert [(failure.endpoint_id, failure.code) for failure in done.failures] == [
+                ("ep0", int(StatusCode.FAILED_PRECONDITION))
+            ]
+            assert addresses(guest, "eth1") == ["172.19.0.2/16"]
+            holder.stdin.close()
+            holder.wait()
+            assert (await client.sync(SyncRequest(interfaces=[interface(1)]))).removed_endpoint_ids == ["ep0"]
+        assert "eth0" not in guest.ip("link")
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+HOLD_TAP = """
+import sys
+from taploom.link import Tap
+tap = Tap.open(sys.argv[1])
+print("held", flush=True)
+sys.stdin.read()
+"""
