@@ -24,6 +24,7 @@ from taploom.contracts.taploom.guest.v1 import (
 )
 from taploom.link import LinkStatus, Tap, TapError
 
+from . import neighbours
 from .kernel import Kernel, NameTakenError
 from .limiter import RepairLimiter
 from .netlink import NetlinkError, open_watch_socket

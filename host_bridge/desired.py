@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 from host_bridge import ipam
@@ -233,7 +233,7 @@ class DesiredState:
             addresses: at most one per family. None for a family that the network has: the lowest free one.
             aliases: see `names.check_aliases`.
             gateway_priority: the highest of a guest's networks has the default route.
-            mac_address: empty: a random one.
+            mac_address: empty: one that follows from the address.
 
         Raises:
             InvalidError, NotFoundError, TakenError, ExhaustedError: see the contract's ConnectGuest.
@@ -270,7 +270,7 @@ class DesiredState:
                 network_id=network.id,
                 guest_id=guest.id,
                 interface_name=self._free_interface(guest, ()),
-                mac_address=mac or _new_mac(set(macs)),
+                mac_address=mac or _mac_of(chosen, set(macs)),
                 gateway_priority=gateway_priority,
                 created_at=_now(),
                 active=False,
@@ -380,12 +380,26 @@ def _new_id() -> str:
     return secrets.token_hex(32)
 
 
-def _new_mac(taken: set[str]) -> str:
+def _new_mac(taken: Collection[str]) -> str:
     """A random locally administered unicast MAC address (IEEE 802: second bit of the first octet set, first clear)."""
     while True:
         mac = (b"\x02" + secrets.token_bytes(5)).hex(":")
         if mac not in taken:
             return mac
+
+
+def _mac_of(addresses: Sequence[str], taken: Collection[str]) -> str:
+    """The MAC address that goes with an endpoint's addresses, as Docker makes it: 02:42 and the IPv4 address.
+
+    An address that is given out again, perhaps a second later, so has the MAC under which its peers may still know it.
+    """
+    for text in addresses:
+        address = ipaddress.ip_address(text)
+        if address.version == 4:
+            mac = (b"\x02\x42" + address.packed).hex(":")
+            if mac not in taken:
+                return mac
+    return _new_mac(taken)
 
 
 def _now() -> datetime.datetime:

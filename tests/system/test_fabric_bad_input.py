@@ -27,7 +27,7 @@ def lab() -> Iterator[Fabric]:
 
 def database(lab: Fabric) -> list[str]:
     """The whole database as SQL."""
-    path = next((lab.path / "bridge").glob("*.db*"), None) or next((lab.path / "bridge").glob("*.sqlite*"))
+    path = lab.path / "bridge" / "bridge.db"
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
         return list(connection.iterdump())
 

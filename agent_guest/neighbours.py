@@ -1,0 +1,126 @@
+"""What an interface says to its neighbours when its link comes up: who is here, and whom it still looks for.
+
+Without this a peer that knew another MAC for the address keeps sending to that one, and whoever looked for a neighbour
+while there was no link waits for the kernel's next try, a second later (neigh/default/retrans_time_ms).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+
+from .netlink import split_messages
+from .spec import InterfaceSpec
+from .state import Ip
+
+_ETH_P_IP, _ETH_P_IPV6, _ETH_P_ARP = 0x0800, 0x86DD, 0x0806  # linux/if_ether.h
+_PACKET_QDISC_BYPASS = 20  # linux/if_packet.h
+_SOL_PACKET = 263  # linux/socket.h
+_RTM_NEWNEIGH, _RTM_GETNEIGH = 28, 30  # linux/rtnetlink.h
+_NLM_F_REQUEST, _NLM_F_DUMP, _NLMSG_ERROR, _NLMSG_DONE = 0x1, 0x300, 2, 3  # linux/netlink.h
+_NDA_DST = 1  # linux/neighbour.h
+_NUD_INCOMPLETE, _NUD_PROBE = 0x01, 0x10
+_ND_SOLICIT, _ND_ADVERT = 135, 136  # RFC 4861
+_ND_OVERRIDE = 0x20000000
+_BROADCAST = b"\xff" * 6
+_ALL_NODES = ipaddress.IPv6Address("ff02::1")
+_MESSAGE, _HEADER = 16, 12  # nlmsghdr, ndmsg
+
+
+def greet(index: int, spec: InterfaceSpec) -> None:
+    """Announces the interface's addresses and asks again for every neighbour that it is waiting for.
+
+    Raises:
+        OSError: the interface is gone or down.
+    """
+    # Nothing is to be received: protocol 0 (packet(7)). Past the queue: it is not attached yet when the carrier has
+    # only just come on.
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sock:
+        sock.setsockopt(_SOL_PACKET, _PACKET_QDISC_BYPASS, 1)
+        sock.bind((spec.name, 0))
+        for frame in frames(spec, unresolved(_dump(), index)):
+            sock.send(frame)
+
+
+def frames(spec: InterfaceSpec, wanted: Iterable[Ip]) -> Iterator[bytes]:
+    """The Ethernet frames to send: gratuitous ARP (RFC 5227) and unsolicited advertisements, then questions."""
+    mac = bytes.fromhex(spec.mac.replace(":", ""))
+    for own in spec.addresses:
+        if isinstance(own.ip, ipaddress.IPv4Address):
+            yield _arp(mac, own.ip, own.ip)
+        else:
+            yield _discovery(mac, own.ip, _ALL_NODES, own.ip, advertise=True)
+    for target in wanted:
+        same = [own for own in spec.addresses if own.version == target.version]
+        source = next((own.ip for own in same if target in own.network), same[0].ip if same else None)
+        if isinstance(target, ipaddress.IPv4Address) and isinstance(source, ipaddress.IPv4Address):
+            yield _arp(mac, source, target)
+        elif isinstance(target, ipaddress.IPv6Address) and isinstance(source, ipaddress.IPv6Address):
+            group = ipaddress.IPv6Address(b"\xff\x02" + bytes(9) + b"\x01\xff" + target.packed[13:])
+            yield _discovery(mac, source, group, target, advertise=False)
+
+
+def unresolved(data: bytes, index: int) -> list[Ip]:
+    """The neighbours on an interface that the kernel is asking for, out of an RTM_GETNEIGH dump (rtnetlink(7))."""
+    found: list[Ip] = []
+    for kind, _flags, _sequence, message in split_messages(data):
+        if kind != _RTM_NEWNEIGH or len(message) < _MESSAGE + _HEADER:
+            continue
+        neighbour, state = struct.unpack_from("=iH", message, _MESSAGE + 4)
+        if neighbour != index or not state & (_NUD_INCOMPLETE | _NUD_PROBE):
+            continue
+        offset = _MESSAGE + _HEADER
+        while offset + 4 <= len(message):
+            length, attribute = struct.unpack_from("=HH", message, offset)
+            if length < 4 or offset + length > len(message):
+                break
+            if attribute == _NDA_DST and length in (8, 20):
+                address = ipaddress.ip_address(message[offset + 4 : offset + length])
+                if not address.is_multicast:
+                    found.append(address)
+            offset += (length + 3) & ~3
+    return found
+
+
+def _dump() -> bytes:
+    """The kernel's neighbours, both families."""
+    request = struct.pack("=IHHII", 28, _RTM_GETNEIGH, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0) + bytes(_HEADER)
+    data = b""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
+        sock.bind((0, 0))
+        sock.send(request)
+        while True:
+            part = sock.recv(1 << 16)
+            data += part
+            if not part or any(kind in (_NLMSG_ERROR, _NLMSG_DONE) for kind, *_ in split_messages(part)):
+                return data
+
+
+def _arp(mac: bytes, source: ipaddress.IPv4Address, target: ipaddress.IPv4Address) -> bytes:
+    """An ARP request (RFC 826): asking for one's own address is how to announce it."""
+    ethernet = _BROADCAST + mac + struct.pack("!H", _ETH_P_ARP)
+    header = struct.pack("!HHBBH", 1, _ETH_P_IP, 6, 4, 1)
+    return ethernet + header + mac + source.packed + bytes(6) + target.packed
+
+
+def _discovery(
+    mac: bytes,
+    source: ipaddress.IPv6Address,
+    to: ipaddress.IPv6Address,
+    target: ipaddress.IPv6Address,
+    *,
+    advertise: bool,
+) -> bytes:
+    """A neighbour advertisement or solicitation (RFC 4861) to a multicast group, with our link-layer address."""
+    kind, flags, option = (_ND_ADVERT, _ND_OVERRIDE, 2) if advertise else (_ND_SOLICIT, 0, 1)
+    body = struct.pack("!BBHI", kind, 0, 0, flags) + target.packed + bytes((option, 1)) + mac
+    pseudo = source.packed + to.packed + struct.pack("!II", len(body), socket.IPPROTO_ICMPV6)
+    total = sum(struct.unpack(f"!{(len(pseudo) + len(body)) // 2}H", pseudo + body))
+    total = (total & 0xFFFF) + (total >> 16)
+    checksum = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
+    body = body[:2] + struct.pack("!H", checksum) + body[4:]
+    ethernet = b"\x33\x33" + to.packed[12:] + mac + struct.pack("!H", _ETH_P_IPV6)
+    header = struct.pack("!IHBB", 6 << 28, len(body), socket.IPPROTO_ICMPV6, 255)
+    return ethernet + header + source.packed + to.packed + body
