@@ -16,6 +16,7 @@ from host_bridge.desired import DesiredState
 from host_bridge.errors import InvalidError, StateError
 from host_bridge.fabric import Fabric
 from host_bridge.ipam import parse_address as parse_ip
+from host_bridge.notify import notify_ready
 from host_bridge.store import Store
 from taploom import __version__
 from taploom.address import Address, AddressError, data_address, open_listener, parse_address
@@ -109,6 +110,7 @@ async def serve(store: Store, socket: Address, helper: Address, helper_data: Add
                 await nursery.start(server.serve, listener)
                 for service in ("NetworkService", "GuestService", "StatusService"):
                     server.health.set(f"taploom.bridge.v1.{service}", serving=True)
+                notify_ready()
                 logger.info("serving at %s, helper at %s, version %s", socket, helper, __version__)
                 async for number in signals:
                     logger.info("%s: ending", signal.Signals(number).name)

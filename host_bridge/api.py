@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import sqlite3
 from collections.abc import Iterator
 
 import trio
@@ -14,6 +16,8 @@ from taploom.contracts.taploom.bridge import v1 as bridge
 from taploom.contracts.taploom.bridge.v1.rpc import GuestServiceBase, NetworkServiceBase, StatusServiceBase
 from taploom.rpc import RpcError, SendStream, ServerContext, StatusCode
 
+logger = logging.getLogger("taploom.bridge.api")
+
 _DEFAULT_INTERVAL_MS = 1000
 _INTERVALS_MS = range(100, 60_001)
 
@@ -24,6 +28,12 @@ def _as_status() -> Iterator[None]:
         yield
     except BridgeError as error:
         raise RpcError(StatusCode[error.code], str(error)) from error
+    except sqlite3.Error as error:
+        # A full disk, most of all: the transaction was rolled back.
+        logger.error("cannot write the state: %s", error)
+        raise RpcError(
+            StatusCode.UNAVAILABLE, f"the bridge cannot write its state: {error}; nothing was changed"
+        ) from error
 
 
 class NetworkApi(NetworkServiceBase):

@@ -270,7 +270,8 @@ class Fabric:
             await until(lambda: settled() or unreachable() is not None)
         if done() or retry():
             return
-        raise UnavailableError(refused() or unreachable() or explain())
+        known = refused() or unreachable()
+        raise UnavailableError(known or f"{explain()}; given up after {self.timing.deadline:g} s")
 
     # Peers and links
 

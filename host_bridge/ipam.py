@@ -17,8 +17,7 @@ Subnet = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 # Docker gives 172.17.0.0/16 to its default bridge before anyone creates a network, so the first network that a user
-# creates there has 172.18.0.0/16. It is so here too: 172.17.0.0/16 stays reserved for a network named bridge.
-RESERVED_POOL = ipaddress.IPv4Network("172.17.0.0/16")
+# creates there has 172.18.0.0/16. It is so here too: 172.17.0.0/16 is not among the pools, for a network named bridge.
 _LARGE_POOLS = tuple(ipaddress.IPv4Network(f"172.{second}.0.0/16") for second in range(18, 32))
 _SMALL_POOLS = ipaddress.IPv4Network("192.168.0.0/16")
 _SMALL_PREFIX = 20

@@ -19,7 +19,7 @@ from host_bridge.names import clean_text
 from host_bridge.peer import CALL_TIMEOUT, Peer, rpc_reason
 from host_bridge.waiting import Backoff, Signal
 from taploom.contracts.taploom.link.v1 import LinkCounters, LinkFeature
-from taploom.link import Dataplane, FeatureMismatchError, LinkError, close_relay, new_secret, open_relay
+from taploom.link import Dataplane, DataplaneError, FeatureMismatchError, LinkError, close_relay, new_secret, open_relay
 from taploom.rpc import RpcError
 
 logger = logging.getLogger("taploom.bridge.links")
@@ -112,6 +112,12 @@ class DataLink:
                         self._failed(self._explained(error))
                         if isinstance(error, FeatureMismatchError):
                             self._common = error.common
+                    except DataplaneError:
+                        raise
+                    except Exception:
+                        # A bug that one link runs into must not end the others.
+                        logger.exception("internal error with the link of %s", self.label)
+                        self._failed("the bridge failed at this link: see its log")
                     else:
                         came_up = trio.current_time()
                         await self.changes.until(lambda: self._down is not None)

@@ -106,10 +106,12 @@ def _table(*columns: str) -> Table:
 
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
-        table.add_column(column, overflow="fold", justify="right" if column in _NUMBERS else "left")
+        prose = column in _PROSE
+        table.add_column(column, overflow="fold", no_wrap=not prose, justify="right" if column in _NUMBERS else "left")
     return table
 
 
+_PROSE = frozenset({"PROBLEM", "WHY"})
 _NUMBERS = frozenset({"SENT", "RECEIVED", "FRAMES", "DROPS", "REDIALS", "RESTARTS"})
 
 
