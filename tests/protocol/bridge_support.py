@@ -61,6 +61,7 @@ class FakeAgent:
         self.instance_id = f"instance-{next(_instances)}"
         self.version = "0.1.0"
         self.contract_versions = [1]
+        self.further_fields = b""
         self.changed = trio.lowlevel.ParkingLot()
         self._secrets: dict[str, bytes] = {}
         self._watchers: set[trio.MemorySendChannel[Any]] = set()
@@ -178,13 +179,14 @@ class FakeGuest(FakeAgent, GuestServiceBase):
 
     async def get_info(self, request: guest.GetInfoRequest, context: ServerContext) -> guest.GetInfoResponse:
         await self._called("GetInfo")
-        return guest.GetInfoResponse(
+        info = guest.GetInfoResponse(
             version=self.version,
             contract_versions=self.contract_versions,
             features=self.features,
             hostname="vm",
             instance_id=self.instance_id,
         )
+        return guest.GetInfoResponse.parse(bytes(info) + self.further_fields)
 
     async def apply_interface(
         self, request: guest.ApplyInterfaceRequest, context: ServerContext

@@ -491,6 +491,8 @@ async def test_newer_agent_with_unknown_features(rig: Rig) -> None:
     web = await rig.guest("web", register=False)
     web.features = [*web.features, guest.GuestFeature(4711)]
     web.contract_versions = [1, 2]
+    # Fields that this contract does not have yet: number 1000 with a varint, 1001 with bytes.
+    web.further_fields = b"\xc0\x3e\x05" + b"\xca\x3e\x03new"
     await rig.fabric.register_guest("web", web.control)
     await create(rig)
     assert (await connect(rig, "app", "web")).link_up

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -327,3 +328,26 @@ async def test_garbage_on_the_api_socket(bridge: Bridge) -> None:
                 pass
         await stream.aclose()
     assert json.loads(await bridge.taploom("network", "ls", "--json")) == []
+
+
+async def test_socket_from_the_service_manager(tmp_path: Path, helper: FakeHelper) -> None:
+    """The listening socket is inherited: callers that come before the bridge is up wait for it."""
+    path = str(tmp_path / "activated.sock")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()
+        bridge = Bridge(tmp_path, helper.control)
+        bridge.socket = f"unix:{path}"
+        bridge.command[bridge.command.index("--socket") + 1] = f"fd:{listening.fileno()}"
+        outputs: list[str] = []
+
+        async def ask() -> None:
+            outputs.append(await bridge.taploom("network", "ls", "--json"))
+
+        for _ in range(2):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask)
+                with bridge.log.open("ab") as log:
+                    bridge.process = subprocess.Popen(bridge.command, stderr=log, pass_fds=[listening.fileno()])
+            await bridge.kill()
+        assert outputs == ["[]", "[]"]
