@@ -38,6 +38,8 @@ _READ_SIZE = 65_536
 _MAX_STREAM_ID = 2**31 - 1
 # DATA waits while this much is still to be written: the writer's buffer is not where messages queue up.
 _OUTBOUND_HIGH_WATER = 65_536
+# The largest DATA frame sent, also to peers that take larger ones and have opened their windows wide.
+_MAX_DATA_FRAME = 65_536
 # How long the last bytes (a GOAWAY, a status) may take on a connection that is being closed, seconds.
 _FLUSH_TIMEOUT = 2.0
 # Incomplete messages of all streams together; beyond it only the oldest one gets credit to complete.
@@ -233,11 +235,6 @@ class Connection:
         """Whether new calls can be started."""
         return self.close_reason is None and not self._goaway_received
 
-    @property
-    def live_streams(self) -> int:
-        """The number of calls that are under way."""
-        return len(self._streams)
-
     async def run(self) -> None:
         """Serves the connection until it is over and closes the transport. Raises nothing but Cancelled."""
         self._h2.initiate_connection()
@@ -393,7 +390,7 @@ class Connection:
                     continue
                 try:
                     window = self._h2.local_flow_control_window(stream.stream_id)
-                    size = min(window, self._h2.max_outbound_frame_size, len(data))
+                    size = min(window, self._h2.max_outbound_frame_size, _MAX_DATA_FRAME, len(data))
                     if size <= 0:
                         await stream.wait_window()
                         continue
@@ -411,6 +408,7 @@ class Connection:
         except BaseException:
             if started:
                 self.reset(stream, CANCEL)
+                self._lose(stream, RpcError(StatusCode.CANCELLED, "the call was cancelled in the middle of a message"))
             raise
 
     def reset(self, stream: Http2Stream, error_code: int) -> None:

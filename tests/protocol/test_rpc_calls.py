@@ -329,8 +329,10 @@ async def test_a_send_cancelled_half_way_ends_its_call_and_nothing_else() -> Non
                     nursery.start_soon(cancel_when_blocked)
                     while True:
                         await call.send(ClientStreamRequest(payload=bytes(300_000)))
-            with pytest.raises(RpcError):
+            with pytest.raises(RpcError, match="in the middle of a message"):
                 await call.send(ClientStreamRequest())
+            with pytest.raises(RpcError, match="in the middle of a message"):
+                await call.finish()  # rather than wait for an answer that cannot come
         assert (await client.unary(UnaryRequest(text="x"))).text == "x"
 
 

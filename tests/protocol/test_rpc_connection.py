@@ -8,6 +8,7 @@ from typing import Any
 import h2.config
 import h2.connection
 import h2.events
+import h2.settings
 import pytest
 import trio
 import trio.testing
@@ -271,6 +272,37 @@ async def test_a_client_that_sends_but_does_not_read(caplog: pytest.LogCaptureFi
             while True:
                 await client_end.send_all(PingFrame(0, b"12345678").serialize() * 1000)
     assert "does not read" in caplog.text
+
+
+async def test_a_client_with_wide_windows_may_read_late() -> None:
+    """A large response that waits to be read is not taken for a backlog of answers to a flood."""
+    client_end, server_end = trio.testing.lockstep_stream_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Server([Echo()]).serve_stream, server_end)
+        client = RawClient(client_end)
+        codes = h2.settings.SettingCodes
+        client.h2.local_settings = h2.settings.Settings(
+            initial_values={codes.MAX_FRAME_SIZE: 2**24 - 1, codes.INITIAL_WINDOW_SIZE: 2**31 - 1}
+        )
+        client.h2.max_inbound_frame_size = 2**24 - 1
+        client.h2.initiate_connection()
+        client.h2.increment_flow_control_window(2**30)
+        await client.flush()
+        stream_id = client.request([(key, value.replace("Unary", "ServerStream")) for key, value in HEADERS])
+        request = bytes(ServerStreamRequest(count=4, payload_size=4 * 2**20))
+        client.h2.send_data(stream_id, frame_message(request), end_stream=True)
+        await client.flush()
+        for _ in range(50):
+            client.h2.ping(b"12345678")
+            await client.flush()
+        received = 0
+        while True:
+            events = client.h2.receive_data(await client_end.receive_some(2**20))
+            received += sum(len(event.data) for event in events if isinstance(event, h2.events.DataReceived))
+            if any(isinstance(event, h2.events.TrailersReceived) for event in events):
+                break
+        assert received > 16 * 2**20
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_huge_encoder_table_is_not_used() -> None:
