@@ -44,6 +44,7 @@ class Names:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                await self._take_over()
                 task_status.started()
                 await trio.sleep_forever()
         finally:
@@ -55,7 +56,7 @@ class Names:
         async with self._lock:
             if config.enabled:
                 await self._enable(config)
-            elif self._config.enabled:
+            else:
                 self._restore()
                 await self._stop()
             self._config = config
@@ -74,12 +75,22 @@ class Names:
         )
         self._publish()
 
+    async def _take_over(self) -> None:
+        """Has the port at once where the agent before this one has served: queries wait for the configuration then."""
+        if not self._resolv_conf.is_ours():
+            return
+        try:
+            await self._bind()
+        except NamesError as error:
+            logger.warning("%s", error)
+
     def _publish(self) -> None:
         self._resolver.learn(Knowledge(self._networks, self._config.upstreams, self._config.hostname))
 
     async def _enable(self, config: ResolverConfig) -> None:
         if self._serving is None:
-            await self._bind()
+            if not self._server.is_bound:
+                await self._bind()
             assert self._nursery is not None
             self._serving = trio.CancelScope()
             self._stopped = trio.Event()
@@ -106,7 +117,7 @@ class Names:
             self._serving.cancel()
             await self._stopped.wait()
             self._serving = None
-            self._server.close()
+        self._server.close()
 
     async def _supervise(self, scope: trio.CancelScope, stopped: trio.Event) -> None:
         """Serves, and serves again whatever ends it."""
@@ -133,8 +144,6 @@ class Names:
             stopped.set()
 
     def _restore(self) -> None:
-        if not self._config.enabled:
-            return
         try:
             self._resolv_conf.restore()
         except OSError as error:

@@ -34,6 +34,14 @@ class ResolvConf:
         self._path = path
         self._saved = saved
 
+    def is_ours(self) -> bool:
+        """Whether what is there now was written by an agent."""
+        try:
+            current = self._read()
+        except OSError:
+            return False
+        return current is not None and current.startswith(MARK)
+
     def write(self, search: Sequence[str], options: Sequence[str]) -> None:
         """Puts ours in place; what was there is saved first, unless it is ours already. Raises OSError."""
         wanted = content(search, options)

@@ -154,6 +154,11 @@ class ResolverServer:
             raise
 
     @property
+    def is_bound(self) -> bool:
+        """Whether the sockets are open; the kernel keeps queries for them, served or not."""
+        return self._udp is not None
+
+    @property
     def port(self) -> int:
         """The port that both sockets are bound to."""
         assert self._udp is not None

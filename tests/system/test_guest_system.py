@@ -32,6 +32,8 @@ from taploom.contracts.taploom.guest.v1 import (
     AuthorizeLinkRequest,
     DeleteInterfaceRequest,
     Interface,
+    InterfaceState,
+    ListInterfacesRequest,
     Resolver,
     SyncRequest,
 )
@@ -126,6 +128,17 @@ class Network:
         self.tap.set_offloads(agreed)
         self._dataplane.attach_pump(self.netns, self.tap.fileno(), stream, agreed, self.downs.append)
         self.tap.set_carrier(True)
+        with trio.fail_after(30):
+            async with guest.client() as client:
+                while True:
+                    listed = (await client.list_interfaces(ListInterfacesRequest())).interfaces
+                    if any(
+                        status.state == InterfaceState.UP
+                        for status in listed
+                        if status.interface and status.interface.endpoint_id == endpoint_id
+                    ):
+                        return
+                    await trio.sleep(0.002)
 
     async def unlink(self) -> None:
         await self._dataplane.stop(self.netns)
@@ -579,8 +592,35 @@ async def test_resolv_conf_and_the_port(rig: Rig) -> None:
     assert (await rig.ask("nobody")).rcode() == dns.rcode.NXDOMAIN
     await rig.guest.stop(signal.SIGKILL)
     await rig.guest.start()
-    await rig.resolver()
+    # The next agent has the port at once: a query waits for the configuration.
+    answers: list[dns.message.Message] = []
+
+    async def ask() -> None:
+        answers.append(await rig.ask("web"))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        await until(lambda: "127.0.0.11:53" in run_in(rig.guest.netns, "ss", "-Hlun"), "the port is bound")
+        await until(
+            lambda: any(line.split()[1] != "0" for line in run_in(rig.guest.netns, "ss", "-Hlun").splitlines()),
+            "the query has arrived",
+        )
+        assert not answers
+        await rig.resolver()
+    assert answers[0].rcode() == dns.rcode.NOERROR
     assert "nameserver 127.0.0.11" in path.read_text()
+    for stopped_by_host in (True, False):
+        await rig.guest.stop(signal.SIGKILL)
+        await rig.guest.start()
+        if stopped_by_host:
+            async with rig.guest.client() as client:
+                await client.sync(SyncRequest())
+        else:
+            await rig.guest.stop()
+        assert path.read_bytes() == original
+        if not stopped_by_host:
+            await rig.guest.start()
+        await rig.resolver()
     await rig.resolver(enabled=False)
     assert path.read_bytes() == original
     await rig.resolver()

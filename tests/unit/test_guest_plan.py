@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from agent_guest import plan
 from agent_guest.spec import InterfaceSpec, RouteSpec
-from agent_guest.state import AddressState, LinkState, RouteState
+from agent_guest.state import AddressState, IpInterface, LinkState, RouteState
 
 
 def spec(number: int, **changes: object) -> InterfaceSpec:
@@ -72,8 +72,8 @@ interfaces = st.lists(address_texts, unique_by=lambda text: text.split("/")[0], 
 
 @given(interfaces, interfaces, st.booleans())
 def test_addresses_become_those_wanted_and_nothing_right_is_touched(
-    wanted: tuple, current: tuple, failed: bool
-) -> None:  # type: ignore[type-arg]
+    wanted: tuple[IpInterface, ...], current: tuple[IpInterface, ...], failed: bool
+) -> None:
     described = spec(0, addresses=wanted)
     states = [AddressState(7, address, failed=failed and address.version == 6) for address in current]
     foreign = AddressState(8, ip_interface("10.0.0.1/8"))
