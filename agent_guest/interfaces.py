@@ -10,6 +10,7 @@ import contextlib
 import errno
 import logging
 import math
+import socket
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import ParamSpec, Protocol, TypeVar
@@ -85,6 +86,7 @@ class Interfaces:
         self._managed: dict[str, _Managed] = {}
         self._lock = trio.Lock()
         self._thread = trio.CapacityLimiter(1)
+        self._packets: socket.socket | None = None
 
     # -- calls --------------------------------------------------------------------------------------------------
 
@@ -184,6 +186,8 @@ class Interfaces:
                     await self._links.remove(managed.endpoint_id)
                     managed.tap.close()
             self._managed.clear()
+            if self._packets is not None:
+                self._packets.close()
 
     # -- applying -----------------------------------------------------------------------------------------------
 
@@ -299,20 +303,20 @@ class Interfaces:
         """Mends the agent's interfaces when another program changes them; runs until cancelled."""
         limiter = RepairLimiter()
         changed, nudge = trio.open_memory_channel[None](1)
-        socket = trio.socket.from_stdlib_socket(open_watch_socket())
-        with socket:
+        notifications = trio.socket.from_stdlib_socket(open_watch_socket())
+        with notifications:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._listen, socket, changed)
+                nursery.start_soon(self._listen, notifications, changed)
                 delay: float | None = None
                 while True:
                     with trio.move_on_after(math.inf if delay is None else delay):
                         await nudge.receive()
                     delay = await self._mend(limiter)
 
-    async def _listen(self, socket: trio.socket.SocketType, changed: trio.MemorySendChannel[None]) -> None:
+    async def _listen(self, notifications: trio.socket.SocketType, changed: trio.MemorySendChannel[None]) -> None:
         while True:
             try:
-                data = await socket.recv(65536)
+                data = await notifications.recv(65536)
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
@@ -372,7 +376,9 @@ class Interfaces:
         if managed is None or managed.spec is None:
             return
         try:
-            neighbours.greet(managed.index, managed.spec)
+            if self._packets is None:
+                self._packets = neighbours.open_socket()
+            neighbours.greet(self._packets, managed.index, managed.spec)
         except OSError as error:
             logger.debug("greeting the neighbours of %s: %s", managed.spec.name, error)
 

@@ -29,19 +29,23 @@ _ALL_NODES = ipaddress.IPv6Address("ff02::1")
 _MESSAGE, _HEADER = 16, 12  # nlmsghdr, ndmsg
 
 
-def greet(index: int, spec: InterfaceSpec) -> None:
+def open_socket() -> socket.socket:
+    """A socket for `greet`. To be kept: closing one waits for an RCU grace period, some 10 ms (packet_release)."""
+    # Nothing is to be received: protocol 0 (packet(7)). Past the queue: it is not attached yet when the carrier has
+    # only just come on.
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
+    sock.setsockopt(_SOL_PACKET, _PACKET_QDISC_BYPASS, 1)
+    return sock
+
+
+def greet(sock: socket.socket, index: int, spec: InterfaceSpec) -> None:
     """Announces the interface's addresses and asks again for every neighbour that it is waiting for.
 
     Raises:
         OSError: the interface is gone or down.
     """
-    # Nothing is to be received: protocol 0 (packet(7)). Past the queue: it is not attached yet when the carrier has
-    # only just come on.
-    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sock:
-        sock.setsockopt(_SOL_PACKET, _PACKET_QDISC_BYPASS, 1)
-        sock.bind((spec.name, 0))
-        for frame in frames(spec, unresolved(_dump(), index)):
-            sock.send(frame)
+    for frame in frames(spec, unresolved(_dump(), index)):
+        sock.sendto(frame, (spec.name, 0))
 
 
 def frames(spec: InterfaceSpec, wanted: Iterable[Ip]) -> Iterator[bytes]:

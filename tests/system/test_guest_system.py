@@ -360,6 +360,30 @@ async def test_carrier_loss_keeps_addresses_and_routes_of_both_families(rig: Rig
         rig.ping("fd00:0::1", "-6")
 
 
+async def test_neighbours_hear_of_a_link_that_comes_up(rig: Rig) -> None:
+    with inside(rig.one.netns):
+        listening = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0806))
+    with listening:
+        listening.bind(("fab0", 0x0806))
+        listening.settimeout(30)
+        async with rig.guest.client() as client:
+            await client.apply_interface(ApplyInterfaceRequest(interface=rig.one.interface()))
+        for _ in range(2):
+            await rig.one.link(rig.guest)
+            while True:
+                frame = await trio.to_thread.run_sync(listening.recv, 2000)
+                sender, target = frame[28:32], frame[38:42]
+                if sender == target == socket.inet_aton("172.18.0.2"):
+                    break
+            assert frame[6:12].hex(":") == "02:42:ac:12:00:02"
+            await rig.one.unlink()
+            listening.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while listening.recv(2000):
+                    pass
+            listening.settimeout(30)
+
+
 async def test_names_of_containers(rig: Rig) -> None:
     rig.one.names(
         "172.18.0.3 db.net0 db postgres postgres.net0",
