@@ -225,6 +225,12 @@ class Dataplane:
         with trio.CancelScope(shield=True):
             await self._ended.wait()
             thread.join()
+        if self.failure is not None:
+            # Nobody else uses the links now, whatever state the bug left them in: let their peers know.
+            for link in self._links.values():
+                if link.job is not None:
+                    with suppress(Exception):
+                        link.job.stop()
         self._loop.close()
 
 

@@ -20,7 +20,7 @@ WRITE: Final = selectors.EVENT_WRITE
 
 Handler = Callable[[int], None]
 
-CHUNK: Final = 256 * 1024
+CHUNK: Final = 128 * 1024
 """Bytes that one wake-up moves at most in one direction of one link."""
 _WIRE_FRAME: Final = LENGTH_SIZE + HEADER_SIZE + MAX_FRAME
 

@@ -17,13 +17,12 @@ from typing import Final
 
 from taploom.contracts.taploom.link.v1 import LinkFeature
 from taploom.link.frames import HEADER_SIZE, LENGTH_SIZE, MAX_FRAME, MIN_FRAME, FrameError, FrameScanner
-from taploom.link.loop import READ, WRITE, Loop
+from taploom.link.loop import CHUNK, READ, WRITE, Loop
 
 __all__ = ["Counters", "Pump", "write_limit"]
 
 _BATCH_BYTES: Final = 64 * 1024
 _BATCH_FRAMES: Final = 64
-_RECEIVE_BYTES: Final = 128 * 1024
 _LENGTH: Final = struct.Struct(">I")
 _NO_HEADER: Final = bytes(HEADER_SIZE)
 # The TAP refuses a frame: EIO while the interface is down, EINVAL for a frame it cannot make sense of,
@@ -202,7 +201,7 @@ class Pump:
         if kept:
             buffer[:kept] = self._incomplete
         try:
-            size = self._sock.recv_into(buffer[kept:], _RECEIVE_BYTES)
+            size = self._sock.recv_into(buffer[kept:], CHUNK)
         except BlockingIOError:
             return
         except OSError as error:

@@ -28,6 +28,7 @@ from taploom.link import (
     open_relay,
 )
 from taploom.link.handshake import HandshakeError, ready, receive_message, refused
+from taploom.link.pump import write_limit
 from taploom.link.relay import Relay
 
 VNET, TSO, USO = LinkFeature.VNET_HDR, LinkFeature.TSO, LinkFeature.USO
@@ -239,10 +240,16 @@ async def test_death_of_the_thread_fails_the_process() -> None:
 
     with pytest.raises(DataplaneError, match="a bug"):
         async with open_dataplane() as plane:
-            guest, _helper = attach(plane, "l", Downs())
+            guest, helper = attach(plane, "l", Downs())
+            await guest.send_all(b"x")
+            assert await helper.receive_some(1) == b"x"
             plane._loop.call(bug)
             await trio.sleep_forever()
+    assert await guest.receive_some(1) == b"", "its peers learn of it"
+    with pytest.raises(DataplaneError, match="has ended"):
+        attach(plane, "m", Downs())
     await guest.aclose()
+    await helper.aclose()
 
 
 async def test_errors_of_the_body_come_out_as_they_are() -> None:
@@ -265,6 +272,41 @@ async def test_relays_without_epoll(selector: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(selectors, "DefaultSelector", getattr(selectors, selector))
     await test_bytes_pass_unchanged_in_both_directions()
     await test_slow_peer_stops_its_own_link_only()
+
+
+async def test_short_writes_for_vsock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a vsock socket's smaller writes do, with a limit that divides nothing evenly."""
+    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as vsock:
+        assert write_limit(vsock) == 32 * 1024
+    monkeypatch.setattr("taploom.link.relay.write_limit", lambda _sock: 10_007)
+    await test_bytes_pass_unchanged_in_both_directions()
+    await test_slow_peer_stops_its_own_link_only()
+
+
+async def test_detach_is_not_cut_short_by_cancellation() -> None:
+    async with open_dataplane() as plane:
+        guest, helper = attach(plane, "l", Downs())
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await plane.detach("l")
+        assert not plane.is_attached("l")
+        assert await guest.receive_some(1) == b""
+        await guest.aclose()
+        await helper.aclose()
+
+
+async def test_calls_while_the_thread_is_busy_are_all_made() -> None:
+    """More of them than the wake-up socket holds."""
+    async with open_dataplane() as plane:
+        gate = threading.Event()
+        done: list[int] = []
+        plane._loop.call(lambda: gate.wait(10) and None)
+        for number in range(5000):
+            plane._loop.call(lambda number=number: done.append(number))  # type: ignore[misc]  # called without
+        gate.set()
+        while len(done) < 5000:
+            await trio.lowlevel.checkpoint()
+        assert done == list(range(5000))
 
 
 # open_relay
