@@ -22,7 +22,7 @@ from host_bridge.guest_peer import GuestPeer
 from host_bridge.helper_peer import HelperPeer, network_key
 from host_bridge.links import DataLink
 from host_bridge.model import EndpointRecord, GuestRecord, NetworkRecord
-from host_bridge.peer import PERMANENT, Peer
+from host_bridge.peer import CALL_TIMEOUT, PERMANENT, Peer
 from taploom.address import Address
 from taploom.contracts.taploom.bridge import v1 as bridge
 from taploom.link import Dataplane, new_secret
@@ -42,11 +42,13 @@ class Timing:
         deadline: until a create or connect is given up.
         grace: how long a peer that cannot even be dialled may take to come back before that.
         settle: how long a delete waits for peers that answer.
+        call: how long one call to an agent may take.
     """
 
     deadline: float = 10.0
     grace: float = 3.0
     settle: float = 2.0
+    call: float = CALL_TIMEOUT
 
 
 class Fabric:
@@ -337,6 +339,7 @@ class Fabric:
             "link_generation": generation,
             "link_secret": secret,
             "on_secret_sent": sent,
+            "call_timeout": self.timing.call,
         }
 
     def _add_link(self, endpoint: EndpointRecord) -> DataLink:

@@ -16,7 +16,7 @@ import trio
 from host_bridge.guest_peer import GuestPeer
 from host_bridge.helper_peer import HelperPeer
 from host_bridge.names import clean_text
-from host_bridge.peer import CALL_TIMEOUT, Peer, rpc_reason
+from host_bridge.peer import Peer, rpc_reason
 from host_bridge.waiting import Backoff, Signal
 from taploom.contracts.taploom.link.v1 import LinkCounters, LinkFeature
 from taploom.link import Dataplane, DataplaneError, FeatureMismatchError, LinkError, close_relay, new_secret, open_relay
@@ -169,7 +169,7 @@ class DataLink:
     async def _authorize(self, peer: Peer[Any], secrets: dict[str, bytes], errors: list[RpcError]) -> None:
         secret = new_secret()
         try:
-            await peer.authorize(self.endpoint_id, secret, CALL_TIMEOUT)
+            await peer.authorize(self.endpoint_id, secret, peer.call_timeout)
         except RpcError as error:
             errors.append(error)
         else:

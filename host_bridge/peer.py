@@ -35,8 +35,8 @@ logger = logging.getLogger("taploom.bridge.peer")
 CONTRACT_VERSIONS = frozenset({1})
 CONNECT_TIMEOUT = 5.0
 CALL_TIMEOUT = 10.0
-# A whole snapshot of a busy fabric: 1000 endpoints at some 20 ms each.
-SYNC_TIMEOUT = 60.0
+# What each object of a snapshot may add to the time that a Sync takes.
+SYNC_TIME_PER_OBJECT = 0.05
 KEEPALIVE = 5.0
 POLL_INTERVAL = 1.0
 # A session shorter than this does not reset the back-off, or a peer that always fails after Sync would be asked in a
@@ -177,7 +177,7 @@ class Peer(abc.ABC, Generic[D]):
         self._link_generation = link_generation
         self._link_secret = link_secret
         self._on_secret_sent = on_secret_sent
-        self._call_timeout = call_timeout
+        self.call_timeout = call_timeout
         self._synced = False
         self._applied: dict[str, bytes] = {}
         self._claims: dict[str, frozenset[str]] = {}
@@ -420,7 +420,7 @@ class Peer(abc.ABC, Generic[D]):
             snapshot = {} if self._retiring else self._snapshot()
             generations = {key: self._link_generation(key) for key in snapshot}
             try:
-                result = await self.sync(snapshot, SYNC_TIMEOUT)
+                result = await self.sync(snapshot, self.call_timeout + SYNC_TIME_PER_OBJECT * len(snapshot))
                 break
             except RpcError as error:
                 if error.code is StatusCode.UNIMPLEMENTED:
@@ -520,7 +520,7 @@ class Peer(abc.ABC, Generic[D]):
 
     async def _call(self, key: str, description: D | None) -> None:
         if description is None:
-            await self.delete(key, self._call_timeout)
+            await self.delete(key, self.call_timeout)
             self._applied.pop(key, None)
             self._claims.pop(key, None)
             self._unsure.discard(key)
@@ -528,7 +528,7 @@ class Peer(abc.ABC, Generic[D]):
             secret = self._link_secret(key)
             self._unsure.add(key)
             self._claims[key] = self.claims(description)
-            await self.apply(key, description, secret, self._call_timeout)
+            await self.apply(key, description, secret, self.call_timeout)
             self._applied[key] = bytes(description)
             self._unsure.discard(key)
             if secret is not None:
@@ -601,7 +601,7 @@ class Peer(abc.ABC, Generic[D]):
 
     async def _ask_links_down(self) -> frozenset[str]:
         try:
-            return await self.links_down(self._call_timeout)
+            return await self.links_down(self.call_timeout)
         except RpcError:
             return frozenset()
 
@@ -612,7 +612,7 @@ class Peer(abc.ABC, Generic[D]):
                 continue
             generations = {key: self._link_generation(key) for key in self._applied}
             try:
-                down = await self.links_down(self._call_timeout)
+                down = await self.links_down(self.call_timeout)
             except RpcError as error:
                 end(f"{self.subject} does not answer: {rpc_reason(error)}")
                 return

@@ -225,7 +225,7 @@ class StatusReader:
                 pending.append(Pending(subject=peer.subject, reason=peer.problem, since=peer.since))
             for key, failure in peer.failures().items():
                 if peer.wanted(key) is None:
-                    what = f"removal of {key[:20]} from {peer.subject}"
+                    what = f"removal of {peer.label(key)} from {peer.subject}"
                     pending.append(Pending(subject=what, reason=failure.message, since=failure.since))
         return pending
 

@@ -26,7 +26,7 @@ from taploom.contracts.taploom.helper import v1 as helper
 from taploom.contracts.taploom.helper.v1.rpc import HelperServiceBase
 from taploom.contracts.taploom.link.v1 import LinkCounters, LinkFeature, LinkHello, LinkRefusal
 from taploom.link import open_dataplane
-from taploom.link.handshake import negotiate, ready, receive_message, refused
+from taploom.link.handshake import HandshakeError, negotiate, ready, receive_message, refused
 from taploom.rpc import RpcError, SendStream, Server, ServerContext, StatusCode, open_channel
 
 _instances = itertools.count(1)
@@ -124,7 +124,7 @@ class FakeAgent:
                 nursery.start_soon(self._link, await listener.accept())
 
     async def _link(self, stream: trio.SocketStream) -> None:
-        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError, HandshakeError):
             hello = await receive_message(stream, LinkHello)
             self.hellos.append(hello)
             secret = self._secrets.pop(hello.endpoint_id, None)
@@ -143,6 +143,11 @@ class FakeAgent:
         """Closes the endpoint's data link."""
         stream = self.links.pop(endpoint_id)
         stream.socket.close()
+
+    def close_links_of_removed(self) -> None:
+        """Closes the links of endpoints that are not here any more."""
+        for endpoint_id in [one for one in self.links if not self.known(one)]:
+            self.break_link(endpoint_id)
 
     def tell(self, event: Any) -> None:
         """Sends an event to whoever watches."""
@@ -216,6 +221,7 @@ class FakeGuest(FakeAgent, GuestServiceBase):
     ) -> guest.DeleteInterfaceResponse:
         await self._called("DeleteInterface")
         self.interfaces.pop(request.endpoint_id, None)
+        self.close_links_of_removed()
         self.changed.unpark_all()
         return guest.DeleteInterfaceResponse()
 
@@ -257,6 +263,7 @@ class FakeGuest(FakeAgent, GuestServiceBase):
                     guest.InterfaceFailure(endpoint_id=endpoint_id, code=int(error.code), message=error.message)
                 )
         self.resolver = request.resolver
+        self.close_links_of_removed()
         self.changed.unpark_all()
         return guest.SyncResponse(
             interfaces=[self._status(one) for one in self.interfaces.values()],
@@ -349,6 +356,7 @@ class FakeHelper(FakeAgent, HelperServiceBase):
     ) -> helper.DeleteEndpointResponse:
         await self._called("DeleteEndpoint")
         self.endpoints.pop(request.endpoint_id, None)
+        self.close_links_of_removed()
         self.changed.unpark_all()
         return helper.DeleteEndpointResponse()
 
@@ -380,6 +388,7 @@ class FakeHelper(FakeAgent, HelperServiceBase):
         networks = {one.network_id: one for one in request.networks}
         removed = sorted((self.endpoints.keys() - wanted.keys()) | (self.networks.keys() - networks.keys()))
         self.endpoints, self.networks = wanted, networks
+        self.close_links_of_removed()
         self.changed.unpark_all()
         return helper.SyncResponse(
             endpoints=[self._status(one) for one in self.endpoints.values()], removed_ids=removed
