@@ -277,6 +277,8 @@ class Interfaces:
         """Lets go of the TAP of an interface that another program has removed."""
         if managed.tap is not None:
             await self._links.remove(managed.endpoint_id)
+            with contextlib.suppress(OSError):
+                managed.tap.set_persist(False)  # it may have gone to another namespace only
             managed.tap.close()
             managed.tap = None
 

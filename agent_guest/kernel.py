@@ -7,6 +7,7 @@ import errno
 import logging
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from taploom.link import Tap, TapError
@@ -133,16 +134,19 @@ class Kernel:
         if link is None:
             raise NetlinkError(errno.ENODEV, f"interface {spec.name} has been removed by another program")
         steps = plan.plan_link(spec, link, ALIAS_PREFIX + spec.endpoint_id)
-        named = [step for step in steps if isinstance(step, plan.SetLink) and step.name is not None]
-        if named:
+        if link.name != spec.name:
             self.rename(index, spec.name)
-        self._set_sysctls(spec)
         for step in steps:
-            self._execute(step)
+            # Not up yet: the kernel makes addresses of its own then. But with its MTU, without which there is no IPv6
+            # (below 1280 the kernel takes the interface's IPv6 away, settings and all).
+            self._execute(replace(step, up=None))
+        self._set_sysctls(spec)
+        if steps:
+            self._execute(plan.SetLink(index, up=True))
         addresses = plan.plan_addresses(spec, index, self._netlink.addresses(), remove_others=not repair)
-        for step in addresses:
-            self._execute(step)
-        return steps + addresses
+        for change in addresses:
+            self._execute(change)
+        return [*steps, *addresses]
 
     def converge_routes(self, specs: Mapping[int, InterfaceSpec]) -> list[plan.Step]:
         """Makes the routes over the given links be as described; returns the steps that were needed."""
@@ -173,7 +177,7 @@ class Kernel:
         try:
             match step:
                 case plan.SetLink():
-                    netlink.set_link(step.index, mac=step.mac, mtu=step.mtu, alias=step.alias, up=True)
+                    netlink.set_link(step.index, mac=step.mac, mtu=step.mtu, alias=step.alias, up=step.up)
                 case plan.AddAddress():
                     netlink.add_address(step.address)
                 case plan.RemoveAddress():

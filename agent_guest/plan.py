@@ -109,7 +109,7 @@ def link_local(mac: str) -> IPv6Interface:
     return address
 
 
-def plan_link(spec: InterfaceSpec, link: LinkState, alias: str) -> list[Step]:
+def plan_link(spec: InterfaceSpec, link: LinkState, alias: str) -> list[SetLink]:
     """Name, MAC, MTU, alias and administrative state, as one change."""
     step = SetLink(
         index=link.index,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from test_guest_rig import Guest, guest, interface, run_in, running_guest, until  # noqa: F401 - guest is a fixture
+from test_guest_rig import Guest, guest, interface, namespace, run_in, running_guest, until  # noqa: F401 - guest is a fixture
 
 from taploom.address import connect
 from taploom.contracts.taploom.guest.v1 import (
@@ -329,6 +329,7 @@ async def test_what_other_programs_break_is_mended(guest: Guest) -> None:
             (("link", "set", "eth0", "down"), "set up"),
             (("addr", "del", "172.18.0.2/16", "dev", "eth0"), "172.18.0.2/16"),
             (("-6", "route", "del", "default"), "IPv6 default route"),
+            (("link", "set", "eth0", "mtu", "900"), "MTU 1500 restored"),  # takes IPv6 away, too
             (("link", "del", "eth0"), "created again"),
         ):
             guest.ip(*command)
@@ -337,6 +338,13 @@ async def test_what_other_programs_break_is_mended(guest: Guest) -> None:
             assert event is not None and event.endpoint_id == "ep0" and words in event.what
             assert sorted(addresses(guest, "eth0")) == sorted(wanted.addresses)
             assert default_devices(guest) == ["eth0"] and default_devices(guest, "-6") == ["eth0"]
+        # One that was taken to another namespace is made anew, and does not stay behind there.
+        with namespace() as other:
+            guest.ip("link", "set", "eth0", "netns", other)
+            with trio.fail_after(30):
+                assert (await anext(stream)).interface_repaired is not None
+            assert addresses(guest, "eth0") == wanted.addresses
+            await until(lambda: "eth0" not in run_in(other, "ip", "link"), "the old one is gone")
         # Its link can be had again at once.
         secret = new_secret()
         await client.authorize_link(AuthorizeLinkRequest(endpoint_id="ep0", secret=secret))
