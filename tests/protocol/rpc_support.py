@@ -6,7 +6,7 @@ import contextlib
 import math
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -280,13 +280,19 @@ async def memory_pair(server: Server) -> AsyncIterator[trio.StapledStream[Any, A
 
 
 @contextlib.contextmanager
-def grpcio_server(path: Path, *handlers: grpc.GenericRpcHandler, **options: Any) -> Iterator[grpc.Server]:
-    """A grpcio server on a Unix socket."""
+def grpcio_server(
+    path: Path,
+    *handlers: grpc.GenericRpcHandler,
+    register: Callable[[grpc.Server], None] = lambda server: None,
+    **options: Any,
+) -> Iterator[grpc.Server]:
+    """A grpcio server on a Unix socket; `register` adds generated services before it starts."""
     server = grpc.server(
         futures.ThreadPoolExecutor(16),
         options=[(f"grpc.{key}", value) for key, value in options.items()],
     )
     server.add_generic_rpc_handlers(handlers)
+    register(server)
     server.add_insecure_port(f"unix:{path}")
     server.start()
     try:

@@ -230,8 +230,11 @@ async def test_health(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     servicer = health.HealthServicer()
     servicer.set("x.Y", health_pb2.HealthCheckResponse.SERVING)
-    with grpcio_server(path, GrpcioEcho()) as server:
+
+    def register(server: grpc.Server) -> None:
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+
+    with grpcio_server(path, register=register):
         async with open_channel(await connect_unix(path)) as channel:
             response = await channel.unary_unary(CHECK, HealthCheckRequest("x.Y"), timeout=30)
             assert response.status is ServingStatus.SERVING
