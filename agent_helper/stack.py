@@ -44,6 +44,7 @@ _SCHEMAS = {
     "nb": ("ovn/ovn-nb.ovsschema", "ovn-central"),
     "sb": ("ovn/ovn-sb.ovsschema", "ovn-central"),
 }
+_PROVEN_AGE = 1.2  # s
 _PROBE_INTERVAL = 0.003  # between attempts to connect to a socket that is not there yet
 
 _CONF_TABLES = {
@@ -122,7 +123,7 @@ class Stack:
         self._conf: Database | None = None
         self._nb: Database | None = None
         self._sb: Database | None = None
-        self._mgmt_changed = trio.Event()
+        self._daemon_changed = trio.Event()
         self._enlarging = trio.Lock()
         self._enlarged: tuple[int, set[str]] = (0, set())
         # ovsdb-server, ovs-vswitchd and ovn-controller find one another by these.
@@ -158,6 +159,11 @@ class Stack:
         return self.run_dir / "db.sock"
 
     @property
+    def _remotes(self) -> str:
+        """Where the daemons find the databases, see `_stand_in`."""
+        return f"unix:{self.socket},unix:{self.run_dir}/standby.sock"
+
+    @property
     def mgmt(self) -> Path:
         """Where br-int takes OpenFlow connections: there once vswitchd has the bridge."""
         return self.run_dir / f"{BRIDGE}.mgmt"
@@ -191,7 +197,9 @@ class Stack:
                 await trio.to_thread.run_sync(self._mark_datapath)
                 nursery.start_soon(self._run_controller)
                 nursery.start_soon(self._kick_controller)
+                nursery.start_soon(self._prove_connections)
                 await self.wait_programmed()
+                await nursery.start(self._stand_in)  # only now: the daemons have their connections
                 self.waiting_for = ""
                 self.ready.set()
                 task_status.started()
@@ -236,6 +244,45 @@ class Stack:
             prepare=self._prepare_databases,
         )
         await process.run(task_status=task_status)
+
+    async def _stand_in(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Takes the daemons' connections while ovsdb-server restarts.
+
+        A client that loses its connection tries its next remote at once, but pauses for a second when that is refused,
+        and vswitchd's userspace data path forwards nothing meanwhile. Here it is not refused: it waits until
+        ovsdb-server listens again, and its bytes are passed on from then on.
+        """
+        path = self.run_dir / "standby.sock"
+        with trio.socket.socket(trio.socket.AF_UNIX) as sock:
+            await sock.bind(str(path))
+            sock.listen()
+
+            async def copy(source: trio.SocketStream, target: trio.SocketStream, scope: trio.CancelScope) -> None:
+                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    async for data in source:
+                        await target.send_all(data)
+                scope.cancel()
+
+            async def pass_on(client: trio.SocketStream) -> None:
+                async with client, await self._answering_server() as server, trio.open_nursery() as pair:
+                    pair.start_soon(copy, client, server, pair.cancel_scope)
+                    pair.start_soon(copy, server, client, pair.cancel_scope)
+
+            async with trio.open_nursery() as nursery:
+                task_status.started()
+                while True:
+                    client, _ = await sock.accept()
+                    nursery.start_soon(pass_on, trio.SocketStream(client))
+
+    async def _answering_server(self) -> trio.SocketStream:
+        # A server that is just ending may still take a connection.
+        while True:
+            stream = await self._connected(self.socket)
+            with contextlib.suppress(trio.BrokenResourceError):
+                await stream.send_all(b'{"method":"echo","params":[],"id":0}')
+                if await stream.receive_some():
+                    return stream
+            await stream.aclose()
 
     def _prepare_databases(self) -> None:
         process = self.daemons["ovsdb-server"]
@@ -286,7 +333,7 @@ class Stack:
             ids |= {
                 "system-id": CHASSIS,
                 "hostname": CHASSIS,
-                "ovn-remote": f"unix:{self.socket}",
+                "ovn-remote": self._remotes,
                 "ovn-encap-type": "geneve",
                 "ovn-encap-ip": "127.0.0.1",  # mandatory, though there is no other chassis
                 "ovn-monitor-all": "true",
@@ -318,7 +365,7 @@ class Stack:
 
         process = self._daemon(
             "ovs-vswitchd",
-            f"unix:{self.socket}",
+            self._remotes,
             f"--unixctl={self.run_dir}/ovs-vswitchd.ctl",
             ready=partial(self._connectable, self.mgmt),
             prepare=prepare,
@@ -327,12 +374,11 @@ class Stack:
 
     async def _run_northd(self) -> None:
         ctl = self.run_dir / "ovn-northd.ctl"
-        remote = f"unix:{self.socket}"
         process = self._daemon(
             "ovn-northd",
             f"--unixctl={ctl}",
-            f"--ovnnb-db={remote}",
-            f"--ovnsb-db={remote}",
+            f"--ovnnb-db={self._remotes}",
+            f"--ovnsb-db={self._remotes}",
             ready=partial(self._connectable, ctl),
             prepare=partial(ctl.unlink, missing_ok=True),
         )
@@ -347,8 +393,29 @@ class Stack:
         async def ready() -> None:
             await self._connectable(self.run_dir / f"ovn-controller.{process.pid}.ctl")
 
-        process = self._daemon("ovn-controller", f"unix:{self.socket}", ready=ready, prepare=prepare)
+        process = self._daemon("ovn-controller", self._remotes, ready=ready, prepare=prepare)
         await process.run()
+
+    async def _prove_connections(self) -> None:
+        """Has vswitchd reconnect without a pause when ovsdb-server dies.
+
+        It does so only from a connection that has brought it something at an age of a second or more (OVS's
+        lib/reconnect.c), and in a fabric where nothing changes nothing is brought.
+        """
+
+        def op(txn: Txn) -> None:
+            root = txn.only("Open_vSwitch")
+            if root is not None:
+                txn.increment(root, "next_cfg")
+
+        while True:
+            changed = self._daemon_changed
+            with trio.move_on_after(_PROVEN_AGE):
+                await changed.wait()
+            if not changed.is_set():
+                with contextlib.suppress(UnavailableError):
+                    await self.conf.transact(op)
+                await changed.wait()
 
     def _mark_datapath(self) -> None:
         for name in _DATAPATH_INTERFACES:
@@ -391,12 +458,12 @@ class Stack:
 
     async def _restarted(self, process: SupervisedProcess, seen: int) -> None:
         while process.restarts == seen:
-            self._mgmt_changed = trio.Event()
-            await self._mgmt_changed.wait()
+            await self._daemon_changed.wait()
 
     def daemon_changed(self) -> None:
         """To be called on each change of a daemon's state."""
-        self._mgmt_changed.set()
+        self._daemon_changed.set()
+        self._daemon_changed = trio.Event()
 
     async def wait_programmed(self) -> None:
         """Returns once the chassis has programmed all that the northbound database had when this was called."""
@@ -416,13 +483,15 @@ class Stack:
             await mirror.wait(key, lambda row: row is None or row["hv_cfg"] >= wanted)
 
     @staticmethod
-    async def _connectable(path: Path) -> None:
+    async def _connected(path: Path) -> trio.SocketStream:
         while True:
             with contextlib.suppress(OSError):
-                stream = await trio.open_unix_socket(str(path))
-                await stream.aclose()
-                return
+                return await trio.open_unix_socket(str(path))
             await trio.sleep(_PROBE_INTERVAL)
+
+    @classmethod
+    async def _connectable(cls, path: Path) -> None:
+        await (await cls._connected(path)).aclose()
 
 
 def new_instance_id() -> str:

@@ -90,7 +90,7 @@ async def test_a_killed_daemon_comes_back(name: str) -> None:
         before = await rig.daemons()
         pinger = Pinger(a, "10.77.1.3", rig.folder / "ping")
         try:
-            await pinger.answered_after(0)
+            await pinger.answered_after(0, count=150)
             events: list[WatchEventsResponse] = []
             async with trio.open_nursery() as nursery, rig.client.watch_events(WatchEventsRequest()) as stream:
 
