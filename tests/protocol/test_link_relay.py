@@ -172,6 +172,46 @@ async def test_slow_peer_stops_its_own_link_only() -> None:
             await stream.aclose()
 
 
+async def test_flooded_links_leave_others_their_turn() -> None:
+    downs = Downs()
+    async with open_dataplane() as plane:
+        stop = threading.Event()
+        floods = [attach(plane, f"flood{n}", downs) for n in range(3)]
+        quiet = attach(plane, "quiet", downs)
+
+        def send(sock: socket.socket) -> None:
+            with sock:
+                while not stop.is_set():
+                    sock.send(bytes(1 << 16))
+
+        def receive(sock: socket.socket) -> None:
+            with sock:
+                while sock.recv(1 << 20):
+                    pass
+
+        def plain(stream: trio.SocketStream) -> socket.socket:
+            sock = socket.socket(fileno=stream.socket.detach())
+            sock.setblocking(True)
+            return sock
+
+        async with trio.open_nursery() as nursery:
+            for guest, helper in floods:
+                nursery.start_soon(trio.to_thread.run_sync, send, plain(guest))
+                nursery.start_soon(trio.to_thread.run_sync, receive, plain(helper))
+            for number in range(100):
+                # Every exchange takes place while the floods go on.
+                before = [plane.counters(f"flood{n}").tx_bytes for n in range(3)]
+                await quiet[0].send_all(bytes([number]))
+                assert await quiet[1].receive_some(1) == bytes([number])
+                await quiet[1].send_all(bytes([number]))
+                assert await quiet[0].receive_some(1) == bytes([number])
+                while any(plane.counters(f"flood{n}").tx_bytes == before[n] for n in range(3)):
+                    await trio.lowlevel.checkpoint()
+            stop.set()
+        for stream in quiet:
+            await stream.aclose()
+
+
 async def test_two_hundred_links_leave_no_descriptor() -> None:
     downs = Downs()
     async with open_dataplane() as plane:

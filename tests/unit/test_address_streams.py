@@ -200,8 +200,10 @@ async def test_fd_of_the_wrong_kind(directory: Path) -> None:
     a, b = socket.socketpair()
     with a, b, pytest.raises(AddressError, match="not a listening socket"):
         await open_listener(FdAddress(a.fileno()))
+    closed = os.dup(0)
+    os.close(closed)
     with pytest.raises(AddressError, match="not an open socket"):
-        await connect(FdAddress(a.fileno() if a.fileno() != -1 else 999))
+        await connect(FdAddress(closed))
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as inet:
         with pytest.raises(AddressError, match="AF_UNIX or AF_VSOCK"):
             await connect(FdAddress(inet.fileno()))
