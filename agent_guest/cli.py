@@ -11,11 +11,12 @@ from pathlib import Path
 import trio
 
 from taploom import __version__
-from taploom.address import AddressError, parse_address
+from taploom.address import Address, AddressError, UnixAddress, parse_address
 from taploom.log import LEVELS, setup_logging
 
 from .agent import OPTIONAL_FEATURES, Options, run_agent
 
+STATE_DIR = Path("/run/taploom-guest")
 EXAMPLE = """example:
   taploom-guest-agent --control vsock:any:5555 --data vsock:any:5556
   taploom-guest-agent --control unix:/run/guest/control.sock --data unix:/run/guest/data.sock --resolv-conf /tmp/r
@@ -38,9 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--state-dir",
         type=Path,
-        default=Path("/run/taploom-guest"),
         metavar="DIR",
-        help="where the original resolv.conf is kept (default: %(default)s)",
+        help="where the original resolv.conf is kept (default: the folder of the control socket, or"
+        f" {STATE_DIR} where that is no Unix socket)",
     )
     parser.add_argument(
         "--without",
@@ -58,11 +59,12 @@ def run(argv: Sequence[str]) -> int:
     """Runs the agent until it is told to stop; returns the exit status."""
     arguments = build_parser().parse_args(argv)
     try:
+        control = parse_address(arguments.control)
         options = Options(
-            control=parse_address(arguments.control),
+            control=control,
             data=parse_address(arguments.data),
             resolv_conf=arguments.resolv_conf,
-            state_dir=arguments.state_dir,
+            state_dir=arguments.state_dir or default_state_dir(control),
             without=frozenset(arguments.without),
         )
     except AddressError as error:
@@ -80,6 +82,11 @@ def run(argv: Sequence[str]) -> int:
             raise
         return _failed(_leaves(expected))
     return 0
+
+
+def default_state_dir(control: Address) -> Path:
+    """Where state is kept when nobody says where: with the control socket, which is the agent's own place."""
+    return Path(control.path).parent if isinstance(control, UnixAddress) else STATE_DIR
 
 
 def _failed(errors: list[BaseException]) -> int:

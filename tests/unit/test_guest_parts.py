@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import trio
 
 from agent_guest.agent import OPTIONAL_FEATURES, features
-from agent_guest.cli import build_parser, run
+from agent_guest.cli import STATE_DIR, build_parser, default_state_dir, run
 from agent_guest.events import EventHub, SlowWatcherError
+from taploom.address import parse_address
 from taploom.contracts.taploom.guest.v1 import GuestFeature, LinkDown, LinkUp
 from taploom.contracts.taploom.link.v1 import LinkFeature
 
@@ -58,6 +61,11 @@ def test_features_are_what_the_kernel_has_and_nobody_hides() -> None:
     assert features(frozenset(), frozenset()) == {GuestFeature.RESOLVER, GuestFeature.EVENTS}
     assert GuestFeature.LINK_TSO not in features(everything, frozenset({"tso"}))
     assert features(everything, frozenset({"vnet-hdr", "events"})) == {GuestFeature.RESOLVER}
+
+
+def test_state_is_kept_with_the_control_socket() -> None:
+    assert default_state_dir(parse_address("unix:/run/web/control.sock")) == Path("/run/web")
+    assert default_state_dir(parse_address("vsock:any:5555")) == STATE_DIR
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
