@@ -33,7 +33,10 @@ MAX_DEPTH = 32
 """Messages within messages, the outermost one counted."""
 
 MAX_FIELDS = 65_536
-"""Fields and packed elements of a message and all within it: what bounds the time and memory that parsing takes."""
+"""Fields and packed elements of a message and all within it, where a message counts as `MESSAGE_COST`: what bounds
+the time and memory that parsing takes."""
+
+MESSAGE_COST = 4
 
 # betterproto2 keeps unknown fields by appending to bytes: occurrences times bytes is the work that it does.
 _MAX_UNKNOWN_WORK = 2**28
@@ -189,6 +192,7 @@ class _Checker:
                     if field.name in seen:
                         raise WireError(f"{schema.name}.{field.name} comes more than once")
                     seen.add(field.name)
+                self._spend(MESSAGE_COST - 1, schema)
                 self.message(value_start, position, field.message(), depth + 1)
             elif field.is_string:
                 try:

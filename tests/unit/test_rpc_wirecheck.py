@@ -71,9 +71,11 @@ def test_numbers_may_be_packed_or_not() -> None:
 
 
 def test_too_many_elements_are_refused() -> None:
-    count = wirecheck.MAX_FIELDS + 1
+    messages = wirecheck.MAX_FIELDS // wirecheck.MESSAGE_COST
+    wirecheck.check(b"\x0a\x00" * messages, SyncRequest)
     with pytest.raises(WireError, match="fields and elements"):
-        wirecheck.check(b"\x0a\x00" * count, SyncRequest)
+        wirecheck.check(b"\x0a\x00" * (messages + 1), SyncRequest)
+    count = wirecheck.MAX_FIELDS + 1
     packed = b"\x12\x81\x80\x04" + b"\x01" * count
     with pytest.raises(WireError, match="fields and elements"):
         wirecheck.check(packed, GetInfoResponse)
