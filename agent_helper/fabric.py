@@ -121,10 +121,9 @@ class Fabric:
                 await self._end()
 
     async def _end(self) -> None:
-        for endpoint in self.endpoints.values():
-            if endpoint.tap is not None:
-                await self._ports.remove(endpoint.spec.endpoint_id)
-                await trio.to_thread.run_sync(endpoint.tap.close)
+        for endpoint_id in self.endpoints:
+            await self._ports.remove(endpoint_id)
+        await _close_all([e.tap for e in self.endpoints.values() if e.tap is not None])
         for network in self.networks.values():
             if network.dns is not None:
                 await network.dns.close()
@@ -401,7 +400,7 @@ class Fabric:
         )
         for endpoint in endpoints:
             endpoint.tap = None
-        await trio.to_thread.run_sync(_close_all, taps)
+        await _close_all(taps)
 
     async def _unplug(self, names: Sequence[str]) -> None:
         """Unplugs interfaces and waits until vswitchd has let go of them, so that they can be deleted."""
@@ -463,14 +462,19 @@ class Fabric:
         """
         self._check_ready()
         failures: list[tuple[str, HelperError]] = []
+
+        async def apply_network(spec: NetworkSpec, network: Network) -> None:
+            try:
+                await self._apply_network(spec, network)
+            except (HelperError, OSError) as exc:
+                failures.append((network.network_id, exc if isinstance(exc, HelperError) else HelperError(str(exc))))
+
         async with self._gate.exclusive():
             with trio.CancelScope(shield=True):
                 removed = await self._remove_others(request)
-                for network_spec, network in _parsed(request.networks, parse_network, _network_id, failures):
-                    try:
-                        await self._apply_network(network_spec, network)
-                    except HelperError as exc:
-                        failures.append((network.network_id, exc))
+                async with trio.open_nursery() as nursery:
+                    for spec, network in _parsed(request.networks, parse_network, _network_id, failures):
+                        nursery.start_soon(apply_network, spec, network)
                 endpoints = await self._apply_all(request.endpoints, failures)
 
         async def settle(endpoint: EndpointState) -> None:
@@ -491,8 +495,7 @@ class Fabric:
         moving = [e for key, e in self.endpoints.items() if key in wanted and wanted[key] != e.spec.network_id]
         await self._remove_endpoints(going + moving)
         others = [network for key, network in self.networks.items() if key not in networks]
-        for network in others:
-            await self._remove_network(network)
+        await _together(*(partial(self._remove_network, network) for network in others))
         return [e.spec.endpoint_id for e in going] + [n.spec.network_id for n in others]
 
     async def _apply_all(
@@ -625,9 +628,12 @@ def _by_dns(endpoints: Iterable[EndpointState]) -> list[tuple[DnsServer, list[En
     return list(groups.items())
 
 
-def _close_all(taps: Iterable[Tap]) -> None:
-    for tap in taps:
-        tap.close()
+async def _close_all(taps: Iterable[Tap]) -> None:
+    # The kernel takes tens of milliseconds for each, nearly all of them waiting: for many at once as long as for one.
+    limiter = trio.CapacityLimiter(16)
+    async with trio.open_nursery() as nursery:
+        for tap in taps:
+            nursery.start_soon(partial(trio.to_thread.run_sync, tap.close, limiter=limiter))
 
 
 async def _together(*functions: Callable[[], Awaitable[object]]) -> None:

@@ -125,6 +125,7 @@ class Stack:
         self._sb: Database | None = None
         self._daemon_changed = trio.Event()
         self._enlarging = trio.Lock()
+        self._enlargings_asked = self._enlargings_done = 0
         self._enlarged: tuple[int, set[str]] = (0, set())
         # ovsdb-server, ovs-vswitchd and ovn-controller find one another by these.
         folders = {
@@ -448,8 +449,13 @@ class Stack:
         pid = self.daemons["ovs-vswitchd"].pid
         if self.kernel_datapath or not pid:
             return
+        self._enlargings_asked += 1
+        asked = self._enlargings_asked
         try:
             async with self._enlarging:
+                if self._enlargings_done >= asked:  # by a run that began after this was asked for
+                    return
+                self._enlargings_done = self._enlargings_asked
                 if self._enlarged[0] != pid:
                     self._enlarged = (pid, set())
                 await trio.to_thread.run_sync(enlarge_packet_sockets, *self._enlarged)
