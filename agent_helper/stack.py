@@ -131,7 +131,7 @@ class Stack:
         folders = {
             f"{who}_{what}DIR": str(self.run_dir) for who in ("OVS", "OVN") for what in ("RUN", "LOG", "DB", "SYSCONF")
         }
-        self.env = {"PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin"), "LC_ALL": "C.UTF-8", **folders}
+        self.env = {**os.environ, "LC_ALL": "C.UTF-8", **folders}
 
     @property
     def conf(self) -> Database:
