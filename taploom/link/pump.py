@@ -121,7 +121,7 @@ class Pump:
         readinto = self._tap.readinto
         pack_into = _LENGTH.pack_into
         end = frames = 0
-        while end < _BATCH_BYTES and frames < _BATCH_FRAMES:
+        for _ in range(_BATCH_FRAMES):
             size = readinto(buffer[end + 4 :])
             if size is None:
                 break
@@ -133,6 +133,8 @@ class Pump:
             buffer[end + 14 : end + 16] = b"\0\0"
             end += size + 4
             frames += 1
+            if end >= _BATCH_BYTES:
+                break
         counters = self._counters
         counters.tx_frames += frames
         counters.tx_bytes += end - frames * (LENGTH_SIZE + HEADER_SIZE)
@@ -144,7 +146,7 @@ class Pump:
         header = self._header
         pack_into = _LENGTH.pack_into
         end = frames = 0
-        while end < _BATCH_BYTES and frames < _BATCH_FRAMES:
+        for _ in range(_BATCH_FRAMES):
             try:
                 size = readv(fd, (header, buffer[end + 4 :])) - HEADER_SIZE
             except BlockingIOError:
@@ -155,6 +157,8 @@ class Pump:
             pack_into(buffer, end, size)
             end += size + 4
             frames += 1
+            if end >= _BATCH_BYTES:
+                break
         counters = self._counters
         counters.tx_frames += frames
         counters.tx_bytes += end - frames * LENGTH_SIZE
