@@ -6,7 +6,6 @@ dnsmasq to what is described whatever was there, so the same functions repair wh
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -352,8 +351,13 @@ class Fabric:
             for dns, group in _by_dns(wanted):
                 dns.set_names(e.spec for e in group)
         except BaseException:
-            with contextlib.suppress(HelperError):
+            try:
                 await self._remove_endpoints(new)
+            except HelperError:
+                # Not even that can be done now. Forgotten, they are strangers: they go when the databases answer.
+                self._forget(new)
+                await _close_all([e.tap for e in new if e.tap is not None])
+                self._reread.set()
             raise
 
     def _open_taps(self, endpoints: Sequence[EndpointState]) -> None:
@@ -375,6 +379,9 @@ class Fabric:
 
     async def _remove_endpoints(self, endpoints: Sequence[EndpointState]) -> None:
         await self._unrealise(endpoints)
+        self._forget(endpoints)
+
+    def _forget(self, endpoints: Iterable[EndpointState]) -> None:
         for endpoint in endpoints:
             endpoint.gone.set()
             endpoint_id, network = endpoint.spec.endpoint_id, endpoint.network
@@ -545,6 +552,8 @@ class Fabric:
             try:
                 async with self._gate.exclusive():
                     await self._restore()
+            except UnavailableError as exc:  # the database calls again when it answers
+                logger.warning("what was applied cannot be restored yet: %s", exc)
             except Exception as exc:
                 logger.exception("what was applied cannot be restored")
                 self._on_lost(f"the databases were read anew and cannot be completed: {exc}")
@@ -554,6 +563,8 @@ class Fabric:
         endpoints = [e for e in self.endpoints.values() if e.tap is not None]
 
         def in_nb(txn: Txn) -> None:
+            there = [(e.spec.network_id, e.spec.endpoint_id) for e in endpoints]
+            northbound.remove_strangers(txn, [n.spec.network_id for n in networks], there)
             for network in networks:
                 northbound.ensure_network(txn, network.spec)
             for endpoint in endpoints:
@@ -562,9 +573,15 @@ class Fabric:
         interfaces = {n.dns.outer: northbound.dns_port(n.spec.network_id) for n in networks if n.dns is not None}
         interfaces |= {e.tap.name: northbound.endpoint_port(e.spec.endpoint_id) for e in endpoints if e.tap is not None}
 
+        def plug(txn: Txn) -> None:
+            left = vswitch.strangers(txn, interfaces)
+            if left:
+                vswitch.unplug(txn, left)
+            vswitch.plug(txn, interfaces)
+
         async def in_conf() -> None:
             await self._stack.ensure_conf()
-            await self._stack.conf.transact(partial(vswitch.plug, interfaces=interfaces))
+            await self._stack.conf.transact(plug)
 
         await _together(partial(self._stack.nb.transact, in_nb), in_conf)
 

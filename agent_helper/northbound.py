@@ -71,6 +71,24 @@ def remove_endpoints(txn: Txn, ports: Iterable[tuple[str, str]]) -> None:
             _remove_port(txn, switch, endpoint_port(endpoint_id))
 
 
+def remove_strangers(txn: Txn, networks: Iterable[str], endpoints: Iterable[tuple[str, str]]) -> None:
+    """All switches, routers and endpoints' ports but those of these networks and (network_id, endpoint_id)."""
+    wanted = set(networks)
+    keep = {switch_name(n) for n in wanted} | {router_name(n) for n in wanted}
+    for table in ("Logical_Switch", "Logical_Router"):
+        for row in txn.rows(table):
+            if row.name not in keep:
+                txn.delete(table, row)
+    ports: dict[str, set[str]] = {}
+    for network_id, endpoint_id in endpoints:
+        ports.setdefault(switch_name(network_id), set()).add(endpoint_port(endpoint_id))
+    for switch in txn.rows("Logical_Switch"):
+        for port in switch.ports:
+            if port.name.startswith("ep-") and port.name not in ports.get(switch.name, ()):
+                switch.delvalue("ports", port)
+                txn.delete("Logical_Switch_Port", port)
+
+
 def _ensure_port(
     txn: Txn,
     switch: Row,

@@ -27,7 +27,7 @@ Values = dict[str, Any]
 
 # Reconnect delays in ms. The library's (1 s to 8 s) suit remote servers; ours is a child, back within milliseconds.
 _BACKOFF_MIN, _BACKOFF_MAX = 10, 200
-_TIMEOUT = 10.0  # of a transaction, in seconds, over reconnections
+_TIMEOUT = 5.0  # of a transaction, in seconds, over reconnections
 
 
 class Txn:
@@ -210,7 +210,8 @@ class Database:
         schema: the schema file that the database was created from.
         tables: the tables and columns to replicate. Tables with a `name` column are indexed by it.
         mirror: the tables and columns to keep in `mirrors`.
-        on_dump: called in trio's thread after each (re)connection, once the database's content is there.
+        on_dump: called in trio's thread after each (re)connection, once the database's content is there, and after a
+            transaction that was given up: when what is in the database may not be what was meant.
         on_change: called in trio's thread with (table, key, values or None) for each change of a mirrored table.
     """
 
@@ -292,6 +293,7 @@ class Database:
         except ovsdb_exceptions.TimeoutException:
             for job in jobs:
                 job.done, job.error = True, UnavailableError(f"the {self.name} database does not answer; try again")
+            self._on_dump()  # it may yet be done, when the server answers again
         except Exception as exc:
             if len(jobs) == 1:
                 # The library's own errors are RuntimeErrors with the server's words.

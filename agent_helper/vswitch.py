@@ -40,6 +40,12 @@ def unplug(txn: Txn, names: Iterable[str]) -> None:
         txn.increment(root, "next_cfg")
 
 
+def strangers(txn: Txn, wanted: Iterable[str]) -> list[str]:
+    """The plugged interfaces other than these."""
+    keep = {BRIDGE, *wanted}
+    return [row.name for row in txn.rows("Interface") if row.name not in keep and "iface-id" in row.external_ids]
+
+
 def is_installed(interface: Values | None) -> bool:
     """Whether ovn-controller has programmed all flows of the interface's logical port."""
     return interface is not None and interface["external_ids"].get("ovn-installed") == "true"

@@ -8,13 +8,15 @@ import re
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
-from test_helper_rig import Guest, Rig, endpoint, eventually, helper, network, sh
+from test_helper_rig import Guest, Rig, endpoint, eventually, helper, network, rpc_status, sh
 
 from taploom.contracts.taploom.helper.v1 import (
+    ApplyEndpointRequest,
     DaemonState,
     ListEndpointsRequest,
     SyncRequest,
@@ -157,6 +159,48 @@ async def test_a_lost_database_is_made_anew_and_filled(name: str, damage: str) -
             return {key: counts[key] for key in keys} == {key: ports[key] for key in keys}
 
         await eventually(same)
+
+
+async def test_what_a_silent_database_does_too_late_is_undone() -> None:
+    async with helper() as rig:
+        a, _ = await two_guests(rig)
+        before = rig.count()
+        pid = (await rig.daemons())["ovsdb-server"].pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            request = ApplyEndpointRequest(endpoint=endpoint(1, 5, "five"))
+            assert await rpc_status(lambda: rig.client.apply_endpoint(request, timeout=60)) == "UNAVAILABLE"
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        await recovered(rig, a)
+        after: dict[str, int] = {}
+
+        def same() -> bool:
+            after.update(rig.count())
+            return after == before
+
+        try:
+            await eventually(same)
+        except trio.TooSlowError:
+            assert after == before
+
+
+async def test_networks_may_have_the_same_subnet() -> None:
+    async with helper() as rig:
+        twin = replace(network(1), network_id="n2", name="net2")
+        await rig.apply(network(1), twin, replace(network(3), mtu=65535), replace(network(4), mtu=68))
+        a = await rig.guest(endpoint(1, 2, "web"), dns="169.254.64.1")
+        b = await rig.guest(endpoint(1, 3, "db"))
+        c = await rig.guest(replace(endpoint(1, 2, "other"), network_id="n2", endpoint_id="c"), dns="169.254.64.1")
+        assert a.ping("10.77.1.3")
+        assert b.ping("10.77.1.2")
+        assert not c.ping("10.77.1.3", wait=1)
+        assert c.ping("10.77.1.1")
+        assert a.dig("169.254.64.1", "+short", "web") == "10.77.1.2"
+        assert "REFUSED" in a.dig("169.254.64.1", "other")
+        assert c.dig("169.254.64.1", "+short", "other") == "10.77.1.2"
+        statuses = await rig.apply(endpoint(3, 2), endpoint(4, 2))
+        assert all(status.port_up for status in statuses)
 
 
 async def test_killing_the_agent_leaves_nothing_and_sync_fills_the_next() -> None:
