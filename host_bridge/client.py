@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from betterproto2 import Message
+
     from taploom.rpc import Channel
 
 RUN_DIRECTORY = Path("/run/taploom")
@@ -18,6 +20,7 @@ DEFAULT_LAB = "default"
 CALL_TIMEOUT = 30.0
 
 T = TypeVar("T")
+M = TypeVar("M", bound="Message")
 
 
 class CommandError(click.ClickException):
@@ -52,6 +55,38 @@ def _lab_address(name: str) -> str:
     return f"unix:{RUN_DIRECTORY / name / 'bridge.sock'}"
 
 
+def unary(address: str, method: str, request: Message, response_type: type[M]) -> M:
+    """Makes one call and returns its response.
+
+    Args:
+        address: the bridge's.
+        method: such as `NetworkService/ListNetworks`.
+        request, response_type: the method's.
+
+    Raises:
+        CommandError: no bridge answers there, or it refused; the message says what to do.
+    """
+    path = f"/taploom.bridge.v1.{method}"
+    data = bytes(request)
+    from host_bridge.quick import MAX_REQUEST, CallError, call_unary
+
+    if address.startswith("unix:/") and len(data) <= MAX_REQUEST:
+        try:
+            return response_type.parse(call_unary(address.removeprefix("unix:"), path, data, CALL_TIMEOUT))
+        except CallError as error:
+            raise CommandError(str(error) or f"the bridge at {address} went away") from error
+        except OSError as error:
+            raise _unreachable(address, error) from error
+
+    async def ask(channel: Channel) -> M:
+        from taploom.rpc.service import Method
+
+        shape = Method(path, type(request), response_type, client_streaming=False, server_streaming=False)
+        return await channel.unary_unary(shape, request, timeout=CALL_TIMEOUT, metadata=None)
+
+    return call(address, ask)
+
+
 def call(address: str, function: Callable[[Channel], Awaitable[T]]) -> T:
     """Runs `function` on a channel to the bridge and returns its result.
 
@@ -61,7 +96,7 @@ def call(address: str, function: Callable[[Channel], Awaitable[T]]) -> T:
     import trio
 
     from taploom.address import AddressError, connect, parse_address
-    from taploom.rpc import RpcError, StatusCode, open_channel
+    from taploom.rpc import RpcError, open_channel
 
     async def run() -> T:
         stream = await connect(parse_address(address))
@@ -72,13 +107,15 @@ def call(address: str, function: Callable[[Channel], Awaitable[T]]) -> T:
         return trio.run(run)
     except AddressError as error:
         raise CommandError(f"bridge address: {error}") from error
-    except PermissionError as error:
-        raise CommandError(f"no permission for the bridge at {address}: run this as the user that runs it") from error
     except OSError as error:
-        raise CommandError(
-            f"no bridge answers at {address}; start one with 'taploom lab up' or give --bridge ADDRESS"
-        ) from error
+        raise _unreachable(address, error) from error
     except RpcError as error:
-        if error.code is StatusCode.UNAVAILABLE and not error.message:
-            raise CommandError(f"the bridge at {address} went away") from error
         raise CommandError(error.message or f"the bridge answers {error.code.name}") from error
+
+
+def _unreachable(address: str, error: OSError) -> CommandError:
+    if isinstance(error, PermissionError):
+        return CommandError(f"no permission for the bridge at {address}: run this as the user that runs it")
+    if isinstance(error, TimeoutError):
+        return CommandError(f"the bridge at {address} does not answer: see its log")
+    return CommandError(f"no bridge answers at {address}; start one with 'taploom lab up' or give --bridge ADDRESS")

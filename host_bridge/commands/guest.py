@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
-from host_bridge.client import CALL_TIMEOUT, call
+from host_bridge.client import unary
 from host_bridge.commands.network import print_endpoints
 from host_bridge.commands.options import bridge_options, json_option
 from host_bridge.output import plain, print_fields, print_json, print_table, short
-
-if TYPE_CHECKING:
-    from taploom.contracts.taploom.bridge.v1 import (
-        GetGuestResponse,
-        ListGuestsResponse,
-        RegisterGuestResponse,
-        RemoveGuestResponse,
-    )
-    from taploom.contracts.taploom.bridge.v1.rpc import GuestServiceClient
-    from taploom.rpc import Channel
 
 
 @click.group()
@@ -49,14 +37,11 @@ def register(bridge: str, name: str, address: str, data: str, as_json: bool) -> 
         taploom guest register web vsock:3
         taploom guest register db hybrid:/run/vms/db/v.sock:5555
     """
-    from taploom.contracts.taploom.bridge.v1 import RegisterGuestRequest
+    from taploom.contracts.taploom.bridge.v1 import RegisterGuestRequest, RegisterGuestResponse
 
     request = RegisterGuestRequest(name=name, address=address, data_address=data)
 
-    async def ask(channel: Channel) -> RegisterGuestResponse:
-        return await _client(channel).register_guest(request, timeout=CALL_TIMEOUT)
-
-    registered = call(bridge, ask).guest
+    registered = unary(bridge, "GuestService/RegisterGuest", request, RegisterGuestResponse).guest
     assert registered is not None
     print_json(registered) if as_json else click.echo(registered.id)
 
@@ -71,12 +56,9 @@ def list_(bridge: str, as_json: bool) -> None:
     Example:
         taploom guest ls
     """
-    from taploom.contracts.taploom.bridge.v1 import ListGuestsRequest
+    from taploom.contracts.taploom.bridge.v1 import ListGuestsRequest, ListGuestsResponse
 
-    async def ask(channel: Channel) -> ListGuestsResponse:
-        return await _client(channel).list_guests(ListGuestsRequest(), timeout=CALL_TIMEOUT)
-
-    guests = call(bridge, ask).guests
+    guests = unary(bridge, "GuestService/ListGuests", ListGuestsRequest(), ListGuestsResponse).guests
     if as_json:
         print_json(guests)
         return
@@ -106,12 +88,9 @@ def inspect(bridge: str, guest: str, as_json: bool) -> None:
     Example:
         taploom guest inspect web
     """
-    from taploom.contracts.taploom.bridge.v1 import GetGuestRequest
+    from taploom.contracts.taploom.bridge.v1 import GetGuestRequest, GetGuestResponse
 
-    async def ask(channel: Channel) -> GetGuestResponse:
-        return await _client(channel).get_guest(GetGuestRequest(guest=guest), timeout=CALL_TIMEOUT)
-
-    found = call(bridge, ask).guest
+    found = unary(bridge, "GuestService/GetGuest", GetGuestRequest(guest=guest), GetGuestResponse).guest
     assert found is not None
     if as_json:
         print_json(found)
@@ -141,22 +120,12 @@ def rm(bridge: str, guests: tuple[str, ...], as_json: bool) -> None:
     Example:
         taploom guest rm web
     """
-    from taploom.contracts.taploom.bridge.v1 import RemoveGuestRequest
+    from taploom.contracts.taploom.bridge.v1 import RemoveGuestRequest, RemoveGuestResponse
 
     removed = []
     for name in guests:
-
-        async def ask(channel: Channel, name: str = name) -> RemoveGuestResponse:
-            return await _client(channel).remove_guest(RemoveGuestRequest(guest=name), timeout=CALL_TIMEOUT)
-
-        removed.append(call(bridge, ask))
+        removed.append(unary(bridge, "GuestService/RemoveGuest", RemoveGuestRequest(guest=name), RemoveGuestResponse))
         if not as_json:
             click.echo(name)
     if as_json:
         print_json(removed)
-
-
-def _client(channel: Channel) -> GuestServiceClient:
-    from taploom.contracts.taploom.bridge.v1.rpc import GuestServiceClient
-
-    return GuestServiceClient(channel)

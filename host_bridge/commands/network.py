@@ -6,22 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from host_bridge.client import CALL_TIMEOUT, call
+from host_bridge.client import unary
 from host_bridge.commands.options import bridge_options, json_option
 from host_bridge.output import plain, print_fields, print_json, print_table, short
 
 if TYPE_CHECKING:
-    from taploom.contracts.taploom.bridge.v1 import (
-        ConnectGuestResponse,
-        CreateNetworkResponse,
-        DeleteNetworkResponse,
-        DisconnectGuestResponse,
-        Endpoint,
-        GetNetworkResponse,
-        ListNetworksResponse,
-    )
-    from taploom.contracts.taploom.bridge.v1.rpc import NetworkServiceClient
-    from taploom.rpc import Channel
+    from taploom.contracts.taploom.bridge.v1 import Endpoint
 
 
 @click.group()
@@ -64,16 +54,13 @@ def create(
         taploom network create app
         taploom network create back --internal --subnet 10.5.0.0/24 --gateway 10.5.0.1 --ipv6
     """
-    from taploom.contracts.taploom.bridge.v1 import CreateNetworkRequest
+    from taploom.contracts.taploom.bridge.v1 import CreateNetworkRequest, CreateNetworkResponse
 
     request = CreateNetworkRequest(
         name=name, subnets=list(subnets), gateways=list(gateways), internal=internal, mtu=mtu, enable_ipv6=ipv6
     )
 
-    async def ask(channel: Channel) -> CreateNetworkResponse:
-        return await _client(channel).create_network(request, timeout=CALL_TIMEOUT)
-
-    created = call(bridge, ask).network
+    created = unary(bridge, "NetworkService/CreateNetwork", request, CreateNetworkResponse).network
     assert created is not None
     print_json(created) if as_json else click.echo(created.id)
 
@@ -88,12 +75,9 @@ def list_(bridge: str, as_json: bool) -> None:
     Example:
         taploom network ls
     """
-    from taploom.contracts.taploom.bridge.v1 import ListNetworksRequest
+    from taploom.contracts.taploom.bridge.v1 import ListNetworksRequest, ListNetworksResponse
 
-    async def ask(channel: Channel) -> ListNetworksResponse:
-        return await _client(channel).list_networks(ListNetworksRequest(), timeout=CALL_TIMEOUT)
-
-    networks = call(bridge, ask).networks
+    networks = unary(bridge, "NetworkService/ListNetworks", ListNetworksRequest(), ListNetworksResponse).networks
     if as_json:
         print_json(networks)
         return
@@ -124,12 +108,9 @@ def inspect(bridge: str, network: str, as_json: bool) -> None:
     Example:
         taploom network inspect app
     """
-    from taploom.contracts.taploom.bridge.v1 import GetNetworkRequest
+    from taploom.contracts.taploom.bridge.v1 import GetNetworkRequest, GetNetworkResponse
 
-    async def ask(channel: Channel) -> GetNetworkResponse:
-        return await _client(channel).get_network(GetNetworkRequest(network=network), timeout=CALL_TIMEOUT)
-
-    found = call(bridge, ask).network
+    found = unary(bridge, "NetworkService/GetNetwork", GetNetworkRequest(network=network), GetNetworkResponse).network
     assert found is not None
     if as_json:
         print_json(found)
@@ -159,15 +140,13 @@ def rm(bridge: str, networks: tuple[str, ...], as_json: bool) -> None:
     Example:
         taploom network rm app
     """
-    from taploom.contracts.taploom.bridge.v1 import DeleteNetworkRequest
+    from taploom.contracts.taploom.bridge.v1 import DeleteNetworkRequest, DeleteNetworkResponse
 
     removed = []
     for name in networks:
-
-        async def ask(channel: Channel, name: str = name) -> DeleteNetworkResponse:
-            return await _client(channel).delete_network(DeleteNetworkRequest(network=name), timeout=CALL_TIMEOUT)
-
-        removed.append(call(bridge, ask))
+        removed.append(
+            unary(bridge, "NetworkService/DeleteNetwork", DeleteNetworkRequest(network=name), DeleteNetworkResponse)
+        )
         if not as_json:
             click.echo(name)
     if as_json:
@@ -200,7 +179,7 @@ def connect(
     Example:
         taploom network connect app db --alias postgres --ip 172.18.0.10
     """
-    from taploom.contracts.taploom.bridge.v1 import ConnectGuestRequest
+    from taploom.contracts.taploom.bridge.v1 import ConnectGuestRequest, ConnectGuestResponse
 
     if not -(2**31) <= priority < 2**31:
         raise click.BadParameter("use -2147483648 to 2147483647", param_hint="--priority")
@@ -213,10 +192,7 @@ def connect(
         mac_address=mac,
     )
 
-    async def ask(channel: Channel) -> ConnectGuestResponse:
-        return await _client(channel).connect_guest(request, timeout=CALL_TIMEOUT)
-
-    endpoint = call(bridge, ask).endpoint
+    endpoint = unary(bridge, "NetworkService/ConnectGuest", request, ConnectGuestResponse).endpoint
     if as_json:
         print_json(endpoint)
 
@@ -232,14 +208,11 @@ def disconnect(bridge: str, network: str, guest: str) -> None:
     Example:
         taploom network disconnect app db
     """
-    from taploom.contracts.taploom.bridge.v1 import DisconnectGuestRequest
+    from taploom.contracts.taploom.bridge.v1 import DisconnectGuestRequest, DisconnectGuestResponse
 
     request = DisconnectGuestRequest(network=network, guest=guest)
 
-    async def ask(channel: Channel) -> DisconnectGuestResponse:
-        return await _client(channel).disconnect_guest(request, timeout=CALL_TIMEOUT)
-
-    call(bridge, ask)
+    unary(bridge, "NetworkService/DisconnectGuest", request, DisconnectGuestResponse)
 
 
 def print_endpoints(endpoints: list[Endpoint], *, of_guest: bool) -> None:
@@ -262,9 +235,3 @@ def print_endpoints(endpoints: list[Endpoint], *, of_guest: bool) -> None:
             for endpoint in endpoints
         ],
     )
-
-
-def _client(channel: Channel) -> NetworkServiceClient:
-    from taploom.contracts.taploom.bridge.v1.rpc import NetworkServiceClient
-
-    return NetworkServiceClient(channel)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from host_bridge.client import CALL_TIMEOUT, call
+from host_bridge.client import call, unary
 from host_bridge.commands.options import bridge_options, json_option
 from host_bridge.output import print_json
 
@@ -44,15 +44,10 @@ def status(bridge: str, watch: bool, interval: float, as_json: bool) -> None:
     if watch:
         _watch(bridge, interval, as_json)
         return
-    from taploom.contracts.taploom.bridge.v1 import GetStatusRequest
-    from taploom.contracts.taploom.bridge.v1.rpc import StatusServiceClient
+    from taploom.contracts.taploom.bridge.v1 import GetStatusRequest, GetStatusResponse
 
-    async def ask(channel: Channel) -> Status:
-        response = await StatusServiceClient(channel).get_status(GetStatusRequest(), timeout=CALL_TIMEOUT)
-        assert response.status is not None
-        return response.status
-
-    now = call(bridge, ask)
+    now = unary(bridge, "StatusService/GetStatus", GetStatusRequest(), GetStatusResponse).status
+    assert now is not None
     if as_json:
         print_json(now)
         return
