@@ -6,7 +6,7 @@ import click
 
 from host_bridge.client import unary
 from host_bridge.commands.network import print_endpoints
-from host_bridge.commands.options import bridge_options, json_option
+from host_bridge.commands.options import bridge_options, complete_guest, json_option
 from host_bridge.output import plain, print_fields, print_json, print_table, short
 
 
@@ -78,7 +78,7 @@ def list_(bridge: str, as_json: bool) -> None:
 
 
 @guest.command()
-@click.argument("guest")
+@click.argument("guest", shell_complete=complete_guest)
 @json_option
 @bridge_options
 def inspect(bridge: str, guest: str, as_json: bool) -> None:
@@ -110,7 +110,7 @@ def inspect(bridge: str, guest: str, as_json: bool) -> None:
 
 
 @guest.command()
-@click.argument("guests", metavar="GUEST...", nargs=-1, required=True)
+@click.argument("guests", metavar="GUEST...", nargs=-1, required=True, shell_complete=complete_guest)
 @json_option
 @bridge_options
 def rm(bridge: str, guests: tuple[str, ...], as_json: bool) -> None:

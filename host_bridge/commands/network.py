@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from host_bridge.client import unary
-from host_bridge.commands.options import bridge_options, json_option
+from host_bridge.commands.options import bridge_options, complete_guest, complete_network, json_option
 from host_bridge.output import plain, print_fields, print_json, print_table, short
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def list_(bridge: str, as_json: bool) -> None:
 
 
 @network.command()
-@click.argument("network")
+@click.argument("network", shell_complete=complete_network)
 @json_option
 @bridge_options
 def inspect(bridge: str, network: str, as_json: bool) -> None:
@@ -130,7 +130,7 @@ def inspect(bridge: str, network: str, as_json: bool) -> None:
 
 
 @network.command()
-@click.argument("networks", metavar="NETWORK...", nargs=-1, required=True)
+@click.argument("networks", metavar="NETWORK...", nargs=-1, required=True, shell_complete=complete_network)
 @json_option
 @bridge_options
 def rm(bridge: str, networks: tuple[str, ...], as_json: bool) -> None:
@@ -154,8 +154,8 @@ def rm(bridge: str, networks: tuple[str, ...], as_json: bool) -> None:
 
 
 @network.command()
-@click.argument("network")
-@click.argument("guest")
+@click.argument("network", shell_complete=complete_network)
+@click.argument("guest", shell_complete=complete_guest)
 @click.option("--ip", "addresses", metavar="IP", multiple=True, help="The address to have; one per family.")
 @click.option("--alias", "aliases", metavar="NAME", multiple=True, help="A further name of the guest; repeatable.")
 @click.option("--priority", metavar="N", type=int, default=0, help="The highest has the default route; default: 0.")
@@ -198,8 +198,8 @@ def connect(
 
 
 @network.command()
-@click.argument("network")
-@click.argument("guest")
+@click.argument("network", shell_complete=complete_network)
+@click.argument("guest", shell_complete=complete_guest)
 @bridge_options
 def disconnect(bridge: str, network: str, guest: str) -> None:
     """Disconnect a guest from a network while it runs.

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from host_bridge.client import find_bridge
+from host_bridge.client import CommandError, find_bridge, unary
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -27,3 +27,31 @@ def bridge_options(command: Callable[..., None]) -> Callable[..., None]:
         command(bridge=find_bridge(bridge_, lab_), **arguments)
 
     return wrapped
+
+
+def complete_network(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    """The networks' names, for the shell."""
+    from taploom.contracts.taploom.bridge.v1 import ListNetworksRequest, ListNetworksResponse
+
+    try:
+        found = unary(_bridge_of(context), "NetworkService/ListNetworks", ListNetworksRequest(), ListNetworksResponse)
+    except CommandError:
+        return []
+    return [network.name for network in found.networks if network.name.startswith(incomplete)]
+
+
+def complete_guest(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    """The guests' names, for the shell."""
+    from taploom.contracts.taploom.bridge.v1 import ListGuestsRequest, ListGuestsResponse
+
+    try:
+        found = unary(_bridge_of(context), "GuestService/ListGuests", ListGuestsRequest(), ListGuestsResponse)
+    except CommandError:
+        return []
+    return [guest.name for guest in found.guests if guest.name.startswith(incomplete)]
+
+
+def _bridge_of(context: click.Context) -> str:
+    root = context.find_root().params
+    bridge, lab = context.params.get("bridge_"), context.params.get("lab_")
+    return find_bridge(*((bridge, lab) if bridge or lab else (root.get("bridge"), root.get("lab"))))

@@ -134,6 +134,25 @@ async def test_a_day_with_the_command(bridge: Bridge, helper: FakeHelper, web: F
     assert json.loads(await bridge.taploom("guest", "ls", "--json")) == []
 
 
+async def test_shell_completion(bridge: Bridge, web: FakeGuest) -> None:
+    await bridge.taploom("network", "create", "application")
+    await bridge.taploom("guest", "register", "webserver", web.control)
+
+    async def complete(words: str, number: int) -> str:
+        environment = {"_TAPLOOM_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(number)}
+        os.environ |= environment
+        try:
+            return await bridge.taploom()
+        finally:
+            for name in environment:
+                del os.environ[name]
+
+    assert "network" in await complete("taploom ne", 1)
+    assert await complete("taploom network connect app", 3) == "plain,application"
+    assert await complete("taploom network connect application w", 4) == "plain,webserver"
+    assert await complete("taploom network connect --bridge unix:/nowhere app", 5) == ""
+
+
 async def test_command_errors_are_one_line(bridge: Bridge) -> None:
     for arguments, code, text in (
         (("network", "create", "bad name"), 1, "network name 'bad name' is not allowed"),
