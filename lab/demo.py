@@ -19,6 +19,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lab.state import Lab
+
 LAB = "demo"
 TAPLOOM = str(Path(sys.executable).with_name("taploom"))
 console = Console(highlight=False)
@@ -111,6 +113,14 @@ def steady_ping(guest: str, name: str) -> Iterator[dict[str, float]]:
     counted["average"], counted["longest"] = float(times[1]), float(times[2])
 
 
+def show_logs() -> None:
+    """Prints the end of each of the lab's logs: the lab is about to go, and they with it."""
+    for path in sorted(Lab(LAB).logs.glob("*.log")):
+        console.print(f"[bold]{path}[/bold]")
+        for line in path.read_text(errors="replace").splitlines()[-15:]:
+            console.print(f"  {line}", style="dim", markup=False)
+
+
 def show() -> list[Row]:
     """Runs the demonstration.
 
@@ -201,6 +211,7 @@ def main() -> None:
         rows = show()
     except StepFailedError as error:
         failure = str(error)
+        show_logs()
     except KeyboardInterrupt:
         failure = "interrupted"
     finally:
