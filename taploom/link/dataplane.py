@@ -6,6 +6,7 @@ calls that run on it in turn. If it dies, the nursery around ``open_dataplane`` 
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import socket
@@ -30,6 +31,11 @@ logger = logging.getLogger("taploom.link")
 # CPython hands the interpreter lock on after this many seconds at the latest. The default of 5 ms is what every
 # frame would wait for while the rest of the process computes.
 _SWITCH_INTERVAL: Final = 0.0005
+
+
+# Every batch makes a list and some views, which the collector counts: at its default of 700 it would run, and hold the
+# interpreter lock over everything that was ever imported, every few hundred frames. That part is frozen.
+_GC_THRESHOLD: Final = 20_000
 
 
 class DataplaneError(Exception):
@@ -254,8 +260,10 @@ async def open_dataplane() -> AsyncIterator[Dataplane]:
     """
     plane = Dataplane(Loop(), trio.lowlevel.current_trio_token())
     thread = threading.Thread(target=plane._run, name="taploom-dataplane", daemon=True)
-    interval = sys.getswitchinterval()
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
     sys.setswitchinterval(min(interval, _SWITCH_INTERVAL))
+    gc.freeze()
+    gc.set_threshold(max(thresholds[0], _GC_THRESHOLD), *thresholds[1:])
     thread.start()
     body_error: Exception | None = None
     try:
@@ -275,5 +283,7 @@ async def open_dataplane() -> AsyncIterator[Dataplane]:
         raise _died(plane.failure) from group
     finally:
         sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
     if body_error is not None:
         raise body_error

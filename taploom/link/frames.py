@@ -132,6 +132,14 @@ class FrameScanner:
                 raise self._length_error(length)
         return start
 
+    @staticmethod
+    def missing(view: memoryview, start: int, end: int) -> int:
+        """How many bytes the frame that begins at ``start`` still lacks; 0 when its length is not there yet.
+
+        ``start`` is what ``scan`` returned, so that the length has been checked.
+        """
+        return start + LENGTH_SIZE + _LENGTH.unpack_from(view, start)[0] - end if end - start >= LENGTH_SIZE else 0
+
     def _length_error(self, length: int) -> FrameError:
         return FrameError(f"frame length {length} is not in {self.min_length}..{self.max_length}")
 

@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Final
 
 from taploom.contracts.taploom.link.v1 import LinkFeature
@@ -221,6 +222,12 @@ class Pump:
         consumed = end
         try:
             consumed = self._scanner.scan(buffer, 0, end, frames)
+            if missing := self._scanner.missing(buffer, consumed, end):
+                # In a bulk transfer the rest of a frame that the chunk cut in two is there already: reading it now
+                # saves copying its beginning away and back.
+                with suppress(OSError):  # BlockingIOError mostly; anything else comes again
+                    end += self._sock.recv_into(buffer[end:], missing)
+                    consumed = self._scanner.scan(buffer, consumed, end, frames)
         except FrameError as error:
             violation = error
         if frames:

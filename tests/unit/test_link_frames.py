@@ -163,3 +163,17 @@ def test_qemu_framing_without_features() -> None:
     arp = bytes.fromhex("ffffffffffff525400123456080600010800060400015254001234560a0000010000000000000a000002")
     assert encode_frame(arp) == struct.pack(">I", 42) + arp
     assert FrameDecoder(()).feed(struct.pack(">I", 42) + arp) == [arp]
+
+
+@given(frames=st.lists(st.binary(min_size=14, max_size=200), min_size=1, max_size=5), data=st.data())
+def test_what_is_missing_completes_the_frame(frames: list[bytes], data: st.DataObject) -> None:
+    stream = memoryview(b"".join(encode_frame(frame) for frame in frames))
+    cut = data.draw(st.integers(0, len(stream)))
+    scanner = FrameScanner(())
+    found: list[memoryview] = []
+    rest = scanner.scan(stream, 0, cut, found)
+    missing = scanner.missing(stream, rest, cut)
+    assert (missing > 0) == (cut - rest >= 4)
+    if missing:
+        assert scanner.scan(stream, rest, cut + missing, found) == cut + missing
+        assert [bytes(frame) for frame in found] == frames[: len(found)]
