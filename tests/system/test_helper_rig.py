@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -274,7 +274,7 @@ class Rig:
     def count(self) -> dict[str, int]:
         """How much of everything there is: to compare before and after."""
         assert self.process is not None
-        pid = agent_pid(self.process.pid)
+        pid = self.process.pid
         counts = {
             "interfaces": len(sh("ip", "-n", self.netns, "-o", "link").splitlines()),
             "fds": len(list(Path(f"/proc/{pid}/fd").iterdir())),
@@ -288,11 +288,6 @@ class Rig:
         for table in ("Port_Binding", "Datapath_Binding"):
             counts[table] = len(self.db("sb", "--bare", "--columns=_uuid", "list", table).split())
         return counts
-
-
-def agent_pid(pid: int) -> int:
-    """`ip netns exec` becomes the agent."""
-    return pid
 
 
 @contextlib.asynccontextmanager
@@ -338,10 +333,6 @@ async def rpc_status(call: Callable[[], object]) -> str:
         assert exc.message
         return exc.code.name
     return "OK"
-
-
-def pids(names: Sequence[str], daemons: dict[str, Daemon]) -> list[int]:
-    return [daemons[name].pid for name in names]
 
 
 async def test_two_endpoints_reach_each_other() -> None:
