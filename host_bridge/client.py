@@ -99,7 +99,10 @@ def call(address: str, function: Callable[[Channel], Awaitable[T]]) -> T:
     from taploom.rpc import RpcError, open_channel
 
     async def run() -> T:
-        stream = await connect(parse_address(address))
+        try:
+            stream = await connect(parse_address(address))
+        except OSError as error:
+            raise _unreachable(address, error) from error
         async with open_channel(stream) as channel:
             return await function(channel)
 
@@ -107,8 +110,6 @@ def call(address: str, function: Callable[[Channel], Awaitable[T]]) -> T:
         return trio.run(run)
     except AddressError as error:
         raise CommandError(f"bridge address: {error}") from error
-    except OSError as error:
-        raise _unreachable(address, error) from error
     except RpcError as error:
         raise CommandError(error.message or f"the bridge answers {error.code.name}") from error
 

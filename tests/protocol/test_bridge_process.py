@@ -197,6 +197,14 @@ async def test_status_watch_streams_json_lines(bridge: Bridge) -> None:
         assert json.loads(line)["components"][0]["name"] == "bridge"
 
 
+async def test_status_watch_into_a_pipe_that_closes(bridge: Bridge) -> None:
+    command = f"{' '.join(TAPLOOM)} --bridge {bridge.socket} status --watch --json --interval 0.1 | head -n 1"
+    with trio.fail_after(20):
+        result = await trio.run_process(["sh", "-c", command], capture_stdout=True, capture_stderr=True)
+    assert json.loads(result.stdout)["components"]
+    assert result.stderr == b""
+
+
 async def test_status_watch_for_people(bridge: Bridge) -> None:
     command = [*TAPLOOM, "--bridge", bridge.socket, "status", "--watch", "--interval", "0.1"]
     process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
