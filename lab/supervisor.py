@@ -37,7 +37,7 @@ set -e
 mount --bind "$1/resolv.conf" /etc/resolv.conf
 mount --bind "$1/hosts" /etc/hosts
 mount -t sysfs -o ro sysfs /sys
-hostname "$2"
+echo "$2" > /proc/sys/kernel/hostname
 echo $$ > "$1/.holder.new"
 mv "$1/.holder.new" "$1/holder"
 exec sleep infinity
