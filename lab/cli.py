@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from taploom.contracts.taploom.bridge.v1 import Status
 
 _READY_TIMEOUT = 60.0
+_HOPELESS = 5  # restarts of a process before it is ready
 
 
 def _lab_option(command: Callable[..., None]) -> Callable[..., None]:
@@ -292,6 +293,11 @@ async def _until_ready(lab: Lab, guests: list[str]) -> None:
                 return
             if lab.supervisor_pid() is None:
                 raise LabError(f"the lab's supervisor ended; see {lab.logs}/supervisor.log")
+            for process in _processes(lab):
+                if process["restarts"] >= _HOPELESS and process["state"] != "running":
+                    raise LabError(
+                        f"{process['name']} {process['last_exit']} again and again; see the files in {lab.logs}"
+                    )
             await trio.sleep(0.05)
 
 
@@ -323,14 +329,18 @@ async def _fabric(lab: Lab) -> Status | None:
         return None
 
 
+def _processes(lab: Lab) -> list[dict[str, Any]]:
+    """What the supervisor has running."""
+    try:
+        return list(json.loads((lab.path / "status.json").read_bytes())["processes"])
+    except FileNotFoundError:
+        return []
+
+
 def _status(lab: Lab) -> dict[str, Any]:
     """The lab's processes with the fabric's status, as `lab status --json` prints them."""
     import trio
 
-    try:
-        processes = json.loads((lab.path / "status.json").read_bytes())["processes"]
-    except FileNotFoundError:
-        processes = []
     fabric = trio.run(_fabric, lab)
     return {
         "lab": lab.name,
@@ -342,6 +352,6 @@ def _status(lab: Lab) -> dict[str, Any]:
             {"name": name, "netns": lab.guest_netns(name), "directory": str(lab.guest_directory(name))}
             for name in lab.guests()
         ],
-        "processes": processes,
+        "processes": _processes(lab),
         "fabric": fabric.to_dict() if fabric is not None else None,
     }
