@@ -274,7 +274,10 @@ print([name for name in {forbidden!r} if name in sys.modules], file=sys.stderr)
     [
         (["--help"], ["trio", "rich", "lab", "betterproto2", "h2"]),
         (["network", "ls", "--help"], ["trio", "rich", "lab", "betterproto2", "h2"]),
-        (["network", "ls", "--bridge", "unix:/nowhere"], ["trio", "taploom.rpc", "rich", "lab", "sqlite3", "host_bridge.fabric"]),
+        (
+            ["network", "ls", "--bridge", "unix:/nowhere"],
+            ["trio", "taploom.rpc", "rich", "lab", "sqlite3", "host_bridge.fabric"],
+        ),
     ],
 )
 def test_commands_import_only_what_they_use(arguments: list[str], forbidden: list[str]) -> None:
