@@ -22,7 +22,7 @@ import trio
 from lab.cleanup import NETNS, remove_netns
 from lab.state import Lab, enter_guest, replace_json
 from taploom.address import connect, parse_address
-from taploom.contracts.taploom.bridge.v1 import RegisterGuestRequest, RemoveGuestRequest
+from taploom.contracts.taploom.bridge.v1 import ListGuestsRequest, RegisterGuestRequest, RemoveGuestRequest
 from taploom.contracts.taploom.bridge.v1.rpc import GuestServiceClient
 from taploom.log import setup_logging
 from taploom.rpc import RpcError, StatusCode, open_channel
@@ -51,7 +51,7 @@ class Supervisor:
         self._lab = lab
         self._processes: dict[str, SupervisedProcess] = {}
         self._guests: dict[str, trio.CancelScope] = {}
-        self._removed: set[str] = set()
+        self._wanted: list[str] = []
         self._changed = trio.Event()
 
     async def run(self) -> None:
@@ -99,19 +99,17 @@ class Supervisor:
         return process
 
     def _converge(self, nursery: trio.Nursery) -> None:
-        wanted = self._lab.guests()
-        for name in wanted:
+        self._wanted = self._lab.guests()
+        for name in self._wanted:
             if name not in self._guests:
                 self._guests[name] = trio.CancelScope()
-                self._removed.discard(name)
-                nursery.start_soon(self._guest, name, self._guests[name])
-        for name in set(self._guests) - set(wanted):
+                nursery.start_soon(self._guest, name, self._guests[name], nursery)
+        for name in set(self._guests) - set(self._wanted):
             self._guests[name].cancel()
-            self._removed.add(name)
         self._changed.set()
         self._write_status()
 
-    async def _guest(self, name: str, scope: trio.CancelScope) -> None:
+    async def _guest(self, name: str, scope: trio.CancelScope, guests: trio.Nursery) -> None:
         lab, directory, netns = self._lab, self._lab.guest_directory(name), self._lab.guest_netns(name)
         directory.mkdir(mode=0o700, exist_ok=True)
         (directory / "resolv.conf").touch()
@@ -161,6 +159,7 @@ class Supervisor:
             remove_netns(netns)
             shutil.rmtree(directory, ignore_errors=True)
             self._write_status()
+        self._converge(guests)  # it may have been asked for again meanwhile
 
     def _holder_changed(self, name: str, process: SupervisedProcess) -> None:
         # A guest whose first process ended has rebooted: its agent starts again in the new namespaces.
@@ -171,33 +170,32 @@ class Supervisor:
 
     async def _register(self) -> None:
         """Keeps the bridge's guests in step with the lab's."""
-        registered: set[str] = set()
         while True:
             self._changed = trio.Event()
-            while registered != set(self._guests) or self._removed:
+            done = False
+            while not done:
                 try:
-                    await self._register_all(registered)
+                    await self._register_all()
+                    done = True
                 except (OSError, RpcError) as error:
                     logger.debug("bridge: %s", error)
                     await trio.sleep(0.05)  # a redial's back-off: the bridge is starting
             await self._changed.wait()
 
-    async def _register_all(self, registered: set[str]) -> None:
+    async def _register_all(self) -> None:
+        # A lab's guests are told from others in the bridge's state by their address.
+        addresses = {name: f"unix:{self._lab.guest_directory(name)}/control.sock" for name in self._wanted}
         stream = await connect(parse_address(self._lab.bridge_address))
         async with open_channel(stream) as channel:
             client = GuestServiceClient(channel)
-            for name in sorted(self._removed):
+            listed = (await client.list_guests(ListGuestsRequest(), timeout=10)).guests
+            known = {guest.name for guest in listed if guest.address.startswith(f"unix:{self._lab.path}/guests/")}
+            for name in sorted(known - set(addresses)):
                 with _ignoring(StatusCode.NOT_FOUND):
                     await client.remove_guest(RemoveGuestRequest(guest=name), timeout=10)
-                self._removed.discard(name)
-                registered.discard(name)
-            for name in sorted(set(self._guests) - registered):
-                request = RegisterGuestRequest(
-                    name=name, address=f"unix:{self._lab.guest_directory(name)}/control.sock"
-                )
-                with _ignoring(StatusCode.ALREADY_EXISTS):  # the bridge's state is older than this supervisor
-                    await client.register_guest(request, timeout=10)
-                registered.add(name)
+            for name in sorted(set(addresses) - known):
+                with _ignoring(StatusCode.ALREADY_EXISTS):
+                    await client.register_guest(RegisterGuestRequest(name=name, address=addresses[name]), timeout=10)
 
     def _write_status(self, _process: SupervisedProcess | None = None) -> None:
         rows: list[dict[str, Any]] = [
