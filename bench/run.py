@@ -184,7 +184,8 @@ def open_run() -> Iterator[Run]:
         if shutil.which(tool) is None:
             raise BenchError(f"{tool} is not installed: run bench/setup.sh")
     for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, _interrupt)
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup(1) leaves SIGHUP
+            signal.signal(signum, _interrupt)
     sweep()
     directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
     stack = contextlib.ExitStack()
