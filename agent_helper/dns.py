@@ -145,6 +145,9 @@ class DnsServer:
     async def _drop(self) -> None:
         namespace, self._namespace = self._namespace, None
         if namespace is not None:
+            # A question may be waiting for its answer. Were the socket closed under it, the next descriptor of that
+            # number would not be trio's to wait for.
+            trio.lowlevel.notify_closing(namespace.probe)
 
             def drop() -> None:
                 namespace.close()
@@ -241,7 +244,7 @@ class DnsServer:
             sock = namespace.probe
             self._probe_id = (self._probe_id + 1) % 65536
             # Connected, so that a port nobody listens on is an error at once and not silence.
-            with contextlib.suppress(OSError), trio.move_on_after(_ANSWER):
+            with contextlib.suppress(OSError, trio.ClosedResourceError), trio.move_on_after(_ANSWER):
                 sock.connect((str(server), 53))
                 sock.send(names.query(self._probe_id, name, version))
                 while True:

@@ -302,6 +302,11 @@ async def helper() -> AsyncIterator[Rig]:
             await rig.start()
             yield rig
         except BaseException:
+            # An agent that is ending by an error has yet to say which.
+            with trio.move_on_after(5) as patience, contextlib.suppress(AttributeError):
+                patience.shield = True
+                while rig.process.poll() is None:
+                    await trio.sleep(0.05)
             sys.stderr.write(rig.log()[-20000:])
             raise
         finally:
