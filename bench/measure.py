@@ -187,7 +187,7 @@ class Bench:
         self._progress(name, "")
         try:
             outcome = action()
-        except BenchError as error:
+        except (BenchError, OSError) as error:  # click would take a broken pipe for its own, and end without a word
             self._results.failures.append(f"{name}: {error}")
             outcome = f"FAILED: {error}"
         self._progress(name, outcome)

@@ -60,6 +60,10 @@ class _Engine:
         """So that the user's own client configuration stays out of it."""
         return {"DOCKER_CONFIG": str(self._path.parent), "DOCKER_CONTEXT": ""}
 
+    def reconnect(self) -> None:
+        """The next request opens a new connection."""
+        self._connection.close()
+
     def api(self, method: str, path: str, body: object = None) -> Any:
         """One request on the connection that stays open; returns the JSON answer or None.
 
@@ -89,7 +93,8 @@ class _Hot:
             start = time.monotonic_ns()
             self.engine.cli("network", "connect", self.network, self.container)
             return start, time.monotonic_ns()
-        self.engine.api("GET", "/version")  # the connection is open
+        self.engine.reconnect()  # the daemon has closed what was idle for minutes
+        self.engine.api("GET", "/version")
         start = time.monotonic_ns()
         self.engine.api("POST", f"/networks/{self.network}/connect", {"Container": self.container})
         return start, time.monotonic_ns()
