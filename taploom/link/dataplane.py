@@ -35,7 +35,7 @@ _SWITCH_INTERVAL: Final = 0.0005
 
 # Every batch makes a list and some views, which the collector counts: at its default of 700 it would run, and hold the
 # interpreter lock over everything that was ever imported, every few hundred frames. That part is frozen.
-_GC_THRESHOLD: Final = 20_000
+_GC_THRESHOLD: Final = 5_000
 
 
 class DataplaneError(Exception):
@@ -262,6 +262,7 @@ async def open_dataplane() -> AsyncIterator[Dataplane]:
     thread = threading.Thread(target=plane._run, name="taploom-dataplane", daemon=True)
     interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
     sys.setswitchinterval(min(interval, _SWITCH_INTERVAL))
+    gc.collect()  # or the garbage of the imports would be frozen with the rest
     gc.freeze()
     gc.set_threshold(max(thresholds[0], _GC_THRESHOLD), *thresholds[1:])
     thread.start()
