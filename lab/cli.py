@@ -277,14 +277,10 @@ def _wait_ready(lab: Lab, guests: list[str]) -> None:
 async def _until_ready(lab: Lab, guests: list[str]) -> None:
     import trio
 
-    shown: set[str] = set()
     with trio.fail_after(_READY_TIMEOUT):
         while True:
             status = await _fabric(lab)
             waiting = _waiting_for(status, guests)
-            for component in status.components if status else ():
-                if component.name not in shown and component.name not in waiting:
-                    shown.add(component.name)
             if sys.stderr.isatty():
                 click.echo(
                     f"\r\033[Kwaiting for {', '.join(waiting[:4])}" if waiting else "\r\033[K", err=True, nl=False
