@@ -16,10 +16,14 @@ from taploom.contracts.taploom.helper.v1 import (
     ApplyEndpointResponse,
     ApplyNetworkRequest,
     ApplyNetworkResponse,
+    ApplyUplinkRequest,
+    ApplyUplinkResponse,
     AuthorizeLinkRequest,
     AuthorizeLinkResponse,
     Daemon,
     DaemonState,
+    AuthorizeStreamsRequest,
+    AuthorizeStreamsResponse,
     DeleteEndpointRequest,
     DeleteEndpointResponse,
     DeleteNetworkRequest,
@@ -35,6 +39,8 @@ from taploom.contracts.taploom.helper.v1 import (
     ListNetworksRequest,
     ListNetworksResponse,
     SyncFailure,
+    RefuseStreamRequest,
+    RefuseStreamResponse,
     SyncRequest,
     SyncResponse,
     WatchEventsRequest,
@@ -159,6 +165,15 @@ class HelperService(HelperServiceBase):
         with _as_status():
             self._fabric.authorize(request.endpoint_id, request.secret)
         return AuthorizeLinkResponse()
+
+    async def apply_uplink(self, request: ApplyUplinkRequest, context: ServerContext) -> ApplyUplinkResponse:
+        raise RpcError(StatusCode.UNIMPLEMENTED, "ApplyUplink is not served")
+
+    async def authorize_streams(self, request: AuthorizeStreamsRequest, context: ServerContext) -> AuthorizeStreamsResponse:
+        raise RpcError(StatusCode.UNIMPLEMENTED, "AuthorizeStreams is not served")
+
+    async def refuse_stream(self, request: RefuseStreamRequest, context: ServerContext) -> RefuseStreamResponse:
+        raise RpcError(StatusCode.UNIMPLEMENTED, "RefuseStream is not served")
 
     async def sync(self, request: SyncRequest, context: ServerContext) -> SyncResponse:
         with _as_status():

@@ -15,6 +15,7 @@ __all__ = (
     "GetInfoRequest",
     "GetInfoResponse",
     "GuestFeature",
+    "HostEntry",
     "Interface",
     "InterfaceFailure",
     "InterfaceRepaired",
@@ -24,6 +25,7 @@ __all__ = (
     "LinkUp",
     "ListInterfacesRequest",
     "ListInterfacesResponse",
+    "NameLink",
     "Resolver",
     "Route",
     "SyncRequest",
@@ -79,6 +81,16 @@ class GuestFeature(betterproto2.Enum):
     WatchEvents is served.
     """
 
+    HOSTS = 6
+    """
+    The agent writes /etc/hosts (Resolver.hosts) and knows names of links (Interface.name_links).
+    """
+
+    DIRECT_DNS = 7
+    """
+    The agent can write upstreams into /etc/resolv.conf instead of answering DNS (Resolver.direct).
+    """
+
     @classmethod
     def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
         return {
@@ -88,6 +100,8 @@ class GuestFeature(betterproto2.Enum):
             3: "GUEST_FEATURE_LINK_USO",
             4: "GUEST_FEATURE_RESOLVER",
             5: "GUEST_FEATURE_EVENTS",
+            6: "GUEST_FEATURE_HOSTS",
+            7: "GUEST_FEATURE_DIRECT_DNS",
         }
 
     @classmethod
@@ -99,6 +113,8 @@ class GuestFeature(betterproto2.Enum):
             "GUEST_FEATURE_LINK_USO": 3,
             "GUEST_FEATURE_RESOLVER": 4,
             "GUEST_FEATURE_EVENTS": 5,
+            "GUEST_FEATURE_HOSTS": 6,
+            "GUEST_FEATURE_DIRECT_DNS": 7,
         }
 
 
@@ -308,6 +324,26 @@ default_message_pool.register_message("taploom.guest.v1", "GetInfoResponse", Get
 
 
 @dataclass(eq=False, repr=False)
+class HostEntry(betterproto2.Message):
+    """
+    A line of /etc/hosts.
+    """
+
+    address: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    The address, without prefix length.
+    """
+
+    names: "list[str]" = betterproto2.field(2, betterproto2.TYPE_STRING, repeated=True)
+    """
+    Its names, at least one.
+    """
+
+
+default_message_pool.register_message("taploom.guest.v1", "HostEntry", HostEntry)
+
+
+@dataclass(eq=False, repr=False)
 class Interface(betterproto2.Message):
     """
     An address of the container, on one network.
@@ -361,6 +397,11 @@ class Interface(betterproto2.Message):
     dns_servers: "list[str]" = betterproto2.field(10, betterproto2.TYPE_STRING, repeated=True)
     """
     The network's DNS servers, reached over this interface only, without prefix length (link-local ones too).
+    """
+
+    name_links: "list[NameLink]" = betterproto2.field(11, betterproto2.TYPE_MESSAGE, repeated=True)
+    """
+    Names that only this container has for others on the network.
     """
 
 
@@ -521,6 +562,26 @@ default_message_pool.register_message("taploom.guest.v1", "ListInterfacesRespons
 
 
 @dataclass(eq=False, repr=False)
+class NameLink(betterproto2.Message):
+    """
+    A container's own name for another one on the same network.
+    """
+
+    alias: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    The name that this container uses.
+    """
+
+    target: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+    """
+    The name under which the network knows the other one.
+    """
+
+
+default_message_pool.register_message("taploom.guest.v1", "NameLink", NameLink)
+
+
+@dataclass(eq=False, repr=False)
 class Resolver(betterproto2.Message):
     """
     How the container's names are resolved.
@@ -550,6 +611,22 @@ class Resolver(betterproto2.Message):
     hostname: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
     """
     The container's own host name, kept out of no file; answered with the container's own addresses. Empty: none.
+    """
+
+    manage_hosts: "bool" = betterproto2.field(6, betterproto2.TYPE_BOOL)
+    """
+    True: the agent writes /etc/hosts: localhost's lines, then `hosts`. False: it leaves the file as it was.
+    """
+
+    hosts: "list[HostEntry]" = betterproto2.field(7, betterproto2.TYPE_MESSAGE, repeated=True)
+    """
+    The lines of /etc/hosts after localhost's, in this order. The resolver also answers them.
+    """
+
+    direct: "bool" = betterproto2.field(8, betterproto2.TYPE_BOOL)
+    """
+    True: /etc/resolv.conf names the upstreams themselves and the agent answers no DNS, as on Docker's default bridge.
+    Without upstreams it names none.
     """
 
 

@@ -8,8 +8,12 @@ __all__ = (
     "ApplyEndpointResponse",
     "ApplyNetworkRequest",
     "ApplyNetworkResponse",
+    "ApplyUplinkRequest",
+    "ApplyUplinkResponse",
     "AuthorizeLinkRequest",
     "AuthorizeLinkResponse",
+    "AuthorizeStreamsRequest",
+    "AuthorizeStreamsResponse",
     "Daemon",
     "DaemonState",
     "DeleteEndpointRequest",
@@ -30,10 +34,14 @@ __all__ = (
     "ListNetworksRequest",
     "ListNetworksResponse",
     "Network",
+    "RefuseStreamRequest",
+    "RefuseStreamResponse",
     "ResyncNeeded",
+    "StreamWanted",
     "SyncFailure",
     "SyncRequest",
     "SyncResponse",
+    "Uplink",
     "WatchEventsRequest",
     "WatchEventsResponse",
     "WatchStarted",
@@ -134,6 +142,11 @@ class HelperFeature(betterproto2.Enum):
     Networks that are not internal reach what is outside over the helper's uplink.
     """
 
+    STREAMS = 7
+    """
+    Streams can be opened on the data port (LinkHello.stream) and are asked for (StreamWanted).
+    """
+
     @classmethod
     def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
         return {
@@ -144,6 +157,7 @@ class HelperFeature(betterproto2.Enum):
             4: "HELPER_FEATURE_EVENTS",
             5: "HELPER_FEATURE_KERNEL_DATAPATH",
             6: "HELPER_FEATURE_EGRESS",
+            7: "HELPER_FEATURE_STREAMS",
         }
 
     @classmethod
@@ -156,6 +170,7 @@ class HelperFeature(betterproto2.Enum):
             "HELPER_FEATURE_EVENTS": 4,
             "HELPER_FEATURE_KERNEL_DATAPATH": 5,
             "HELPER_FEATURE_EGRESS": 6,
+            "HELPER_FEATURE_STREAMS": 7,
         }
 
 
@@ -222,6 +237,33 @@ default_message_pool.register_message("taploom.helper.v1", "ApplyNetworkResponse
 
 
 @dataclass(eq=False, repr=False)
+class ApplyUplinkRequest(betterproto2.Message):
+    """
+    The uplink to apply.
+    """
+
+    uplink: "Uplink | None" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, optional=True)
+    """
+    The uplink.
+    """
+
+
+default_message_pool.register_message("taploom.helper.v1", "ApplyUplinkRequest", ApplyUplinkRequest)
+
+
+@dataclass(eq=False, repr=False)
+class ApplyUplinkResponse(betterproto2.Message):
+    """
+    The uplink was applied.
+    """
+
+    pass
+
+
+default_message_pool.register_message("taploom.helper.v1", "ApplyUplinkResponse", ApplyUplinkResponse)
+
+
+@dataclass(eq=False, repr=False)
 class AuthorizeLinkRequest(betterproto2.Message):
     """
     A link to expect.
@@ -251,6 +293,35 @@ class AuthorizeLinkResponse(betterproto2.Message):
 
 
 default_message_pool.register_message("taploom.helper.v1", "AuthorizeLinkResponse", AuthorizeLinkResponse)
+
+
+@dataclass(eq=False, repr=False)
+class AuthorizeStreamsRequest(betterproto2.Message):
+    """
+    The secret of streams.
+    """
+
+    secret: "bytes" = betterproto2.field(1, betterproto2.TYPE_BYTES)
+    """
+    What LinkHello will present: 16 to 64 random bytes.
+    """
+
+
+default_message_pool.register_message("taploom.helper.v1", "AuthorizeStreamsRequest", AuthorizeStreamsRequest)
+
+
+@dataclass(eq=False, repr=False)
+class AuthorizeStreamsResponse(betterproto2.Message):
+    """
+    Streams may be dialled now.
+    """
+
+    pass
+
+
+default_message_pool.register_message(
+    "taploom.helper.v1", "AuthorizeStreamsResponse", AuthorizeStreamsResponse
+)
 
 
 @dataclass(eq=False, repr=False)
@@ -685,8 +756,50 @@ class Network(betterproto2.Message):
     Where the router hangs on the helper's uplink network: its address there in CIDR form, one per family; empty: no egress.
     """
 
+    uplink_mac: "str" = betterproto2.field(11, betterproto2.TYPE_STRING)
+    """
+    The MAC address of the router on the uplink network; empty: no egress.
+    """
+
+    endpoints_isolated: "bool" = betterproto2.field(12, betterproto2.TYPE_BOOL)
+    """
+    True: endpoints of the network do not reach each other; gateway, names and what is outside they do.
+    """
+
+    masquerade_disabled: "bool" = betterproto2.field(13, betterproto2.TYPE_BOOL)
+    """
+    True: packets leave with the containers' own addresses; false: with the helper's.
+    """
+
 
 default_message_pool.register_message("taploom.helper.v1", "Network", Network)
+
+
+@dataclass(eq=False, repr=False)
+class RefuseStreamRequest(betterproto2.Message):
+    """
+    The stream that has no target on the host.
+    """
+
+    token: "bytes" = betterproto2.field(1, betterproto2.TYPE_BYTES)
+    """
+    Its token.
+    """
+
+
+default_message_pool.register_message("taploom.helper.v1", "RefuseStreamRequest", RefuseStreamRequest)
+
+
+@dataclass(eq=False, repr=False)
+class RefuseStreamResponse(betterproto2.Message):
+    """
+    The stream was reset.
+    """
+
+    pass
+
+
+default_message_pool.register_message("taploom.helper.v1", "RefuseStreamResponse", RefuseStreamResponse)
 
 
 @dataclass(eq=False, repr=False)
@@ -702,6 +815,44 @@ class ResyncNeeded(betterproto2.Message):
 
 
 default_message_pool.register_message("taploom.helper.v1", "ResyncNeeded", ResyncNeeded)
+
+
+@dataclass(eq=False, repr=False)
+class StreamWanted(betterproto2.Message):
+    """
+    A container connected to an address of the host, or sent the first datagram of a flow there: the host dials the data port and presents
+    the token within 10 s.
+    """
+
+    token: "bytes" = betterproto2.field(1, betterproto2.TYPE_BYTES)
+    """
+    Names the stream, once.
+    """
+
+    protocol: "__link__v1__.StreamProtocol" = betterproto2.field(
+        2, betterproto2.TYPE_ENUM, default_factory=lambda: __link__v1__.StreamProtocol(0)
+    )
+    """
+    What it carries.
+    """
+
+    network_id: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+    """
+    Who asks: the network that the packet came from, by id; empty when that is not known.
+    """
+
+    address: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
+    """
+    The address asked for: a gateway or one of host_addresses.
+    """
+
+    port: "int" = betterproto2.field(5, betterproto2.TYPE_UINT32)
+    """
+    The port asked for.
+    """
+
+
+default_message_pool.register_message("taploom.helper.v1", "StreamWanted", StreamWanted)
 
 
 @dataclass(eq=False, repr=False)
@@ -745,6 +896,11 @@ class SyncRequest(betterproto2.Message):
     The endpoints.
     """
 
+    uplink: "Uplink | None" = betterproto2.field(3, betterproto2.TYPE_MESSAGE, optional=True)
+    """
+    The uplink.
+    """
+
 
 default_message_pool.register_message("taploom.helper.v1", "SyncRequest", SyncRequest)
 
@@ -772,6 +928,33 @@ class SyncResponse(betterproto2.Message):
 
 
 default_message_pool.register_message("taploom.helper.v1", "SyncResponse", SyncResponse)
+
+
+@dataclass(eq=False, repr=False)
+class Uplink(betterproto2.Message):
+    """
+    The uplink network: where the helper's kernel and the networks' routers meet. The kernel routes on from there with the
+    routes that the helper has.
+    """
+
+    addresses: "list[str]" = betterproto2.field(1, betterproto2.TYPE_STRING, repeated=True)
+    """
+    The kernel's addresses on it in CIDR form, one per family; none: no uplink.
+    """
+
+    mac_address: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+    """
+    The kernel's MAC address on it.
+    """
+
+    host_addresses: "list[str]" = betterproto2.field(3, betterproto2.TYPE_STRING, repeated=True)
+    """
+    Addresses of the host, without prefix length. What containers send there, or to a gateway, the agent asks the host to carry
+    (StreamWanted).
+    """
+
+
+default_message_pool.register_message("taploom.helper.v1", "Uplink", Uplink)
 
 
 @dataclass(eq=False, repr=False)
@@ -833,6 +1016,13 @@ class WatchEventsResponse(betterproto2.Message):
     )
     """
     What was applied may have been lost (a database was recreated): the host sends Sync.
+    """
+
+    stream_wanted: "StreamWanted | None" = betterproto2.field(
+        7, betterproto2.TYPE_MESSAGE, optional=True, group="event"
+    )
+    """
+    A container wants something of the host.
     """
 
 

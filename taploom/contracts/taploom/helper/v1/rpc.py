@@ -14,8 +14,12 @@ from . import (
     ApplyEndpointResponse,
     ApplyNetworkRequest,
     ApplyNetworkResponse,
+    ApplyUplinkRequest,
+    ApplyUplinkResponse,
     AuthorizeLinkRequest,
     AuthorizeLinkResponse,
+    AuthorizeStreamsRequest,
+    AuthorizeStreamsResponse,
     DeleteEndpointRequest,
     DeleteEndpointResponse,
     DeleteNetworkRequest,
@@ -28,6 +32,8 @@ from . import (
     ListEndpointsResponse,
     ListNetworksRequest,
     ListNetworksResponse,
+    RefuseStreamRequest,
+    RefuseStreamResponse,
     SyncRequest,
     SyncResponse,
     WatchEventsRequest,
@@ -104,6 +110,27 @@ _HELPER_AUTHORIZE_LINK = Method(
     "/taploom.helper.v1.HelperService/AuthorizeLink",
     AuthorizeLinkRequest,
     AuthorizeLinkResponse,
+    client_streaming=False,
+    server_streaming=False,
+)
+_HELPER_APPLY_UPLINK = Method(
+    "/taploom.helper.v1.HelperService/ApplyUplink",
+    ApplyUplinkRequest,
+    ApplyUplinkResponse,
+    client_streaming=False,
+    server_streaming=False,
+)
+_HELPER_AUTHORIZE_STREAMS = Method(
+    "/taploom.helper.v1.HelperService/AuthorizeStreams",
+    AuthorizeStreamsRequest,
+    AuthorizeStreamsResponse,
+    client_streaming=False,
+    server_streaming=False,
+)
+_HELPER_REFUSE_STREAM = Method(
+    "/taploom.helper.v1.HelperService/RefuseStream",
+    RefuseStreamRequest,
+    RefuseStreamResponse,
     client_streaming=False,
     server_streaming=False,
 )
@@ -240,6 +267,42 @@ class HelperServiceClient:
             _HELPER_AUTHORIZE_LINK, request, timeout=timeout, metadata=metadata
         )
 
+    async def apply_uplink(
+        self,
+        request: ApplyUplinkRequest,
+        *,
+        timeout: float | None = None,
+        metadata: MetadataLike | None = None,
+    ) -> ApplyUplinkResponse:
+        """Makes the way out of the networks be as described; without addresses there is none. INVALID_ARGUMENT when malformed."""
+        return await self._channel.unary_unary(
+            _HELPER_APPLY_UPLINK, request, timeout=timeout, metadata=metadata
+        )
+
+    async def authorize_streams(
+        self,
+        request: AuthorizeStreamsRequest,
+        *,
+        timeout: float | None = None,
+        metadata: MetadataLike | None = None,
+    ) -> AuthorizeStreamsResponse:
+        """Lets streams (LinkHello.stream) with this secret be opened, any number, until the next secret or the agent's end."""
+        return await self._channel.unary_unary(
+            _HELPER_AUTHORIZE_STREAMS, request, timeout=timeout, metadata=metadata
+        )
+
+    async def refuse_stream(
+        self,
+        request: RefuseStreamRequest,
+        *,
+        timeout: float | None = None,
+        metadata: MetadataLike | None = None,
+    ) -> RefuseStreamResponse:
+        """Says that nothing answers a stream that the agent asked for (StreamWanted): it is reset at once. Unknown tokens are success."""
+        return await self._channel.unary_unary(
+            _HELPER_REFUSE_STREAM, request, timeout=timeout, metadata=metadata
+        )
+
     async def sync(
         self,
         request: SyncRequest,
@@ -345,6 +408,30 @@ class HelperServiceBase(Service):
         """
 
     @abc.abstractmethod
+    async def apply_uplink(
+        self,
+        request: ApplyUplinkRequest,
+        context: ServerContext,
+    ) -> ApplyUplinkResponse:
+        """Makes the way out of the networks be as described; without addresses there is none. INVALID_ARGUMENT when malformed."""
+
+    @abc.abstractmethod
+    async def authorize_streams(
+        self,
+        request: AuthorizeStreamsRequest,
+        context: ServerContext,
+    ) -> AuthorizeStreamsResponse:
+        """Lets streams (LinkHello.stream) with this secret be opened, any number, until the next secret or the agent's end."""
+
+    @abc.abstractmethod
+    async def refuse_stream(
+        self,
+        request: RefuseStreamRequest,
+        context: ServerContext,
+    ) -> RefuseStreamResponse:
+        """Says that nothing answers a stream that the agent asked for (StreamWanted): it is reset at once. Unknown tokens are success."""
+
+    @abc.abstractmethod
     async def sync(
         self,
         request: SyncRequest,
@@ -375,6 +462,9 @@ class HelperServiceBase(Service):
             Handler(_HELPER_LIST_ENDPOINTS, self.list_endpoints),
             Handler(_HELPER_LIST_NETWORKS, self.list_networks),
             Handler(_HELPER_AUTHORIZE_LINK, self.authorize_link),
+            Handler(_HELPER_APPLY_UPLINK, self.apply_uplink),
+            Handler(_HELPER_AUTHORIZE_STREAMS, self.authorize_streams),
+            Handler(_HELPER_REFUSE_STREAM, self.refuse_stream),
             Handler(_HELPER_SYNC, self.sync),
             Handler(_HELPER_WATCH_EVENTS, self.watch_events),
         )

@@ -3,7 +3,17 @@
 # plugin: python-betterproto2
 # This file has been @generated
 
-__all__ = ("LinkCounters", "LinkFeature", "LinkHello", "LinkReady", "LinkRefusal", "LinkRefused", "LinkReply")
+__all__ = (
+    "LinkCounters",
+    "LinkFeature",
+    "LinkHello",
+    "LinkReady",
+    "LinkRefusal",
+    "LinkRefused",
+    "LinkReply",
+    "StreamProtocol",
+    "StreamTarget",
+)
 
 from dataclasses import dataclass
 
@@ -91,6 +101,11 @@ class LinkRefusal(betterproto2.Enum):
     The listener cannot serve the link now.
     """
 
+    UNREACHABLE = 5
+    """
+    The stream's target cannot be reached: refused, unreachable, or no answer in time; the message says which.
+    """
+
     @classmethod
     def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
         return {
@@ -99,6 +114,7 @@ class LinkRefusal(betterproto2.Enum):
             2: "LINK_REFUSAL_VERSION",
             3: "LINK_REFUSAL_UNAUTHORIZED",
             4: "LINK_REFUSAL_UNAVAILABLE",
+            5: "LINK_REFUSAL_UNREACHABLE",
         }
 
     @classmethod
@@ -109,6 +125,44 @@ class LinkRefusal(betterproto2.Enum):
             "LINK_REFUSAL_VERSION": 2,
             "LINK_REFUSAL_UNAUTHORIZED": 3,
             "LINK_REFUSAL_UNAVAILABLE": 4,
+            "LINK_REFUSAL_UNREACHABLE": 5,
+        }
+
+
+class StreamProtocol(betterproto2.Enum):
+    """
+    What a stream carries.
+    """
+
+    UNSPECIFIED = 0
+    """
+    Not a protocol; never sent.
+    """
+
+    TCP = 1
+    """
+    TCP: bytes as they come. Each direction is closed by itself, as with shutdown(2).
+    """
+
+    UDP = 2
+    """
+    UDP: each datagram is preceded by its length, 4 bytes big-endian, 65,507 at most.
+    """
+
+    @classmethod
+    def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
+        return {
+            0: "STREAM_PROTOCOL_UNSPECIFIED",
+            1: "STREAM_PROTOCOL_TCP",
+            2: "STREAM_PROTOCOL_UDP",
+        }
+
+    @classmethod
+    def betterproto_renamed_proto_names_to_value(cls) -> dict[str, int]:
+        return {
+            "STREAM_PROTOCOL_UNSPECIFIED": 0,
+            "STREAM_PROTOCOL_TCP": 1,
+            "STREAM_PROTOCOL_UDP": 2,
         }
 
 
@@ -183,6 +237,12 @@ class LinkHello(betterproto2.Message):
     The features that the dialler wants.
     """
 
+    stream: "StreamTarget | None" = betterproto2.field(5, betterproto2.TYPE_MESSAGE, optional=True)
+    """
+    Set: not a link for frames but a stream of bytes or datagrams; endpoint_id and features are then empty, and the secret is that
+    of AuthorizeStreams. Only the helper serves these.
+    """
+
 
 default_message_pool.register_message("taploom.link.v1", "LinkHello", LinkHello)
 
@@ -254,3 +314,35 @@ class LinkReply(betterproto2.Message):
 
 
 default_message_pool.register_message("taploom.link.v1", "LinkReply", LinkReply)
+
+
+@dataclass(eq=False, repr=False)
+class StreamTarget(betterproto2.Message):
+    """
+    What a stream is joined to. Exactly one of address and token is set.
+    """
+
+    protocol: "StreamProtocol" = betterproto2.field(
+        1, betterproto2.TYPE_ENUM, default_factory=lambda: StreamProtocol(0)
+    )
+    """
+    What it carries.
+    """
+
+    address: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+    """
+    The address that the helper dials in its networks, without prefix length; LinkReady comes once it has connected.
+    """
+
+    port: "int" = betterproto2.field(3, betterproto2.TYPE_UINT32)
+    """
+    The port to dial.
+    """
+
+    token: "bytes" = betterproto2.field(4, betterproto2.TYPE_BYTES)
+    """
+    The stream that the helper asked for (StreamWanted in taploom.helper.v1).
+    """
+
+
+default_message_pool.register_message("taploom.link.v1", "StreamTarget", StreamTarget)
