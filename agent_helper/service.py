@@ -20,10 +20,10 @@ from taploom.contracts.taploom.helper.v1 import (
     ApplyUplinkResponse,
     AuthorizeLinkRequest,
     AuthorizeLinkResponse,
-    Daemon,
-    DaemonState,
     AuthorizeStreamsRequest,
     AuthorizeStreamsResponse,
+    Daemon,
+    DaemonState,
     DeleteEndpointRequest,
     DeleteEndpointResponse,
     DeleteNetworkRequest,
@@ -38,9 +38,9 @@ from taploom.contracts.taploom.helper.v1 import (
     ListEndpointsResponse,
     ListNetworksRequest,
     ListNetworksResponse,
-    SyncFailure,
     RefuseStreamRequest,
     RefuseStreamResponse,
+    SyncFailure,
     SyncRequest,
     SyncResponse,
     WatchEventsRequest,
@@ -169,7 +169,9 @@ class HelperService(HelperServiceBase):
     async def apply_uplink(self, request: ApplyUplinkRequest, context: ServerContext) -> ApplyUplinkResponse:
         raise RpcError(StatusCode.UNIMPLEMENTED, "ApplyUplink is not served")
 
-    async def authorize_streams(self, request: AuthorizeStreamsRequest, context: ServerContext) -> AuthorizeStreamsResponse:
+    async def authorize_streams(
+        self, request: AuthorizeStreamsRequest, context: ServerContext
+    ) -> AuthorizeStreamsResponse:
         raise RpcError(StatusCode.UNIMPLEMENTED, "AuthorizeStreams is not served")
 
     async def refuse_stream(self, request: RefuseStreamRequest, context: ServerContext) -> RefuseStreamResponse:

@@ -381,13 +381,19 @@ class FakeHelper(FakeAgent, HelperServiceBase):
         self.authorize(request.endpoint_id, request.secret)
         return helper.AuthorizeLinkResponse()
 
-    async def apply_uplink(self, request: helper.ApplyUplinkRequest, context: ServerContext) -> helper.ApplyUplinkResponse:
+    async def apply_uplink(
+        self, request: helper.ApplyUplinkRequest, context: ServerContext
+    ) -> helper.ApplyUplinkResponse:
         raise RpcError(StatusCode.UNIMPLEMENTED, "ApplyUplink is not served")
 
-    async def authorize_streams(self, request: helper.AuthorizeStreamsRequest, context: ServerContext) -> helper.AuthorizeStreamsResponse:
+    async def authorize_streams(
+        self, request: helper.AuthorizeStreamsRequest, context: ServerContext
+    ) -> helper.AuthorizeStreamsResponse:
         raise RpcError(StatusCode.UNIMPLEMENTED, "AuthorizeStreams is not served")
 
-    async def refuse_stream(self, request: helper.RefuseStreamRequest, context: ServerContext) -> helper.RefuseStreamResponse:
+    async def refuse_stream(
+        self, request: helper.RefuseStreamRequest, context: ServerContext
+    ) -> helper.RefuseStreamResponse:
         raise RpcError(StatusCode.UNIMPLEMENTED, "RefuseStream is not served")
 
     async def sync(self, request: helper.SyncRequest, context: ServerContext) -> helper.SyncResponse:
