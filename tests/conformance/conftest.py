@@ -1,0 +1,20 @@
+"""The two sides are started once for the whole directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from comparison import Pair
+
+
+@pytest.fixture(scope="session")
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    sides = Pair()
+    try:
+        yield sides
+    finally:
+        sides.close()
+        reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None and sides.tally.steps:
+            reporter.write_line(f"\n{sides.tally}")
