@@ -22,9 +22,16 @@ from agent_helper.events import Events
 from agent_helper.fabric import Fabric
 from agent_helper.service import HelperService, daemon_message
 from agent_helper.stack import Stack, find_programs, new_instance_id
+from agent_helper.streams import MAX_HANDSHAKES, Streams
 from taploom import __version__
 from taploom.address import Address, AddressError, open_listener, parse_address
-from taploom.contracts.taploom.helper.v1 import LinkDown, LinkUp, ResyncNeeded, WatchEventsResponse
+from taploom.contracts.taploom.helper.v1 import (
+    LinkDown,
+    LinkUp,
+    ResyncNeeded,
+    StreamWanted,
+    WatchEventsResponse,
+)
 from taploom.contracts.taploom.link.v1 import LinkFeature
 from taploom.link import LinkServer, open_dataplane, probe_features
 from taploom.log import LEVELS, setup_logging
@@ -110,6 +117,11 @@ async def _serve(control: Address, data: Address, state_dir: Path) -> None:
     def on_down(endpoint_id: str, reason: str) -> None:
         events.publish(WatchEventsResponse(link_down=LinkDown(endpoint_id=endpoint_id, reason=reason)))
 
+    def want(wanted: StreamWanted) -> bool:
+        if events.watched:
+            events.publish(WatchEventsResponse(stream_wanted=wanted))
+        return events.watched
+
     def on_content(name: str) -> None:
         fabric.database_read(name)
 
@@ -119,9 +131,19 @@ async def _serve(control: Address, data: Address, state_dir: Path) -> None:
         # The userspace data path carries TCP segments (userspace-tso-enable); it has nothing for UDP segments.
         features -= {LinkFeature.USO}
     async with open_dataplane() as dataplane, trio.open_nursery() as nursery:
-        link_server = LinkServer(dataplane, features=features, on_up=on_up, on_down=on_down)
+        streams = Streams(dataplane, want)
+        link_server = LinkServer(
+            dataplane,
+            features=features,
+            on_up=on_up,
+            on_down=on_down,
+            on_stream=streams.handle,
+            max_handshakes=MAX_HANDSHAKES,
+        )
         fabric = Fabric(stack, link_server, on_dns=on_dns, on_lost=on_lost)
-        service = HelperService(fabric, stack, link_server, events, link_features=features, instance_id=instance_id)
+        service = HelperService(
+            fabric, stack, link_server, events, streams, link_features=features, instance_id=instance_id
+        )
         server = Server([service])
         server.health.set(_SERVICE, False)
         control_listener, data_listener = await open_listener(control), await open_listener(data)
@@ -129,6 +151,7 @@ async def _serve(control: Address, data: Address, state_dir: Path) -> None:
         nursery.start_soon(server.serve, control_listener)
         nursery.start_soon(link_server.serve, data_listener)
         began = datetime.now(UTC)
+        await nursery.start(streams.run)
         await nursery.start(stack.run)
         await nursery.start(fabric.run)
         server.health.set(_SERVICE, True)

@@ -29,6 +29,11 @@ class Events:
     def __init__(self) -> None:
         self._watchers: set[_Watcher] = set()
 
+    @property
+    def watched(self) -> bool:
+        """Whether anybody would get an event now."""
+        return bool(self._watchers)
+
     def publish(self, event: WatchEventsResponse) -> None:
         """Stamps the event and hands it to all who watch now."""
         event.time = datetime.now(UTC)

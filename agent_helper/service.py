@@ -10,6 +10,7 @@ from agent_helper.errors import HelperError, InvalidSpecError
 from agent_helper.events import Events, LaggingError
 from agent_helper.fabric import EndpointState, Fabric
 from agent_helper.stack import Stack
+from agent_helper.streams import Streams
 from taploom import __version__
 from taploom.contracts.taploom.helper.v1 import (
     ApplyEndpointRequest,
@@ -90,6 +91,7 @@ class HelperService(HelperServiceBase):
         stack: Stack,
         link_server: LinkServer,
         events: Events,
+        streams: Streams,
         *,
         link_features: frozenset[LinkFeature],
         instance_id: str,
@@ -98,12 +100,13 @@ class HelperService(HelperServiceBase):
         self._stack = stack
         self._links = link_server
         self._events = events
+        self._streams = streams
         self._link_features = link_features
         self._instance_id = instance_id
 
     async def get_info(self, request: GetInfoRequest, context: ServerContext) -> GetInfoResponse:
         features = [_LINK_FEATURES[feature] for feature in sorted(self._link_features)]
-        features.append(HelperFeature.EVENTS)
+        features += [HelperFeature.EVENTS, HelperFeature.EGRESS, HelperFeature.STREAMS]
         if self._stack.kernel_datapath:
             features.append(HelperFeature.KERNEL_DATAPATH)
         return GetInfoResponse(
@@ -167,15 +170,22 @@ class HelperService(HelperServiceBase):
         return AuthorizeLinkResponse()
 
     async def apply_uplink(self, request: ApplyUplinkRequest, context: ServerContext) -> ApplyUplinkResponse:
-        raise RpcError(StatusCode.UNIMPLEMENTED, "ApplyUplink is not served")
+        with _as_status():
+            if request.uplink is None:
+                raise InvalidSpecError("uplink is missing")
+            await self._fabric.apply_uplink(request.uplink)
+        return ApplyUplinkResponse()
 
     async def authorize_streams(
         self, request: AuthorizeStreamsRequest, context: ServerContext
     ) -> AuthorizeStreamsResponse:
-        raise RpcError(StatusCode.UNIMPLEMENTED, "AuthorizeStreams is not served")
+        with _as_status():
+            self._streams.authorize(request.secret)
+        return AuthorizeStreamsResponse()
 
     async def refuse_stream(self, request: RefuseStreamRequest, context: ServerContext) -> RefuseStreamResponse:
-        raise RpcError(StatusCode.UNIMPLEMENTED, "RefuseStream is not served")
+        self._streams.refuse(request.token)
+        return RefuseStreamResponse()
 
     async def sync(self, request: SyncRequest, context: ServerContext) -> SyncResponse:
         with _as_status():

@@ -24,7 +24,7 @@ from taploom.link.loop import Job, Loop
 from taploom.link.pump import Counters, Pump
 from taploom.link.relay import Relay
 
-__all__ = ["Dataplane", "DataplaneError", "open_dataplane"]
+__all__ = ["Attachment", "Dataplane", "DataplaneError", "open_dataplane"]
 
 logger = logging.getLogger("taploom.link")
 
@@ -54,6 +54,16 @@ class _Link:
         self.job: Job | None = None
 
 
+class Attachment:
+    """A job that ``attach`` put on the thread."""
+
+    __slots__ = ("job", "on_end")
+
+    def __init__(self, on_end: Callable[[str], None]) -> None:
+        self.job: Job | None = None
+        self.on_end: Callable[[str], None] | None = on_end
+
+
 class Dataplane:
     """Attaches pumps and relays to the thread. Use ``open_dataplane``; call from trio only."""
 
@@ -62,6 +72,7 @@ class Dataplane:
         self._token: Final = token
         self._links: dict[str, _Link] = {}
         self._counters: dict[str, Counters] = {}
+        self._attachments: set[Attachment] = set()
         self._ended: Final = trio.Event()
         self.failure: BaseException | None = None
         self._send_down, self._receive_down = trio.open_memory_channel[tuple[_Link, str, str]](math.inf)
@@ -140,6 +151,46 @@ class Dataplane:
                 end(f"the link cannot be attached: {error}")
 
         self._loop.call(start)
+
+    def attach(self, make: Callable[[Loop, Callable[[str], None]], Job], on_end: Callable[[str], None]) -> Attachment:
+        """Run a job of another kind: ``make(loop, end)`` makes it, on the thread, with sockets that are its own then.
+
+        The job calls ``end(reason)`` when it ends by itself; ``on_end(reason)`` is then called in trio's thread, soon,
+        and not after ``end_attachment``. It must not raise.
+        """
+        if self._ended.is_set():
+            raise DataplaneError("the data plane has ended")
+        attachment = Attachment(on_end)
+        self._attachments.add(attachment)
+
+        def ended(reason: str) -> None:
+            self._attachments.discard(attachment)
+            on_end, attachment.on_end = attachment.on_end, None
+            if on_end is not None:
+                on_end(reason)
+
+        def end(reason: str) -> None:
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(ended, reason)
+
+        def start() -> None:
+            try:
+                attachment.job = make(self._loop, end)
+                attachment.job.start()
+            except (OSError, ValueError) as error:
+                if attachment.job is not None:
+                    attachment.job.stop()
+                end(f"the stream cannot be carried: {error}")
+
+        self._loop.call(start)
+        return attachment
+
+    def end_attachment(self, attachment: Attachment) -> None:
+        """Stop the job, soon; one that has ended is no error."""
+        attachment.on_end = None
+        if attachment in self._attachments:
+            self._attachments.discard(attachment)
+            self._loop.call(lambda: attachment.job.stop() if attachment.job is not None else None)
 
     async def detach(self, link_id: str) -> None:
         """End the link and forget its counters; its sockets are closed and its TAP is unused on return.
@@ -223,20 +274,25 @@ class Dataplane:
             for link in list(self._links.values()):
                 if link.job is not None:
                     link.job.stop()
+            for attachment in self._attachments:
+                if attachment.job is not None:
+                    attachment.job.stop()
             self._loop.stop()
 
         for link in self._links.values():
             link.detached = True
+        for attachment in self._attachments:
+            attachment.on_end = None
         self._loop.call(stop_all)
         with trio.CancelScope(shield=True):
             await self._ended.wait()
             thread.join()
         if self.failure is not None:
             # Nobody else uses the links now, whatever state the bug left them in: let their peers know.
-            for link in self._links.values():
-                if link.job is not None:
+            for job in [*(link.job for link in self._links.values()), *(each.job for each in self._attachments)]:
+                if job is not None:
                     with suppress(Exception):
-                        link.job.stop()
+                        job.stop()
         self._loop.close()
 
 

@@ -11,6 +11,7 @@ it stay in the stream.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import struct
 from collections.abc import Iterable
@@ -26,6 +27,8 @@ from taploom.contracts.taploom.link.v1 import (
     LinkRefusal,
     LinkRefused,
     LinkReply,
+    StreamProtocol,
+    StreamTarget,
 )
 from taploom.rpc.wirecheck import WireError, parse_strict
 
@@ -105,12 +108,41 @@ def check_hello(hello: LinkHello) -> None:
     """Check a hello's fields, but not who it is. Raises HandshakeError."""
     if hello.version < 1:
         raise HandshakeError(f"link version {hello.version}: at least 1 is needed", LinkRefusal.VERSION)
-    if not _ENDPOINT_ID.fullmatch(hello.endpoint_id):
-        raise HandshakeError("the endpoint id is not 1 to 64 characters of [a-zA-Z0-9_.-]")
     if not MIN_SECRET <= len(hello.secret) <= MAX_SECRET:
         raise HandshakeError(f"the secret has {len(hello.secret)} bytes, not {MIN_SECRET} to {MAX_SECRET}")
+    if hello.stream is not None:
+        if hello.endpoint_id or hello.features:
+            raise HandshakeError("a stream has neither an endpoint id nor features")
+        _check_target(hello.stream)
+        return
+    if not _ENDPOINT_ID.fullmatch(hello.endpoint_id):
+        raise HandshakeError("the endpoint id is not 1 to 64 characters of [a-zA-Z0-9_.-]")
     if len(hello.features) > 64:
         raise HandshakeError(f"{len(hello.features)} features: at most 64 are allowed")
+
+
+def _check_target(target: StreamTarget) -> None:
+    if target.protocol not in (StreamProtocol.TCP, StreamProtocol.UDP):
+        # One that is newer than this code is no fault of the dialler's.
+        missing = target.protocol == StreamProtocol.UNSPECIFIED
+        refusal = LinkRefusal.MALFORMED if missing else LinkRefusal.UNAVAILABLE
+        raise HandshakeError(f"stream protocol {int(target.protocol)} is not served here", refusal)
+    if bool(target.address) == bool(target.token):
+        raise HandshakeError("a stream needs exactly one of address and token")
+    if target.token:
+        if not MIN_SECRET <= len(target.token) <= MAX_SECRET:
+            raise HandshakeError(f"the token has {len(target.token)} bytes, not {MIN_SECRET} to {MAX_SECRET}")
+        if target.port:
+            raise HandshakeError("a stream that was asked for has a token, and no port")
+        return
+    try:
+        address = ipaddress.ip_address(target.address)
+    except ValueError as error:
+        raise HandshakeError("the stream's address is not an IP address") from error
+    if address.is_multicast or address.is_unspecified or "%" in target.address:
+        raise HandshakeError("the stream's address is not that of one host")
+    if not 1 <= target.port <= 65535:
+        raise HandshakeError(f"port {target.port} is not 1 to 65535")
 
 
 def negotiate(wanted: Iterable[LinkFeature], supported: Iterable[LinkFeature]) -> frozenset[LinkFeature]:

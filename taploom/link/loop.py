@@ -15,10 +15,12 @@ from typing import Final, Protocol
 
 from taploom.link.frames import HEADER_SIZE, LENGTH_SIZE, MAX_FRAME
 
-__all__ = ["READ", "WRITE", "Job", "Loop"]
+__all__ = ["CHUNK", "HANGUP", "READ", "WRITE", "Job", "Loop"]
 
 READ: Final = selectors.EVENT_READ
 WRITE: Final = selectors.EVENT_WRITE
+HANGUP: Final = 4
+"""Neither of them: only errors and hang-ups, given as READ and WRITE. Nothing comes where the system cannot tell."""
 
 Handler = Callable[[int], None]
 
@@ -93,6 +95,7 @@ class _Selector:
         self._selector = selectors.DefaultSelector()
 
     def watch(self, fd: int, events: int, handler: Handler) -> None:
+        events &= READ | WRITE
         if fd not in self._selector.get_map():
             if events:
                 self._selector.register(fd, events, handler)
@@ -135,7 +138,7 @@ class Loop:
             pass  # the loop has ended: whoever waits for the call is told by the thread's end
 
     def watch(self, fd: int, events: int, handler: Handler) -> None:
-        """Call ``handler(events)`` whenever ``fd`` is ready for one of ``events``; 0 stops that.
+        """Call ``handler(events)`` whenever ``fd`` is ready for one of ``events``; 0 stops that, HANGUP nearly.
 
         Changing the events of a watched descriptor keeps it watched.
         """

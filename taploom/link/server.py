@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,12 +28,16 @@ from taploom.link.handshake import (
 )
 from taploom.link.tap import Tap, TapError
 
-__all__ = ["LinkServer", "LinkStatus", "UnknownEndpointError"]
+__all__ = ["LinkServer", "LinkStatus", "StreamHandler", "UnknownEndpointError"]
 
 logger = logging.getLogger("taploom.link.server")
 
 _MAX_HANDSHAKES: Final = 64
 _SERIAL: Final = itertools.count()
+
+StreamHandler = Callable[[LinkHello, trio.SocketStream], Awaitable[None]]
+"""Serves a stream whose hello is well formed: checks the secret, answers, and takes the stream over. Raises
+HandshakeError to refuse. A stream that is still open when it returns is closed."""
 
 
 class UnknownEndpointError(KeyError):
@@ -81,16 +85,19 @@ class LinkServer:
         features: Iterable[LinkFeature],
         on_up: Callable[[str, frozenset[LinkFeature]], None],
         on_down: Callable[[str, str], None],
+        on_stream: StreamHandler | None = None,
         hello_timeout: float = HELLO_TIMEOUT,
         max_handshakes: int = _MAX_HANDSHAKES,
     ) -> None:
         """``features``: those that links may have here. ``on_up(endpoint_id, features)`` when a link is up, also one
         that replaces another; ``on_down(endpoint_id, reason)`` when it breaks, but not when ``remove`` ends it.
+        ``on_stream``: serves streams; without it they are refused.
         """
         self._dataplane: Final = dataplane
         self._features: Final = frozenset(features)
         self._on_up: Final = on_up
         self._on_down: Final = on_down
+        self._on_stream: Final = on_stream
         self._hello_timeout: Final = hello_timeout
         self._max_handshakes: Final = max_handshakes
         self._endpoints: dict[str, _Endpoint] = {}
@@ -161,13 +168,27 @@ class LinkServer:
                 nursery.start_soon(self._handle, stream)
 
     async def _handle(self, stream: trio.SocketStream) -> None:
+        hello: LinkHello | None = None
         try:
-            with trio.move_on_after(self._hello_timeout) as scope:
-                await self._handshake(stream)
+            try:
+                with trio.move_on_after(self._hello_timeout) as scope:
+                    hello = await receive_message(stream, LinkHello)
+                    check_hello(hello)
+                    if hello.stream is None:
+                        await self._handshake(stream, hello)
+            finally:
+                self._handshakes -= 1
             if scope.cancelled_caught:
                 logger.warning("data link closed: no complete hello within %g s", self._hello_timeout)
+            elif hello is not None and hello.stream is not None:
+                # No handshake any more: connecting to the target takes its own time.
+                if self._on_stream is None:
+                    raise HandshakeError("streams are not served here", LinkRefusal.UNAVAILABLE)
+                await self._on_stream(hello, stream)
         except HandshakeError as error:
-            logger.warning("data link refused: %s", error)
+            # That a target refuses is not news here; whoever wanted it says so.
+            level = logging.DEBUG if error.refusal == LinkRefusal.UNREACHABLE else logging.WARNING
+            logger.log(level, "data link refused: %s", error)
             # The peer may not be reading; its socket's buffer has room for this.
             with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                 with trio.move_on_after(self._hello_timeout):
@@ -175,13 +196,10 @@ class LinkServer:
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             logger.warning("data link closed during its handshake: %s", error)
         finally:
-            self._handshakes -= 1
             if stream.socket.fileno() != -1:
                 await trio.aclose_forcefully(stream)
 
-    async def _handshake(self, stream: trio.SocketStream) -> None:
-        hello = await receive_message(stream, LinkHello)
-        check_hello(hello)
+    async def _handshake(self, stream: trio.SocketStream, hello: LinkHello) -> None:
         # First, so that a secret is used up whatever comes of the link.
         authorized = self._authorizations.take(hello.endpoint_id, hello.secret)
         endpoint = self._endpoints.get(hello.endpoint_id)

@@ -1,0 +1,184 @@
+"""Two stream sockets joined into one connection: bytes in both directions, each direction closed by itself.
+
+Runs on the data-plane thread, also on macOS. Unlike a relay's, a side's end of file is not the end: it is handed on as
+a half-close (shutdown(2)), and the other direction goes on. When a side breaks, the other one is reset, so that nobody
+takes a torn connection for a complete one.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from taploom.link.loop import CHUNK, HANGUP, READ, WRITE, Loop
+from taploom.link.pump import write_limit
+
+__all__ = ["Splice", "reset"]
+
+_LINGER: Final = struct.pack("ii", 1, 0)
+
+
+class _Side:
+    """One of the two sockets, and the bytes that it has yet to take."""
+
+    __slots__ = ("ended", "events", "fd", "handler", "limit", "shut", "sock", "unsent")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.limit = write_limit(sock)
+        self.unsent: memoryview | None = None
+        self.events = 0
+        self.ended = False  # nothing more comes from it
+        self.shut = False  # nothing more is sent to it
+        self.handler: Callable[[int], None] = _nothing
+
+
+def _nothing(_mask: int) -> None:
+    pass
+
+
+class Splice:
+    """Copies between two connected stream sockets that do not block, which are closed with the splice.
+
+    At most one chunk per direction is kept while its reader is slow. ``on_end(reason)`` is called, on the thread, when
+    the splice ends by itself: empty when both directions were closed in order, else why it broke.
+    """
+
+    def __init__(self, loop: Loop, first: socket.socket, second: socket.socket, on_end: Callable[[str], None]) -> None:
+        self._loop: Final = loop
+        self._on_end: Final = on_end
+        self._stopped = False
+        a, b = self._sides = (_Side(first), _Side(second))
+        a.handler = lambda mask: self._ready(mask, a, b)
+        b.handler = lambda mask: self._ready(mask, b, a)
+
+    def start(self) -> None:
+        """Register with the loop."""
+        for side in self._sides:
+            self._watch(side, READ)
+
+    def stop(self) -> None:
+        """Leave the loop and reset both connections; idempotent."""
+        self._close(broken=True)
+
+    def _close(self, *, broken: bool) -> None:
+        if self._stopped:
+            return
+        self._stopped = True
+        for side in self._sides:
+            if side.events:
+                side.events = 0
+                self._loop.watch(side.fd, 0, side.handler)
+            if broken:
+                reset(side.sock)
+            else:
+                side.sock.close()
+            side.handler = _nothing
+
+    def _end(self, reason: str) -> None:
+        if not self._stopped:
+            self._close(broken=bool(reason))
+            self._on_end(reason)
+
+    def _watch(self, side: _Side, events: int) -> None:
+        # A side that has ended is watched for its breaking, until nothing more is sent to it either.
+        events = events & (READ | WRITE) or (0 if side.ended and side.shut else HANGUP)
+        if events != side.events:
+            side.events = events
+            self._loop.watch(side.fd, events, side.handler)
+
+    def _ready(self, mask: int, side: _Side, other: _Side) -> None:
+        if self._stopped:
+            return
+        if mask & WRITE and side.unsent is not None:
+            self._flush(side, other)
+        if mask & READ and not self._stopped:
+            if side.events & READ:
+                self._copy(side, other)
+            elif mask & WRITE:
+                self._hung_up(side)
+
+    def _hung_up(self, side: _Side) -> None:
+        """The peer is gone altogether; what it sent before is still in its socket, if the other side is slow."""
+        error = side.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if side.ended or error:
+            self._end("a peer broke the connection")
+        else:
+            # Not watched at all: the hang-up would be told again and again. Reading goes on when there is room.
+            side.events = 0
+            self._loop.watch(side.fd, 0, side.handler)
+
+    def _copy(self, source: _Side, target: _Side) -> None:
+        buffer = self._loop.buffer
+        try:
+            size = source.sock.recv_into(buffer, CHUNK)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._end(f"a peer broke the connection: {error.strerror}")
+            return
+        if not size:
+            source.ended = True
+            self._watch(source, source.events & ~READ)
+            if target.unsent is None:
+                self._shut(target)
+            return
+        sent = self._send(target, buffer[:size])
+        if 0 <= sent < size:
+            # A copy: the buffer is everyone's.
+            target.unsent = memoryview(bytes(buffer[sent:size]))
+            self._watch(source, source.events & ~READ)
+            self._watch(target, target.events | WRITE)
+
+    def _flush(self, target: _Side, source: _Side) -> None:
+        assert target.unsent is not None
+        sent = self._send(target, target.unsent)
+        if 0 <= sent < len(target.unsent):
+            target.unsent = target.unsent[sent:]
+        elif sent > 0:
+            target.unsent = None
+            self._watch(target, target.events & ~WRITE)
+            if source.ended:
+                self._shut(target)
+            else:
+                self._watch(source, source.events | READ)
+
+    def _shut(self, target: _Side) -> None:
+        """Hand the end of file on."""
+        target.shut = True
+        try:
+            target.sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self._end(f"a peer broke the connection: {error.strerror}")
+            return
+        if all(side.ended and side.shut for side in self._sides):
+            self._end("")
+        elif target.ended:
+            self._watch(target, 0)
+
+    def _send(self, target: _Side, data: memoryview) -> int:
+        """Write what ``target`` takes; return how much, or -1 when it broke, which ends the splice."""
+        sent = 0
+        size = len(data)
+        limit = target.limit
+        try:
+            while sent < size:
+                sent += target.sock.send(data[sent : sent + limit] if sent or size > limit else data)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._end(f"a peer broke the connection: {error.strerror}")
+            return -1
+        return sent
+
+
+def reset(sock: socket.socket) -> None:
+    """Close a socket so that its peer sees a broken connection: on TCP a RST; Unix sockets and vsock have none."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
+    sock.close()
