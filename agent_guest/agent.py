@@ -22,6 +22,7 @@ from .events import EventHub
 from .interfaces import Interfaces
 from .kernel import Kernel
 from .names import Names
+from .resolver.hostsfile import HostsFile
 from .resolver.resolvconf import ResolvConf
 from .service import GuestService
 
@@ -33,6 +34,8 @@ OPTIONAL_FEATURES = {
     "uso": GuestFeature.LINK_USO,
     "resolver": GuestFeature.RESOLVER,
     "events": GuestFeature.EVENTS,
+    "hosts": GuestFeature.HOSTS,
+    "direct-dns": GuestFeature.DIRECT_DNS,
 }
 """The features by the names that --without knows."""
 _LINK_FEATURES = {
@@ -50,13 +53,14 @@ class Options:
     control: Address
     data: Address
     resolv_conf: Path
+    hosts: Path
     state_dir: Path
     without: frozenset[str] = frozenset()
 
 
 def features(link_features: frozenset[LinkFeature], without: frozenset[str]) -> frozenset[GuestFeature]:
     """What the agent offers: what the kernel can and ``without`` does not hide. Offloads need vnet-hdr."""
-    found = {GuestFeature.RESOLVER, GuestFeature.EVENTS}
+    found = {GuestFeature.RESOLVER, GuestFeature.EVENTS, GuestFeature.HOSTS, GuestFeature.DIRECT_DNS}
     found |= {guest for guest, link in _LINK_FEATURES.items() if link in link_features}
     found -= {OPTIONAL_FEATURES[name] for name in without}
     if GuestFeature.LINK_VNET_HDR not in found:
@@ -65,7 +69,7 @@ def features(link_features: frozenset[LinkFeature], without: frozenset[str]) -> 
 
 
 async def run_agent(options: Options) -> None:
-    """Serves until SIGTERM or SIGINT. Interfaces and all that is on them stay; resolv.conf is given back."""
+    """Serves until SIGTERM or SIGINT. Interfaces and all that is on them stay; resolv.conf and hosts are given back."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         offered = features(await trio.to_thread.run_sync(probe_features), options.without)
         events = EventHub()
@@ -89,7 +93,11 @@ async def run_agent(options: Options) -> None:
                 async def loopback_up() -> None:
                     await interfaces.loopback_up()
 
-                names = Names(loopback_up, ResolvConf(options.resolv_conf, saved_path(options)))
+                names = Names(
+                    loopback_up,
+                    ResolvConf(options.resolv_conf, saved_path(options.state_dir, options.resolv_conf)),
+                    HostsFile(options.hosts, saved_path(options.state_dir, options.hosts)),
+                )
                 interfaces = Interfaces(kernel, links, on_repair=events.publish, on_change=names.set_interfaces)
                 try:
                     await _serve(
@@ -141,11 +149,11 @@ async def _stop_signal(signals: object) -> None:
         return
 
 
-def saved_path(options: Options) -> Path:
-    """Where the original resolv.conf is kept: one file per resolv.conf and network namespace.
+def saved_path(state_dir: Path, file: Path) -> Path:
+    """Where the original of resolv.conf or hosts is kept: one file per original and network namespace.
 
     Machines that run several agents (the lab) may share the directory.
     """
-    path = os.path.abspath(options.resolv_conf)  # noqa: PTH100 - resolve() would follow the symbolic link
+    path = os.path.abspath(file)  # noqa: PTH100 - resolve() would follow the symbolic link
     namespace = os.stat("/proc/self/ns/net").st_ino  # noqa: PTH116
-    return options.state_dir / f"resolv.conf.{sha256(f'{namespace} {path}'.encode()).hexdigest()[:16]}"
+    return state_dir / f"{file.name}.{sha256(f'{namespace} {path}'.encode()).hexdigest()[:16]}"

@@ -38,10 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--resolv-conf", type=Path, default=Path("/etc/resolv.conf"), metavar="PATH", help="default: %(default)s"
     )
     parser.add_argument(
+        "--hosts", type=Path, metavar="PATH", help="default: the file hosts beside resolv.conf, that is /etc/hosts"
+    )
+    parser.add_argument(
         "--state-dir",
         type=Path,
         metavar="DIR",
-        help="where the original resolv.conf is kept (default: the folder of the control socket, or"
+        help="where the original resolv.conf and hosts are kept (default: the folder of the control socket, or"
         f" {STATE_DIR} where that is no Unix socket)",
     )
     parser.add_argument(
@@ -65,6 +68,7 @@ def run(argv: Sequence[str]) -> int:
             control=control,
             data=parse_address(arguments.data),
             resolv_conf=arguments.resolv_conf,
+            hosts=arguments.hosts or arguments.resolv_conf.with_name("hosts"),
             state_dir=arguments.state_dir or default_state_dir(control),
             without=frozenset(arguments.without),
         )

@@ -1,7 +1,8 @@
-"""Names in the VM: the resolver's life and /etc/resolv.conf, from what the host and the interfaces say."""
+"""Names in the VM: the resolver's life, /etc/resolv.conf and /etc/hosts, from what the host and the interfaces say."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 from collections.abc import Awaitable, Callable, Iterable
@@ -9,8 +10,9 @@ from collections.abc import Awaitable, Callable, Iterable
 import trio
 
 from .plan import name_order
-from .resolver.config import RESOLVER_ADDRESS, ResolverConfig
-from .resolver.lookup import NetworkView
+from .resolver.config import MAX_UPSTREAMS, RESOLVER_ADDRESS, ResolverConfig
+from .resolver.hostsfile import HostsFile
+from .resolver.lookup import NetworkView, name_links
 from .resolver.resolvconf import ResolvConf
 from .resolver.server import Knowledge, Resolver, ResolverServer
 from .spec import InterfaceSpec
@@ -25,11 +27,12 @@ class NamesError(Exception):
 
 
 class Names:
-    """The resolver and its resolv.conf."""
+    """The resolver, its resolv.conf and the hosts file."""
 
-    def __init__(self, loopback_up: Callable[[], Awaitable[None]], resolv_conf: ResolvConf) -> None:
+    def __init__(self, loopback_up: Callable[[], Awaitable[None]], resolv_conf: ResolvConf, hosts: HostsFile) -> None:
         self._loopback_up = loopback_up
         self._resolv_conf = resolv_conf
+        self._hosts = hosts
         self._resolver = Resolver()
         self._server = ResolverServer(self._resolver)
         self._config = ResolverConfig()
@@ -40,7 +43,7 @@ class Names:
         self._stopped = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serves whenever the configuration says so; on cancellation gives resolv.conf back."""
+        """Serves whenever the configuration says so; on cancellation gives resolv.conf and hosts back."""
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -49,18 +52,28 @@ class Names:
                 await trio.sleep_forever()
         finally:
             self._restore()
+            self._restore_hosts()
             self._server.close()
 
     async def apply(self, config: ResolverConfig) -> None:
         """Makes the resolver be as described. Raises NamesError and stays as it was."""
         async with self._lock:
-            if config.enabled:
-                await self._enable(config)
-            else:
-                self._restore()
-                await self._stop()
+            before = self._config
             self._config = config
-            self._publish()
+            self._publish()  # before the container is sent to the resolver
+            try:
+                if config.serves:
+                    await self._serve()
+                self._write_files(config)
+            except NamesError:
+                self._config = before
+                self._publish()
+                with contextlib.suppress(NamesError):
+                    self._write_files(before)
+                raise
+            finally:
+                if not self._config.serves:
+                    await self._stop()
 
     def set_interfaces(self, specs: Iterable[InterfaceSpec]) -> None:
         """The networks to ask from now on, and the container's own addresses."""
@@ -70,6 +83,7 @@ class Names:
                 interface=spec.name,
                 servers=tuple(map(str, spec.dns_servers)),
                 addresses=tuple(address.ip for address in spec.addresses if not address.ip.is_link_local),
+                links=name_links(spec.network_name, spec.name_links),
             )
             for spec in name_order(specs)
         )
@@ -85,9 +99,12 @@ class Names:
             logger.warning("%s", error)
 
     def _publish(self) -> None:
-        self._resolver.learn(Knowledge(self._networks, self._config.upstreams, self._config.hostname))
+        config = self._config
+        self._resolver.learn(
+            Knowledge(self._networks, config.upstreams[:MAX_UPSTREAMS], config.hostname, config.has_ndots)
+        )
 
-    async def _enable(self, config: ResolverConfig) -> None:
+    async def _serve(self) -> None:
         if self._serving is None:
             if not self._server.is_bound:
                 await self._bind()
@@ -95,12 +112,19 @@ class Names:
             self._serving = trio.CancelScope()
             self._stopped = trio.Event()
             self._nursery.start_soon(self._supervise, self._serving, self._stopped)
+
+    def _write_files(self, config: ResolverConfig) -> None:
         try:
-            self._resolv_conf.write(config.search, config.options)
+            if config.hosts is None:
+                self._restore_hosts()
+            else:
+                self._hosts.write(config.hosts)
+            if config.enabled:
+                self._resolv_conf.write(config)
+            else:
+                self._restore()
         except OSError as error:
-            if not self._config.enabled:
-                await self._stop()
-            raise NamesError(f"cannot write {error.filename or 'resolv.conf'}: {error.strerror}") from error
+            raise NamesError(f"cannot write {error.filename or 'the file'}: {error.strerror}") from error
 
     async def _bind(self) -> None:
         try:
@@ -148,3 +172,9 @@ class Names:
             self._resolv_conf.restore()
         except OSError as error:
             logger.error("resolv.conf could not be given back: %s", error)
+
+    def _restore_hosts(self) -> None:
+        try:
+            self._hosts.restore()
+        except OSError as error:
+            logger.error("hosts could not be given back: %s", error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
+from dataclasses import replace
 
 from taploom import __version__
 from taploom.contracts.taploom.guest.v1 import (
@@ -75,7 +76,7 @@ class GuestService(GuestServiceBase):
         if request.link_secret:
             _check_secret(request.link_secret, "link_secret")
         try:
-            spec = InterfaceSpec.parse(request.interface)
+            spec = self._known(InterfaceSpec.parse(request.interface))
             status = await self._interfaces.apply(spec, request.link_secret)
         except APPLY_ERRORS as error:
             raise _apply_error(error) from error
@@ -119,6 +120,7 @@ class GuestService(GuestServiceBase):
 
     async def sync(self, request: SyncRequest, context: ServerContext) -> SyncResponse:
         specs, failures, kept = _parse_snapshot(request)
+        specs = [self._known(spec) for spec in specs]
         resolver = _resolver_config(request.resolver or Resolver())
         try:
             removed, refused = await self._interfaces.sync(specs, kept)
@@ -145,14 +147,20 @@ class GuestService(GuestServiceBase):
                     "events were not read fast enough and some are lost; watch again and call ListInterfaces",
                 ) from None
 
+    def _known(self, spec: InterfaceSpec) -> InterfaceSpec:
+        return spec if GuestFeature.HOSTS in self._features else replace(spec, name_links=())
+
     async def _apply_resolver(self, message: Resolver) -> None:
         await self._set_names(_resolver_config(message))
 
     async def _set_names(self, config: ResolverConfig) -> None:
-        if GuestFeature.RESOLVER not in self._features:
-            if config.enabled:
-                raise RpcError(StatusCode.UNIMPLEMENTED, "this agent has no resolver")
-            return
+        if GuestFeature.RESOLVER not in self._features and config.enabled:
+            raise RpcError(StatusCode.UNIMPLEMENTED, "this agent has no resolver")
+        # What an agent without the feature does with these fields: it does not know them.
+        if GuestFeature.HOSTS not in self._features:
+            config = replace(config, hosts=None)
+        if GuestFeature.DIRECT_DNS not in self._features:
+            config = replace(config, direct=False)
         try:
             await self._names.apply(config)
         except NamesError as error:

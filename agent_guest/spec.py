@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from taploom.contracts.taploom.guest.v1 import Interface, Route
+from taploom.contracts.taploom.guest.v1 import Interface, NameLink, Route
 
 from .state import Ip, IpInterface, Network, network, parse_interface, parse_ip
 
@@ -19,7 +19,7 @@ _RESERVED_NAMES = frozenset({"lo", "all", "default", ".", ".."})
 MTU_MIN, MTU_MAX, MTU_MIN_IPV6 = 68, 65521, 1280
 """RFC 791; 65535 less the Ethernet header, drivers/net/tun.c; RFC 8200."""
 MAX_ITEMS = 256
-"""Addresses, routes and servers of one interface."""
+"""Addresses, routes, servers and links of names of one interface."""
 
 _T = TypeVar("_T")
 
@@ -50,6 +50,8 @@ class InterfaceSpec:
     mtu: int
     network_name: str
     dns_servers: tuple[Ip, ...]
+    name_links: tuple[tuple[str, str], ...] = ()
+    """(alias, target): what only this container calls another one of the network."""
 
     @property
     def wants_ipv6(self) -> bool:
@@ -70,7 +72,7 @@ class InterfaceSpec:
             raise SpecError(f"mac_address {mac[:40]!r} is not of the form aa:bb:cc:dd:ee:ff")
         if int(mac[:2], 16) & 1:
             raise SpecError(f"mac_address {mac} is a multicast address; an interface needs a unicast one")
-        for field in ("addresses", "routes", "dns_servers"):
+        for field in ("addresses", "routes", "dns_servers", "name_links"):
             if len(getattr(message, field)) > MAX_ITEMS:
                 raise SpecError(f"{field} has {len(getattr(message, field))} entries; at most {MAX_ITEMS} are allowed")
         addresses = tuple(_parse("addresses", text, _address) for text in message.addresses)
@@ -90,9 +92,12 @@ class InterfaceSpec:
         for server in servers:
             if any(route.destination == network(str(server)) for route in routes):
                 raise SpecError(f"routes has a route to the DNS server {server}, which gets its own")
-        text = message.network_name
-        if len(text.encode()) > 253 or any(character.isspace() or not character.isprintable() for character in text):
-            raise SpecError("network_name must be at most 253 bytes, without spaces or control characters")
+        _check_name("network_name", message.network_name)
+        for link in message.name_links:
+            for field, text in (("alias", link.alias), ("target", link.target)):
+                _check_name(f"name_links: {field}", text)
+                if not text:
+                    raise SpecError(f"name_links: {field} is missing")
         return cls(
             endpoint_id=message.endpoint_id,
             name=name,
@@ -102,8 +107,9 @@ class InterfaceSpec:
             priority=message.gateway_priority,
             routes=routes,
             mtu=message.mtu,
-            network_name=text,
+            network_name=message.network_name,
             dns_servers=servers,
+            name_links=tuple((link.alias, link.target) for link in message.name_links),
         )
 
     def to_message(self) -> Interface:
@@ -122,6 +128,7 @@ class InterfaceSpec:
             mtu=self.mtu,
             network_name=self.network_name,
             dns_servers=[str(server) for server in self.dns_servers],
+            name_links=[NameLink(alias=alias, target=target) for alias, target in self.name_links],
         )
 
 
@@ -146,6 +153,11 @@ def check_against(spec: InterfaceSpec, others: list[InterfaceSpec]) -> None:
         routes = {route.destination for route in spec.routes} & {route.destination for route in other.routes}
         if routes:
             raise SpecError(f"routes: {min(map(str, routes))} is already routed over endpoint {other.endpoint_id}")
+
+
+def _check_name(field: str, text: str) -> None:
+    if len(text.encode()) > 253 or any(character.isspace() or not character.isprintable() for character in text):
+        raise SpecError(f"{field} must be at most 253 bytes, without spaces or control characters")
 
 
 def _parse(field: str, text: str, parser: Callable[[str], _T]) -> _T:

@@ -6,16 +6,21 @@ import re
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 
-from taploom.contracts.taploom.guest.v1 import Resolver
+from taploom.contracts.taploom.guest.v1 import HostEntry, Resolver
+
+from .hostsfile import Host
 
 MAX_UPSTREAMS = 3
-"""As many as resolv.conf(5) takes."""
+"""As many as are asked, as with Docker."""
+MAX_HOSTS = 4096
 RESOLVER_ADDRESS = "127.0.0.11"
 
 _LABEL = r"[a-zA-Z0-9_]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9_])?"
 _NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
 _OPTION = re.compile(r"[a-zA-Z0-9_-]+(:[a-zA-Z0-9._-]+)?")
 _UPSTREAM = re.compile(r"\[(?P<v6>[^\]]+)\](:(?P<port6>[0-9]{1,5}))?|(?P<v4>[0-9.]+)(:(?P<port4>[0-9]{1,5}))?")
+_HOST = re.compile(r"[^\s#\x00-\x1f\x7f-\x9f]{1,255}")
+"""A name in /etc/hosts; more than DNS allows, as Docker takes what the user gives."""
 _SCOPE = re.compile(r"[a-zA-Z0-9_.-]{1,15}")
 
 
@@ -47,10 +52,24 @@ class ResolverConfig:
     search: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     hostname: str = ""
+    direct: bool = False
+    """The container asks the upstreams itself."""
+    hosts: tuple[Host, ...] | None = None
+    """The lines of /etc/hosts; None: it is left alone."""
+
+    @property
+    def serves(self) -> bool:
+        """Whether DNS is answered."""
+        return self.enabled and not self.direct
+
+    @property
+    def has_ndots(self) -> bool:
+        """Whether the container's options say what a qualified name is."""
+        return any(option.startswith("ndots:") for option in self.options)
 
     @classmethod
     def parse(cls, message: Resolver) -> ResolverConfig:
-        """Checks every field; raises ConfigError. Upstreams after the third are left out."""
+        """Checks every field; raises ConfigError."""
         upstreams = tuple(parse_upstream(text) for text in message.upstreams)
         for domain in message.search:
             if domain != "." and (len(domain) > 253 or not _NAME.fullmatch(domain)):
@@ -63,11 +82,31 @@ class ResolverConfig:
             raise ConfigError(f"hostname: {message.hostname[:80]!r} is not a host name")
         return cls(
             enabled=message.enabled,
-            upstreams=upstreams[:MAX_UPSTREAMS],
+            upstreams=upstreams,
             search=tuple(message.search),
             options=tuple(message.options),
             hostname=hostname,
+            direct=message.direct,
+            hosts=_hosts(message.hosts) if message.manage_hosts else None,
         )
+
+
+def _hosts(entries: list[HostEntry]) -> tuple[Host, ...]:
+    if len(entries) > MAX_HOSTS:
+        raise ConfigError(f"hosts has {len(entries)} entries; at most {MAX_HOSTS} are allowed")
+    return tuple(_host(entry) for entry in entries)
+
+
+def _host(entry: HostEntry) -> Host:
+    try:
+        ip_address(entry.address)
+    except ValueError:
+        raise ConfigError(f"hosts: {entry.address[:80]!r} is not an IP address") from None
+    if any(not _HOST.fullmatch(name) for name in entry.names) or any(c.isspace() for c in entry.address):
+        raise ConfigError(f"hosts: the names of {entry.address} must be without spaces, control characters and #")
+    if not entry.names:
+        raise ConfigError(f"hosts: {entry.address} has no name")
+    return Host(entry.address, tuple(entry.names))
 
 
 def parse_upstream(text: str) -> Upstream:

@@ -1,15 +1,16 @@
 """One lookup, sans-IO: a query goes in, what to ask comes out, results go in, the answer comes out.
 
-Docker's rules: the container's own name first; then the networks in gateway order, where the first that knows the name
-wins and a name known only in another form is an empty answer; then the upstreams, where NXDOMAIN is final and a
-failure means the next one.
+Docker's rules: the container's own names for others first, then its own name; then the networks in gateway order, where
+the first that knows the name wins and a name known only in another form is an empty answer; then the upstreams, where
+NXDOMAIN is final and a failure means the next one. Single labels stay inside where the container has its own ndots:
+its C library tries them with the search domains anyway.
 """
 
 from __future__ import annotations
 
 import enum
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import dns.name
@@ -20,12 +21,16 @@ from .wire import Ip, Query, Record
 
 @dataclass(frozen=True, slots=True)
 class NetworkView:
-    """A network to ask: its name, the interface that leads there, its servers, the container's addresses on it."""
+    """A network to ask: its name, the interface that leads there, its servers, the container's addresses on it.
+
+    ``links``: what to ask it instead of a name that only this container knows (see name_links).
+    """
 
     name: str
     interface: str
     servers: tuple[str, ...] = ()
     addresses: tuple[Ip, ...] = ()
+    links: Mapping[dns.name.Name, dns.name.Name] = field(default_factory=dict)
 
 
 class Known(enum.Enum):
@@ -64,11 +69,16 @@ class Lookup:
     networks: Sequence[NetworkView]
     hostname: str
     upstreams: int
+    unqualified_stay: bool = False
+    """Single labels that no network knows are answered empty, not forwarded."""
     shuffle: Callable[[list[Record]], None] = random.shuffle
     next: Next = field(init=False, default=Next.NETWORKS)
     upstream: int = field(init=False, default=0)
     """Which upstream to ask, when ``next`` is UPSTREAM."""
+    names: list[dns.name.Name] = field(init=False)
+    """What each network is asked for."""
     _results: list[NetworkResult | None] = field(init=False)
+    _order: list[int] = field(init=False)
     _rcode: int = field(init=False, default=wire.SERVFAIL)
     _records: tuple[Record, ...] = field(init=False, default=())
     _forwarded: bytes | None = field(init=False, default=None)
@@ -76,11 +86,15 @@ class Lookup:
     def __post_init__(self) -> None:
         self._results = [None if view.servers else UNKNOWN for view in self.networks]
         query = self.query
+        linked = [view.links.get(query.name) for view in self.networks]
+        self.names = [query.name if name is None else name for name in linked]
+        # sorted() is stable: networks where the name is a link come first, and else all stay in gateway order.
+        self._order = sorted(range(len(linked)), key=lambda index: linked[index] is None)
         if query.qtype in (wire.AXFR, wire.IXFR):
             self._finish(wire.REFUSED)
         elif query.qclass != wire.CLASS_IN or query.name == dns.name.root:
             self._start_forwarding()
-        elif (own := self._own_addresses()) is not None:
+        elif not any(linked) and (own := self._own_addresses()) is not None:
             version = {wire.A: 4, wire.AAAA: 6}.get(query.qtype)
             self._finish(wire.NOERROR, tuple(address for address in own if address.version == version))
         else:
@@ -129,7 +143,8 @@ class Lookup:
         return wire.answer(self.query, self._rcode, self._records, limit=limit)
 
     def _evaluate(self) -> None:
-        for result in self._results:
+        for index in self._order:
+            result = self._results[index]
             if result is None:
                 return
             if result.known is Known.YES:
@@ -139,7 +154,10 @@ class Lookup:
         self._start_forwarding()
 
     def _start_forwarding(self) -> None:
-        if self.upstreams:
+        unqualified = self.query.qtype in (wire.A, wire.AAAA) and len(self.query.name.labels) == 2
+        if self.unqualified_stay and unqualified and not self._may_be_silent_networks():
+            self._finish(wire.NOERROR)
+        elif self.upstreams:
             self.next = Next.UPSTREAM
         else:
             # "No such name" would be kept by whoever asked; a network that is silent for a moment may well know it.
@@ -206,6 +224,16 @@ def confirmed(other: NetworkResult) -> NetworkResult:
     if other.known is Known.YES:
         return NetworkResult(Known.YES) if other.records else UNKNOWN
     return other
+
+
+def name_links(network_name: str, pairs: Iterable[tuple[str, str]]) -> dict[dns.name.Name, dns.name.Name]:
+    """NetworkView.links of (alias, target) pairs: an alias is known alone and as ``alias.network``, in any case."""
+    links: dict[dns.name.Name, dns.name.Name] = {}
+    for alias, target in pairs:
+        for text in (alias, f"{alias}.{network_name}") if network_name else (alias,):
+            links[_name(text)] = _name(target)
+    links.pop(_IMPOSSIBLE, None)
+    return links
 
 
 def _name(text: str) -> dns.name.Name:

@@ -6,24 +6,31 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Sequence
 from pathlib import Path
 
-from .config import RESOLVER_ADDRESS
+from .config import RESOLVER_ADDRESS, ResolverConfig
 
 MARK = b"# Written by taploom's guest agent; the file that was here comes back when its resolver stops.\n"
 _FILE, _LINK, _ABSENT = b"file", b"symlink", b"absent"
 
 
-def content(search: Sequence[str], options: Sequence[str]) -> bytes:
-    """The file for the given `search` domains and `options`; ndots:0 is added when no ndots is given."""
-    options = list(options)
-    if not any(option.startswith("ndots:") for option in options):
+def content(config: ResolverConfig) -> bytes:
+    """The file as Docker writes it: search domains, servers, options, each line only where there is something to say.
+
+    When the resolver answers, it is the only server, and ndots:0 is added when no ndots is given. A direct
+    configuration has the upstreams, without those on another port than 53, which resolv.conf(5) cannot say.
+    """
+    options = list(config.options)
+    servers = [RESOLVER_ADDRESS]
+    if config.direct:
+        servers = [upstream.host for upstream in config.upstreams if upstream.port == 53]
+    elif not config.has_ndots:
         options.append("ndots:0")
-    lines = [f"nameserver {RESOLVER_ADDRESS}"]
-    if search:
-        lines.append("search " + " ".join(search))
-    lines.append("options " + " ".join(options))
+    lines = [f"nameserver {server}" for server in servers]
+    if config.search and config.search != (".",):  # Docker's way to say: none
+        lines.insert(0, "search " + " ".join(config.search))
+    if options:
+        lines.append("options " + " ".join(options))
     return MARK + "".join(line + "\n" for line in lines).encode()
 
 
@@ -42,9 +49,9 @@ class ResolvConf:
             return False
         return current is not None and current.startswith(MARK)
 
-    def write(self, search: Sequence[str], options: Sequence[str]) -> None:
+    def write(self, config: ResolverConfig) -> None:
         """Puts ours in place; what was there is saved first, unless it is ours already. Raises OSError."""
-        wanted = content(search, options)
+        wanted = content(config)
         current = self._read()
         if current == wanted and not self._path.is_symlink():
             return

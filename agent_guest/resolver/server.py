@@ -8,6 +8,7 @@ import socket as stdlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import dns.name
 import trio
 
 from . import wire
@@ -47,6 +48,7 @@ class Knowledge:
     networks: tuple[NetworkView, ...] = ()
     upstreams: tuple[Upstream, ...] = ()
     hostname: str = ""
+    unqualified_stay: bool = False
 
 
 @dataclass
@@ -70,7 +72,9 @@ class Resolver:
             logger.debug("malformed query: %s", error)
             return error.reply
         knowledge = self.knowledge
-        lookup = Lookup(query, knowledge.networks, knowledge.hostname, len(knowledge.upstreams))
+        lookup = Lookup(
+            query, knowledge.networks, knowledge.hostname, len(knowledge.upstreams), knowledge.unqualified_stay
+        )
         if lookup.next is Next.NETWORKS:
             await self._ask_networks(lookup, knowledge.networks)
         if lookup.next is Next.UPSTREAM:
@@ -91,7 +95,7 @@ class Resolver:
         async def ask(index: int, view: NetworkView) -> None:
             timeout = SUSPECT_TIMEOUT if self._is_suspect(view, start) else NETWORK_TIMEOUT
             with trio.move_on_at(start + timeout) as scopes[index]:
-                result = await self._ask_network(lookup, view)
+                result = await self._ask_network(lookup.names[index], lookup.network_qtype, view)
                 self._suspects.pop(view.interface, None)
                 lookup.network_result(index, result)
             if index in lookup.unanswered():
@@ -112,9 +116,8 @@ class Resolver:
     def _is_suspect(self, view: NetworkView, now: float) -> bool:
         return self._suspects.get(view.interface, 0.0) > now
 
-    async def _ask_network(self, lookup: Lookup, view: NetworkView) -> NetworkResult:
+    async def _ask_network(self, name: dns.name.Name, qtype: int, view: NetworkView) -> NetworkResult:
         """What one network says, once it says something."""
-        name, qtype = lookup.query.name, lookup.network_qtype
         reply = await ask_network(wire.ask(0, name, qtype), view.servers, view.interface)
         result = read_network_reply(reply, qtype)
         confirming = needs_confirmation(result, qtype)

@@ -49,6 +49,7 @@ class Guest:
         self.directory = directory
         self.arguments = arguments
         self.resolv_conf = directory / "resolv.conf"
+        self.hosts = directory / "hosts"
         self.log = directory / "log"
         self.control = parse_address(f"unix:{directory}/control.sock")
         self.data = parse_address(f"unix:{directory}/data.sock")

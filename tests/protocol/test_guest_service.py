@@ -21,6 +21,7 @@ from taploom.contracts.taploom.guest.v1 import (
     DeleteInterfaceRequest,
     GetInfoRequest,
     GuestFeature,
+    HostEntry,
     Interface,
     InterfaceState,
     ListInterfacesRequest,
@@ -205,7 +206,8 @@ async def test_bad_descriptions_change_nothing(guest: Guest) -> None:
         await refused(
             client.authorize_link(AuthorizeLinkRequest(endpoint_id="ep0", secret=b"s" * 65)), invalid, "65 bytes"
         )
-        for resolver in (None, Resolver(upstreams=["x"]), Resolver(search=["a b"])):
+        bad_hosts = Resolver(manage_hosts=True, hosts=[HostEntry(address="x", names=["y"])])
+        for resolver in (None, Resolver(upstreams=["x"]), Resolver(search=["a b"]), bad_hosts):
             await refused(client.apply_resolver(ApplyResolverRequest(resolver=resolver)), invalid, "resolver")
         assert settled(guest) == before
         assert len((await client.list_interfaces(ListInterfacesRequest())).interfaces) == 1
@@ -410,7 +412,8 @@ async def test_interfaces_outlive_the_agent_and_are_adopted(guest: Guest, number
 async def test_features_can_be_hidden(tmp_path: Path) -> None:
     async with (
         running_guest(
-            tmp_path / "g", "--without", "tso", "--without", "uso", "--without", "resolver", "--without", "events"
+            tmp_path / "g",
+            *(f"--without={name}" for name in ("tso", "uso", "resolver", "events", "hosts", "direct-dns")),
         ) as guest,
         guest.client() as client,
     ):
@@ -425,6 +428,8 @@ async def test_features_can_be_hidden(tmp_path: Path) -> None:
             StatusCode.UNIMPLEMENTED,
             "no resolver",
         )
+        await client.apply_resolver(ApplyResolverRequest(resolver=Resolver(manage_hosts=True)))
+        assert not guest.hosts.exists()
         secret = new_secret()
         await client.apply_interface(ApplyInterfaceRequest(interface=interface(), link_secret=secret))
         wanted = [LinkFeature.VNET_HDR, LinkFeature.TSO]

@@ -26,14 +26,17 @@ sys.path.append(str(Path(__file__).parents[1] / "protocol"))
 
 from test_guest_rig import Guest, interface, namespace, run_in, running_guest, until
 
+from agent_guest.resolver.hostsfile import LOCALHOST
 from taploom.contracts.taploom.guest.v1 import (
     ApplyInterfaceRequest,
     ApplyResolverRequest,
     AuthorizeLinkRequest,
     DeleteInterfaceRequest,
+    HostEntry,
     Interface,
     InterfaceState,
     ListInterfacesRequest,
+    NameLink,
     Resolver,
     SyncRequest,
 )
@@ -609,8 +612,8 @@ async def test_resolv_conf_and_the_port(rig: Rig) -> None:
     rig.guest.ip("link", "set", "lo", "down")
     await rig.resolver(search=["a.example", "b"], options=["timeout:1"])
     assert path.read_text().splitlines()[1:] == [
-        "nameserver 127.0.0.11",
         "search a.example b",
+        "nameserver 127.0.0.11",
         "options timeout:1 ndots:0",
     ]
     assert (await rig.ask("nobody")).rcode() == dns.rcode.NXDOMAIN
@@ -653,23 +656,123 @@ async def test_resolv_conf_and_the_port(rig: Rig) -> None:
     assert path.read_bytes() == original
 
 
-async def test_a_bind_mounted_resolv_conf(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    target = tmp_path / "guest" / "resolv.conf"
-    target.parent.mkdir(mode=0o700)
-    source.write_text("nameserver 198.51.100.1\n")
-    target.touch()
-    subprocess.run(["mount", "--bind", source, target], check=True)
-    try:
-        async with running_guest(tmp_path / "guest") as guest:
-            before = target.read_text()
+async def test_bind_mounted_files(tmp_path: Path) -> None:
+    directory = tmp_path / "guest"
+    directory.mkdir(mode=0o700)
+    with contextlib.ExitStack() as stack:
+        for name in ("resolv.conf", "hosts"):
+            (tmp_path / name).write_text("192.0.2.1 before\n")
+            (directory / name).touch()
+            subprocess.run(["mount", "--bind", tmp_path / name, directory / name], check=True)
+            stack.callback(subprocess.check_call, ["umount", directory / name])
+        async with running_guest(directory) as guest:
+            before = guest.resolv_conf.read_text()
             async with guest.client() as client:
-                await client.apply_resolver(ApplyResolverRequest(resolver=Resolver(enabled=True)))
-                assert "nameserver 127.0.0.11" in source.read_text()
-                await client.apply_resolver(ApplyResolverRequest(resolver=Resolver(enabled=False)))
-            assert source.read_text() == target.read_text() == before
-    finally:
-        subprocess.run(["umount", target], check=True)
+                on = Resolver(enabled=True, manage_hosts=True)
+                await client.apply_resolver(ApplyResolverRequest(resolver=on))
+                assert "nameserver 127.0.0.11" in (tmp_path / "resolv.conf").read_text()
+                assert (tmp_path / "hosts").read_text().startswith("127.0.0.1\tlocalhost\n")
+                await client.apply_resolver(ApplyResolverRequest(resolver=Resolver()))
+            assert (tmp_path / "resolv.conf").read_text() == guest.resolv_conf.read_text() == before
+            assert (tmp_path / "hosts").read_text() == guest.hosts.read_text() == "192.0.2.1 before\n"
+
+
+async def test_names_of_links(rig: Rig) -> None:
+    rig.one.names("172.18.0.3 db", "172.18.0.4 cache")
+    rig.two.names("172.19.0.3 redis redis.net1", "172.19.0.4 db")
+    await rig.join(rig.one, rig.two)
+    await rig.resolver()
+    await rig.wait_for("redis")
+    await rig.wait_for("db")
+    assert await rig.found("Store") == []
+    links = [NameLink(alias="Store", target="redis"), NameLink(alias="cache", target="db")]
+    async with rig.guest.client() as client:
+        await client.apply_interface(ApplyInterfaceRequest(interface=rig.two.interface(name_links=links)))
+        listed = (await client.list_interfaces(ListInterfacesRequest())).interfaces
+        assert [status.interface.name_links for status in listed if status.interface] == [[], links]
+    for name in ("Store", "STORE", "store.net1"):
+        assert await rig.found(name) == ["172.19.0.3"]
+        assert await rig.found(name, tcp=True) == ["172.19.0.3"]
+    assert (await rig.ask("store", "AAAA")).rcode() == dns.rcode.NOERROR
+    assert (await rig.ask("store.net0")).rcode() == dns.rcode.NXDOMAIN
+    assert await rig.found("cache") == ["172.19.0.4"]  # though the first network has a container of that name
+    assert await rig.found("db") == ["172.18.0.3"]
+    async with rig.guest.client() as client:
+        await client.apply_interface(ApplyInterfaceRequest(interface=rig.two.interface()))
+    assert await rig.found("store") == []
+    assert await rig.found("cache") == ["172.18.0.4"]
+
+
+async def test_unknown_single_labels_stay_inside_with_the_containers_own_ndots(rig: Rig) -> None:
+    await rig.join(rig.one)
+
+    def reply(query: bytes, tcp: bool) -> bytes:
+        return dns.message.make_response(dns.message.from_wire(query)).to_wire()
+
+    with server(rig.one.netns, "172.18.0.1", 53, reply) as asked:
+        await rig.resolver(upstreams=["172.18.0.1"], options=["ndots:0"])
+        for qtype in ("A", "AAAA"):
+            assert (await rig.ask("nobody", qtype)).rcode() == dns.rcode.NOERROR
+        assert not asked
+        await rig.ask("nobody.example")
+        await rig.resolver(upstreams=["172.18.0.1"])
+        await rig.ask("nobody")
+        assert len(asked) == 2
+
+
+async def test_direct_and_back_while_it_runs(rig: Rig) -> None:
+    path = rig.guest.resolv_conf
+    original = path.read_bytes()
+    await rig.join(rig.one)
+
+    def listening() -> bool:
+        return "127.0.0.11:53" in run_in(rig.guest.netns, "ss", "-Hlun")
+
+    values: dict[str, object] = {"upstreams": [f"192.0.2.{n}" for n in range(1, 5)], "search": ["a.example"]}
+    for _ in range(3):
+        await rig.resolver(direct=True, **values)
+        assert path.read_text().splitlines()[1:] == [
+            "search a.example",
+            *(f"nameserver 192.0.2.{n}" for n in range(1, 5)),
+        ]
+        assert not listening()
+        await rig.resolver(**values)
+        assert path.read_text().splitlines()[1:] == [
+            "search a.example",
+            "nameserver 127.0.0.11",
+            "options ndots:0",
+        ]
+        assert await rig.found("web") == ["172.18.0.2"]
+    await rig.resolver(direct=True, **values)
+    await rig.guest.stop(signal.SIGKILL)
+    await rig.guest.start()
+    await rig.resolver(direct=True, **values)
+    assert not listening()
+    assert await rig.guest.stop() == 0
+    assert path.read_bytes() == original
+
+
+async def test_the_hosts_file(rig: Rig) -> None:
+    path = rig.guest.hosts
+    path.write_text("192.0.2.9 before\n")
+    inode = path.stat().st_ino
+    await rig.resolver()
+    assert path.read_text() == "192.0.2.9 before\n"
+    lines = [HostEntry(address="2001:db8::1", names=["Extra"]), HostEntry(address="172.18.0.2", names=["w.x", "w"])]
+    for _ in range(2):
+        await rig.resolver(manage_hosts=True, hosts=lines)
+        assert path.read_text().splitlines() == [*LOCALHOST, "2001:db8::1\tExtra", "172.18.0.2\tw.x w"]
+        await rig.guest.stop(signal.SIGKILL)
+        await rig.guest.start()
+    with path.open("a") as file:
+        file.write("192.0.2.8 by-hand\n")
+    await rig.resolver(manage_hosts=True, hosts=lines[1:])
+    assert path.read_text().splitlines() == [*LOCALHOST, "172.18.0.2\tw.x w", "192.0.2.8 by-hand"]
+    path.write_text(path.read_text().replace("192.0.2.8 by-hand\n", ""))
+    await rig.resolver(enabled=False, manage_hosts=True, hosts=lines)
+    assert path.read_text().splitlines() == [*LOCALHOST, "2001:db8::1\tExtra", "172.18.0.2\tw.x w"]
+    assert await rig.guest.stop() == 0
+    assert path.read_text() == "192.0.2.9 before\n" and path.stat().st_ino == inode
 
 
 async def test_nothing_is_left_of_networks_that_came_and_went(rig: Rig) -> None:

@@ -58,9 +58,11 @@ async def test_a_closed_hub_ends_watches_after_what_they_have_to_read() -> None:
 def test_features_are_what_the_kernel_has_and_nobody_hides() -> None:
     everything = frozenset({LinkFeature.VNET_HDR, LinkFeature.TSO, LinkFeature.USO})
     assert features(everything, frozenset()) == set(OPTIONAL_FEATURES.values())
-    assert features(frozenset(), frozenset()) == {GuestFeature.RESOLVER, GuestFeature.EVENTS}
+    always = {GuestFeature.RESOLVER, GuestFeature.EVENTS, GuestFeature.HOSTS, GuestFeature.DIRECT_DNS}
+    assert features(frozenset(), frozenset()) == always
     assert GuestFeature.LINK_TSO not in features(everything, frozenset({"tso"}))
-    assert features(everything, frozenset({"vnet-hdr", "events"})) == {GuestFeature.RESOLVER}
+    hidden = ("events", "hosts", "direct-dns")
+    assert features(everything, frozenset({"vnet-hdr", *hidden})) == {GuestFeature.RESOLVER}
 
 
 def test_state_is_kept_with_the_control_socket() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from dataclasses import replace
 
 import dns.message
 import dns.name
@@ -20,6 +21,7 @@ from agent_guest.resolver.lookup import (
     NetworkView,
     Next,
     confirmed,
+    name_links,
     needs_confirmation,
     read_network_reply,
 )
@@ -225,3 +227,61 @@ def test_every_lookup_ends_with_the_answer_that_the_rules_give(
         ]
         expected = wire.SERVFAIL if any(mine) else expected
     assert result.rcode() == expected
+
+
+LINKED = (NETWORKS[0], replace(NETWORKS[1], links=name_links("back", [("Cache", "redis"), ("db", "mysql")])))
+
+
+def start_linked(name: str, qtype: str = "A", *, hostname: str = "", unqualified_stay: bool = False) -> Lookup:
+    query = wire.parse_query(dns.message.make_query(name, qtype).to_wire())
+    return Lookup(query, LINKED, hostname, 1, unqualified_stay, shuffle=lambda records: None)
+
+
+def test_a_link_is_asked_for_by_its_target() -> None:
+    for name in ("cache", "CACHE", "cache.back", "Cache.Back."):
+        lookup = start_linked(name)
+        asked = dns.name.from_text(name)
+        assert lookup.names == [asked, dns.name.from_text("redis")]
+        lookup.network_result(1, known(TWO))  # before the network that comes first has answered
+        assert found(lookup) == ["172.19.0.3"]
+        assert reply(lookup).answer[0].name == asked
+    assert start_linked("cache.app").names == [dns.name.from_text("cache.app")] * 2
+    assert start_linked("redis").names == [dns.name.from_text("redis")] * 2
+
+
+def test_a_link_hides_the_name_and_the_containers_own() -> None:
+    lookup = start_linked("db", hostname="db")
+    lookup.network_result(0, known(ONE))
+    assert lookup.next is Next.NETWORKS
+    lookup.network_result(1, known(TWO))
+    assert found(lookup) == ["172.19.0.3"]
+    lookup = start_linked("db")  # the target is gone, another network has a container of the alias's name
+    lookup.network_result(1, UNKNOWN)
+    assert lookup.next is Next.NETWORKS
+    lookup.network_result(0, known(ONE))
+    assert found(lookup) == ["172.18.0.3"]
+
+
+def test_aliases_that_dns_cannot_express_are_left_out() -> None:
+    assert name_links("n", [("a..b", "x"), ("x" * 64, "x")]) == {}
+    assert list(name_links("", [("a", "b")])) == [dns.name.from_text("a")]
+    assert len(name_links("x" * 64, [("a", "b")])) == 1
+
+
+@given(st.text(max_size=80), st.lists(st.tuples(st.text(max_size=80), st.text(max_size=80)), max_size=5))
+def test_any_links_are_taken(network: str, pairs: list[tuple[str, str]]) -> None:
+    assert len(name_links(network, pairs)) <= 2 * len(pairs)
+
+
+def test_single_labels_stay_inside_where_the_container_has_its_own_ndots() -> None:
+    for qtype, name, upstream in (("A", "x", False), ("AAAA", "x", False), ("MX", "x", True), ("A", "x.y", True)):
+        lookup = start_linked(name, qtype, unqualified_stay=True)
+        lookup.network_result(0, UNKNOWN)
+        lookup.network_result(1, UNKNOWN)
+        assert (lookup.next is Next.UPSTREAM) is upstream
+        if not upstream:
+            assert reply(lookup).rcode() == dns.rcode.NOERROR and not reply(lookup).answer
+    lookup = start_linked("x", unqualified_stay=True)
+    lookup.network_result(0, SILENT)
+    lookup.network_result(1, UNKNOWN)
+    assert lookup.next is Next.UPSTREAM

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent_guest.spec import InterfaceSpec, SpecError, check_against
-from taploom.contracts.taploom.guest.v1 import Interface, Route
+from taploom.contracts.taploom.guest.v1 import Interface, NameLink, Route
 
 
 def message(**changes: object) -> Interface:
@@ -23,6 +23,7 @@ def message(**changes: object) -> Interface:
         mtu=1500,
         network_name="app",
         dns_servers=["169.254.64.1"],
+        name_links=[NameLink(alias="Db", target="postgres")],
     )
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
@@ -40,6 +41,11 @@ def test_a_good_description_is_taken_in_canonical_spelling() -> None:
     ("changes", "words"),
     [
         ({"endpoint_id": ""}, "endpoint_id"),
+        ({"name_links": [NameLink(alias="", target="b")]}, "alias is missing"),
+        ({"name_links": [NameLink(alias="a", target="")]}, "target is missing"),
+        ({"name_links": [NameLink(alias="a b", target="b")]}, "name_links"),
+        ({"name_links": [NameLink(alias="a", target="x" * 254)]}, "name_links"),
+        ({"name_links": [NameLink(alias="a", target="b")] * 257}, "256"),
         ({"endpoint_id": "a/b"}, "endpoint_id"),
         ({"endpoint_id": "x" * 65}, "64"),
         ({"name": ""}, "interface name"),

@@ -569,7 +569,8 @@ class NameLink(betterproto2.Message):
 
     alias: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
     """
-    The name that this container uses.
+    The name that this container uses, alone or followed by the network's name. It hides the network's own name of the
+    same spelling.
     """
 
     target: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
@@ -595,17 +596,18 @@ class Resolver(betterproto2.Message):
     upstreams: "list[str]" = betterproto2.field(2, betterproto2.TYPE_STRING, repeated=True)
     """
     Where names that no network knows are forwarded: address or address with port (192.0.2.1, [2001:db8::1]:53).
-    At most 3 are used. None: such names are answered NXDOMAIN.
+    The first 3 are asked. None: such names are answered NXDOMAIN.
     """
 
     search: "list[str]" = betterproto2.field(3, betterproto2.TYPE_STRING, repeated=True)
     """
-    The `search` domains of /etc/resolv.conf.
+    The `search` domains of /etc/resolv.conf. "." alone: none.
     """
 
     options: "list[str]" = betterproto2.field(4, betterproto2.TYPE_STRING, repeated=True)
     """
-    The `options` of /etc/resolv.conf; ndots:0 is added when no ndots is given.
+    The `options` of /etc/resolv.conf. When no ndots is given, ndots:0 is added (not in a direct configuration); when one
+    is given, single labels that no network knows are answered empty and not forwarded, as with Docker.
     """
 
     hostname: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
@@ -620,13 +622,14 @@ class Resolver(betterproto2.Message):
 
     hosts: "list[HostEntry]" = betterproto2.field(7, betterproto2.TYPE_MESSAGE, repeated=True)
     """
-    The lines of /etc/hosts after localhost's, in this order. The resolver also answers them.
+    The lines of /etc/hosts after localhost's, in this order. Lines that others have written into the file stay. As
+    with Docker, the resolver does not answer these names: programs find them in the file.
     """
 
     direct: "bool" = betterproto2.field(8, betterproto2.TYPE_BOOL)
     """
-    True: /etc/resolv.conf names the upstreams themselves and the agent answers no DNS, as on Docker's default bridge.
-    Without upstreams it names none.
+    True: /etc/resolv.conf names the upstreams themselves, all of them but those with a port other than 53, and the
+    agent answers no DNS, as on Docker's default bridge. Without upstreams it names none.
     """
 
 
