@@ -20,6 +20,7 @@ from agent_helper import links
 from agent_helper.errors import SetupError
 from agent_helper.events import Events
 from agent_helper.fabric import Fabric
+from agent_helper.firewall import Redirect
 from agent_helper.service import HelperService, daemon_message
 from agent_helper.stack import Stack, find_programs, new_instance_id
 from agent_helper.streams import MAX_HANDSHAKES, Streams
@@ -152,6 +153,8 @@ async def _serve(control: Address, data: Address, state_dir: Path) -> None:
         nursery.start_soon(link_server.serve, data_listener)
         began = datetime.now(UTC)
         await nursery.start(streams.run)
+        streams.network_of = fabric.kernel.network_of
+        fabric.kernel.set_redirect(Redirect(streams.redirect_ports.tcp, streams.redirect_ports.udp))
         await nursery.start(stack.run)
         await nursery.start(fabric.run)
         server.health.set(_SERVICE, True)

@@ -20,9 +20,19 @@ from agent_helper.dns import DnsServer
 from agent_helper.errors import HelperError, InvalidSpecError, NotFoundError, PreconditionError, UnavailableError
 from agent_helper.locks import KeyedLocks, SharedLock
 from agent_helper.ovsdb import Txn
-from agent_helper.spec import EndpointSpec, NetworkSpec, check_id, check_in_network, parse_endpoint, parse_network
+from agent_helper.spec import (
+    EndpointSpec,
+    NetworkSpec,
+    UplinkSpec,
+    check_id,
+    check_in_network,
+    parse_endpoint,
+    parse_network,
+    parse_uplink,
+)
 from agent_helper.stack import Stack
-from taploom.contracts.taploom.helper.v1 import Endpoint, Network, SyncRequest
+from agent_helper.uplink import KernelEnd
+from taploom.contracts.taploom.helper.v1 import Endpoint, Network, SyncRequest, Uplink
 from taploom.link import Tap
 from taploom.supervise import SupervisedProcess
 
@@ -100,6 +110,8 @@ class Fabric:
         self._on_dns = on_dns
         self._on_lost = on_lost
         self._numbers = itertools.count()  # of interfaces; a name is never used twice, see _open_tap
+        self.uplink: UplinkSpec | None = None
+        self.kernel = KernelEnd(stack.programs["nft"], self._numbers)
         self._gate = SharedLock()
         self._network_locks = KeyedLocks()
         self._endpoint_locks = KeyedLocks()
@@ -109,6 +121,7 @@ class Fabric:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Runs what keeps the fabric as described, until cancelled. Nothing of it is left then."""
+        await self.kernel.clear()  # what a run that was killed has left
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -126,6 +139,44 @@ class Fabric:
         for network in self.networks.values():
             if network.dns is not None:
                 await network.dns.close()
+        await self.kernel.close()
+
+    # The uplink
+
+    async def apply_uplink(self, message: Uplink) -> None:
+        """Makes the way out of the networks be as described.
+
+        Raises:
+            InvalidSpecError: nothing was changed.
+            UnavailableError, OSError: the next attempt completes it.
+        """
+        spec = parse_uplink(message)
+        self._check_ready()
+        async with self._gate.exclusive():
+            with trio.CancelScope(shield=True):
+                await self._apply_uplink(spec)
+
+    async def _apply_uplink(self, spec: UplinkSpec | None) -> None:
+        networks = [network.spec for network in self.networks.values()]
+        self.uplink = spec
+
+        def in_nb(txn: Txn) -> None:
+            northbound.ensure_uplink(txn, spec)
+            for network in networks:
+                northbound.ensure_network(txn, network, spec)
+
+        await _together(partial(self._stack.nb.transact, in_nb), partial(self._apply_kernel_end, spec))
+
+    async def _apply_kernel_end(self, spec: UplinkSpec | None) -> None:
+        if self.kernel.outer and not self.kernel.is_for(spec):
+            # Rare enough to be done from the start.
+            await self._unplug([self.kernel.outer])
+            await self.kernel.close()
+        if spec is not None:
+            await self.kernel.open(spec)
+            plug = partial(vswitch.plug, interfaces={self.kernel.outer: northbound.KERNEL_PORT})
+            await _together(partial(self._stack.conf.transact, plug), self.kernel.converge)
+            await self._stack.enlarge_packet_sockets()
 
     # Networks
 
@@ -144,12 +195,15 @@ class Fabric:
 
     async def _apply_network(self, spec: NetworkSpec, message: Network) -> None:
         network = self.networks.get(spec.network_id)
+        ensure = partial(northbound.ensure_network, spec=spec, uplink=self.uplink)
         if network is None:
+            self.kernel.set_network(spec)
             network = NetworkState(spec, message)
             try:
                 await _together(
-                    partial(self._stack.nb.transact, partial(northbound.ensure_network, spec=spec)),
+                    partial(self._stack.nb.transact, ensure),
                     partial(self._open_dns, network, spec),
+                    self.kernel.converge,
                 )
             except BaseException:
                 await self._drop_network(network)
@@ -164,7 +218,8 @@ class Fabric:
                 raise PreconditionError(
                     f"endpoint {endpoint.spec.endpoint_id} stands in the way: {exc.message}"
                 ) from exc
-        await self._stack.nb.transact(partial(northbound.ensure_network, spec=spec))
+        self.kernel.set_network(spec)
+        await _together(partial(self._stack.nb.transact, ensure), self.kernel.converge)
         if _dns_part(spec) != _dns_part(old) or (spec.dns_servers and network.dns is None):
             # Rare enough to be done from the start: a network's names are files, its server starts in milliseconds.
             await self._close_dns(network)
@@ -189,9 +244,11 @@ class Fabric:
 
     async def _drop_network(self, network: NetworkState) -> None:
         network_id = network.spec.network_id
+        self.kernel.remove_network(network_id)
         await _together(
             partial(self._stack.nb.transact, partial(northbound.remove_network, network_id=network_id)),
             partial(self._close_dns, network),
+            self.kernel.converge,
         )
         self.networks.pop(network_id, None)
 
@@ -467,6 +524,7 @@ class Fabric:
         Raises:
             UnavailableError: OVS or OVN does not answer; what was done is completed by the next attempt.
         """
+        uplink = parse_uplink(request.uplink or Uplink())
         self._check_ready()
         failures: list[tuple[str, HelperError]] = []
 
@@ -479,6 +537,7 @@ class Fabric:
         async with self._gate.exclusive():
             with trio.CancelScope(shield=True):
                 removed = await self._remove_others(request)
+                await self._apply_uplink(uplink)
                 async with trio.open_nursery() as nursery:
                     for spec, network in _parsed(request.networks, parse_network, _network_id, failures):
                         nursery.start_soon(apply_network, spec, network)
@@ -561,17 +620,21 @@ class Fabric:
     async def _restore(self) -> None:
         networks = list(self.networks.values())
         endpoints = [e for e in self.endpoints.values() if e.tap is not None]
+        uplink = self.uplink
 
         def in_nb(txn: Txn) -> None:
             there = [(e.spec.network_id, e.spec.endpoint_id) for e in endpoints]
             northbound.remove_strangers(txn, [n.spec.network_id for n in networks], there)
+            northbound.ensure_uplink(txn, uplink)
             for network in networks:
-                northbound.ensure_network(txn, network.spec)
+                northbound.ensure_network(txn, network.spec, uplink)
             for endpoint in endpoints:
                 northbound.ensure_endpoint(txn, endpoint.spec)
 
         interfaces = {n.dns.outer: northbound.dns_port(n.spec.network_id) for n in networks if n.dns is not None}
         interfaces |= {e.tap.name: northbound.endpoint_port(e.spec.endpoint_id) for e in endpoints if e.tap is not None}
+        if self.kernel.outer:
+            interfaces[self.kernel.outer] = northbound.KERNEL_PORT
 
         def plug(txn: Txn) -> None:
             left = vswitch.strangers(txn, interfaces)

@@ -3,12 +3,16 @@ makes the rows be as described, whatever was there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from agent_helper.errors import UnavailableError
 from agent_helper.ovsdb import Row, Txn
-from agent_helper.spec import EndpointSpec, NetworkSpec
+from agent_helper.spec import EndpointSpec, Leg, NetworkSpec, UplinkSpec, legs
 from agent_helper.stack import CHASSIS
+
+UPLINK_SWITCH = "uplink"
+KERNEL_PORT = "uplink-kernel"
+_DEFAULT = {4: "0.0.0.0/0", 6: "::/0"}
 
 
 def switch_name(network_id: str) -> str:
@@ -27,8 +31,23 @@ def endpoint_port(endpoint_id: str) -> str:
     return f"ep-{endpoint_id}"
 
 
-def ensure_network(txn: Txn, spec: NetworkSpec) -> None:
-    """The logical switch, its gateway router and the port of its DNS server."""
+def ensure_uplink(txn: Txn, uplink: UplinkSpec | None) -> None:
+    """The switch on which the kernel and the networks' routers meet; without an uplink it is not there."""
+    if uplink is None:
+        switch = txn.find("Logical_Switch", UPLINK_SWITCH)
+        if switch is not None:
+            txn.delete("Logical_Switch", switch)
+        return
+    switch, _ = txn.ensure("Logical_Switch", UPLINK_SWITCH)
+    addresses = [uplink.mac_address, *(str(a.ip) for a in uplink.addresses), *map(str, uplink.stand_ins)]
+    _ensure_port(txn, switch, KERNEL_PORT, "", [" ".join(addresses)])
+    # Routers speak with the kernel only. What is on its way from one to another has passed neither's rules.
+    among_routers = f'inport != "{KERNEL_PORT}" && outport != "{KERNEL_PORT}"'
+    _ensure_rows(txn, switch, "acls", "ACL", [_drop(among_routers)])
+
+
+def ensure_network(txn: Txn, spec: NetworkSpec, uplink: UplinkSpec | None) -> None:
+    """The logical switch, its gateway router, the port of its DNS server and its way out."""
     switch, _ = txn.ensure("Logical_Switch", switch_name(spec.network_id))
     router, _ = txn.ensure("Logical_Router", router_name(spec.network_id), options={"chassis": CHASSIS})
     inside = f"gwp-{spec.network_id}"
@@ -41,10 +60,68 @@ def ensure_network(txn: Txn, spec: NetworkSpec) -> None:
         _ensure_port(txn, switch, dns_port(spec.network_id), "localport", [addresses], security=[addresses])
     else:
         _remove_port(txn, switch, dns_port(spec.network_id))
+    _ensure_legs(txn, router, spec, legs(spec, uplink))
+    _ensure_isolation(txn, switch, router, spec)
+
+
+def _ensure_legs(txn: Txn, router: Row, spec: NetworkSpec, network_legs: tuple[Leg, ...]) -> None:
+    """The router's port on the uplink, its default routes and its address translation.
+
+    - Connections to the outside leave with the router's address on the uplink, unless masquerading is off.
+    - Connections that the kernel makes into the network come from the network's gateway, as docker-proxy's do.
+    - What is for the gateway itself goes to the kernel, as for the stand-in. Echo requests do not get that far: the
+      router answers them before it translates (ovn-northd(8), "Ingress Table 3: IP Input").
+    """
+    outside, at_switch = f"up-{spec.network_id}", f"to-up-{spec.network_id}"
+    uplink = txn.find("Logical_Switch", UPLINK_SWITCH)
+    routes: list[dict[str, object]] = []
+    nat: list[dict[str, object]] = []
+    if not network_legs or uplink is None:
+        if uplink is not None:
+            _remove_port(txn, uplink, at_switch)
+        port = txn.find("Logical_Router_Port", outside)
+        if port is not None:
+            router.delvalue("ports", port)
+            txn.delete("Logical_Router_Port", port)
+    else:
+        networks = [str(leg.address) for leg in network_legs]
+        port, new = txn.ensure("Logical_Router_Port", outside, mac=spec.uplink_mac, networks=networks)
+        if new:
+            router.addvalue("ports", port)
+        _ensure_port(txn, uplink, at_switch, "router", ["router"], options={"router-port": outside})
+        for leg in network_legs:
+            routes.append({"ip_prefix": _DEFAULT[leg.subnet.version], "nexthop": str(leg.kernel)})
+            if not spec.masquerade_disabled:
+                nat.append({"type": "snat", "external_ip": str(leg.address.ip), "logical_ip": str(leg.subnet)})
+            nat.append({"type": "snat", "external_ip": str(leg.gateway), "logical_ip": str(leg.kernel)})
+            nat.append({"type": "dnat", "external_ip": str(leg.gateway), "logical_ip": str(leg.stand_in)})
+    _ensure_rows(txn, router, "static_routes", "Logical_Router_Static_Route", routes)
+    _ensure_rows(txn, router, "nat", "NAT", nat)
+
+
+def _ensure_isolation(txn: Txn, switch: Row, router: Row, spec: NetworkSpec) -> None:
+    """Endpoints that do not reach each other: neither on the switch nor by way of the router."""
+    acls: list[dict[str, object]] = []
+    policies: list[dict[str, object]] = []
+    if spec.endpoints_isolated:
+        shared = [f"to-gw-{spec.network_id}"] + ([dns_port(spec.network_id)] if spec.dns_servers else [])
+        acls.append(_drop(" && ".join(f'{side} != "{name}"' for side in ("inport", "outport") for name in shared)))
+        for subnet in spec.subnets:
+            match = f'inport == "gwp-{spec.network_id}" && ip{subnet.version}.dst == {subnet}'
+            policies.append({"priority": 1000, "match": match, "action": "drop"})
+    _ensure_rows(txn, switch, "acls", "ACL", acls)
+    _ensure_rows(txn, router, "policies", "Logical_Router_Policy", policies)
+
+
+def _drop(match: str) -> dict[str, object]:
+    return {"priority": 1000, "direction": "to-lport", "match": match, "action": "drop"}
 
 
 def remove_network(txn: Txn, network_id: str) -> None:
     """The switch and the router with all their ports; nothing when they are not there."""
+    uplink = txn.find("Logical_Switch", UPLINK_SWITCH)
+    if uplink is not None:
+        _remove_port(txn, uplink, f"to-up-{network_id}")
     for table, name in (
         ("Logical_Switch", switch_name(network_id)),
         ("Logical_Router", router_name(network_id)),
@@ -72,9 +149,12 @@ def remove_endpoints(txn: Txn, ports: Iterable[tuple[str, str]]) -> None:
 
 
 def remove_strangers(txn: Txn, networks: Iterable[str], endpoints: Iterable[tuple[str, str]]) -> None:
-    """All switches, routers and endpoints' ports but those of these networks and (network_id, endpoint_id)."""
+    """All switches, routers and endpoints' ports but those of these networks and (network_id, endpoint_id).
+
+    The uplink's switch stays; of its ports, those of these networks.
+    """
     wanted = set(networks)
-    keep = {switch_name(n) for n in wanted} | {router_name(n) for n in wanted}
+    keep = {UPLINK_SWITCH} | {switch_name(n) for n in wanted} | {router_name(n) for n in wanted}
     for table in ("Logical_Switch", "Logical_Router"):
         for row in txn.rows(table):
             if row.name not in keep:
@@ -82,9 +162,11 @@ def remove_strangers(txn: Txn, networks: Iterable[str], endpoints: Iterable[tupl
     ports: dict[str, set[str]] = {}
     for network_id, endpoint_id in endpoints:
         ports.setdefault(switch_name(network_id), set()).add(endpoint_port(endpoint_id))
+    ports[UPLINK_SWITCH] = {KERNEL_PORT} | {f"to-up-{n}" for n in wanted}
     for switch in txn.rows("Logical_Switch"):
         for port in switch.ports:
-            if port.name.startswith("ep-") and port.name not in ports.get(switch.name, ()):
+            ours = port.name.startswith("ep-") or switch.name == UPLINK_SWITCH
+            if ours and port.name not in ports.get(switch.name, ()):
                 switch.delvalue("ports", port)
                 txn.delete("Logical_Switch_Port", port)
 
@@ -109,6 +191,20 @@ def _ensure_port(
     )
     if new:
         switch.addvalue("ports", port)
+
+
+def _ensure_rows(txn: Txn, parent: Row, column: str, table: str, wanted: Iterable[Mapping[str, object]]) -> None:
+    """Makes the rows that the parent's column lists be those with these values."""
+    missing = list(wanted)
+    for row in list(getattr(parent, column, ())):  # a row just inserted has no columns but those set
+        values = next((v for v in missing if all(getattr(row, key) == value for key, value in v.items())), None)
+        if values is None:
+            parent.delvalue(column, row)
+            txn.delete(table, row)
+        else:
+            missing.remove(values)
+    for values in missing:
+        parent.addvalue(column, txn.insert(table, **values))
 
 
 def _remove_port(txn: Txn, switch: Row, name: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from agent_helper.errors import InvalidSpecError
-from taploom.contracts.taploom.helper.v1 import Endpoint, Network
+from taploom.contracts.taploom.helper.v1 import Endpoint, Network, Uplink
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
@@ -34,11 +34,59 @@ class NetworkSpec:
     dns_servers: tuple[Address, ...]
     dns_mac: str
     uplink_addresses: tuple[Interface, ...]
+    uplink_mac: str
+    endpoints_isolated: bool
+    masquerade_disabled: bool
 
     @property
     def gateway_interfaces(self) -> list[str]:
         """The gateways with their subnets' prefix lengths, as `10.0.0.1/24`."""
         return [f"{gateway}/{subnet.prefixlen}" for gateway, subnet in zip(self.gateways, self.subnets, strict=True)]
+
+
+@dataclass(frozen=True)
+class UplinkSpec:
+    """The network on which the helper's kernel and the networks' routers meet. `addresses` are the kernel's."""
+
+    addresses: tuple[Interface, ...]
+    mac_address: str
+    host_addresses: tuple[Address, ...]
+
+    @property
+    def stand_ins(self) -> tuple[Address, ...]:
+        """Addresses that nobody has, one per family: each network's router sends there what is for its own gateway.
+
+        They are the last of the uplink's subnets (but for the broadcast address).
+        """
+        return tuple(address.network.broadcast_address - 1 for address in self.addresses)
+
+
+@dataclass(frozen=True)
+class Leg:
+    """Where a network's router hangs on the uplink, in one family."""
+
+    address: Interface
+    kernel: Address
+    stand_in: Address
+    subnet: IPNetwork
+    gateway: Address
+
+
+def legs(network: NetworkSpec, uplink: UplinkSpec | None) -> tuple[Leg, ...]:
+    """The network's legs on the uplink; none when it is internal, or has no address on that uplink."""
+    if uplink is None or network.internal or not network.uplink_mac:
+        return ()
+    found: list[Leg] = []
+    for subnet, gateway in zip(network.subnets, network.gateways, strict=True):
+        for kernel, stand_in in zip(uplink.addresses, uplink.stand_ins, strict=True):
+            found += [
+                Leg(address, kernel.ip, stand_in, subnet, gateway)
+                for address in network.uplink_addresses
+                if subnet.version == address.version == kernel.version
+                and address.network == kernel.network
+                and address.ip not in (kernel.ip, stand_in)
+            ]
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -105,6 +153,7 @@ def parse_network(message: Network) -> NetworkSpec:
         dns_mac = _mac("dns_mac", message.dns_mac)
         if dns_mac == gateway_mac:
             raise InvalidSpecError(f"dns_mac {dns_mac} must not be the gateway's")
+    uplink_addresses = _interfaces("uplink_addresses", message.uplink_addresses)
     return NetworkSpec(
         network_id,
         message.name,
@@ -115,8 +164,30 @@ def parse_network(message: Network) -> NetworkSpec:
         message.mtu,
         dns_servers,
         dns_mac,
-        _uplinks(message.uplink_addresses),
+        uplink_addresses,
+        _mac("uplink_mac", message.uplink_mac) if uplink_addresses else "",
+        message.endpoints_isolated,
+        message.masquerade_disabled,
     )
+
+
+def parse_uplink(message: Uplink) -> UplinkSpec | None:
+    """Checks an uplink; None when it has no addresses: there is to be none.
+
+    Raises:
+        InvalidSpecError: says which field is wrong and what it must be.
+    """
+    addresses = _interfaces("addresses", message.addresses)
+    for address in addresses:
+        if address.network.num_addresses < 8:
+            raise InvalidSpecError(f"addresses {address}: the uplink's subnet has no room for networks' routers")
+        _host_address("addresses", address.ip, [address.network])
+        if address.ip == address.network.broadcast_address - 1:
+            raise InvalidSpecError(f"addresses {address}: the last address of the uplink's subnet must be left free")
+    host_addresses = tuple(_address("host_addresses", text) for text in message.host_addresses)
+    if not addresses:
+        return None
+    return UplinkSpec(addresses, _mac("mac_address", message.mac_address), host_addresses)
 
 
 def parse_endpoint(message: Endpoint) -> EndpointSpec:
@@ -160,14 +231,21 @@ def check_in_network(endpoint: EndpointSpec, network: NetworkSpec) -> None:
         raise InvalidSpecError(f"mac_address {endpoint.mac_address} is the network's own")
 
 
-def _uplinks(texts: Iterable[str]) -> tuple[Interface, ...]:
+def _interfaces(what: str, texts: Iterable[str]) -> tuple[Interface, ...]:
     found: list[Interface] = []
     for text in texts:
         try:
-            found.append(ipaddress.ip_interface(text))
+            if "/" not in text:
+                raise ValueError("no prefix length")
+            interface = ipaddress.ip_interface(text)
         except ValueError:
-            raise InvalidSpecError(f"uplink_addresses {_show(text)} is not an address in CIDR form") from None
-    _one_per_family("uplink_addresses", found)
+            raise InvalidSpecError(f"{what} {_show(text)} is not an address in CIDR form") from None
+        if isinstance(interface, ipaddress.IPv6Interface) and interface.scope_id is not None:
+            raise InvalidSpecError(f"{what} {_show(text)} must not have a zone")
+        if interface.is_multicast or interface.is_loopback or interface.is_unspecified:
+            raise InvalidSpecError(f"{what} {interface} must be a unicast address")
+        found.append(interface)
+    _one_per_family(what, found)
     return tuple(found)
 
 

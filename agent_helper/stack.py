@@ -38,6 +38,7 @@ _PROGRAMS = {
     "ovn-northd": "ovn-central",
     "ovn-controller": "ovn-host",
     "dnsmasq": "dnsmasq-base",
+    "nft": "nftables",
 }
 _SCHEMAS = {
     "conf": ("openvswitch/vswitch.ovsschema", "openvswitch-switch"),
@@ -63,9 +64,10 @@ _NB_TABLES = {
     "Logical_Switch_Port": ["name", "type", "options", "addresses", "port_security", "enabled", "external_ids"],
     "Logical_Router": ["name", "ports", "static_routes", "policies", "nat", "options", "external_ids"],
     "Logical_Router_Port": ["name", "networks", "mac", "options", "external_ids"],
+    "Logical_Router_Policy": ["priority", "match", "action", "external_ids"],
     "Logical_Router_Static_Route": ["ip_prefix", "nexthop", "output_port", "external_ids"],
     "NAT": ["external_ip", "logical_ip", "type", "options", "external_ids"],
-    "ACL": ["name", "priority", "direction", "match", "action", "external_ids"],
+    "ACL": ["priority", "direction", "match", "action", "external_ids"],
 }
 _NB_MIRROR = {"NB_Global": ["nb_cfg", "hv_cfg"]}
 _SB_TABLES = {"Chassis": ["name"]}

@@ -1,0 +1,311 @@
+"""The helper's kernel on the uplink network: its interface, its routes to the networks, and what it lets through.
+
+The interface is one end of a veth pair in the agent's own namespace; the other end is plugged into the integration
+bridge. The kernel routes on from there with whatever routes the machine has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import trio
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from agent_helper import firewall, links
+from agent_helper.firewall import Redirect, Rules
+from agent_helper.spec import Leg, NetworkSpec, UplinkSpec, legs
+
+logger = logging.getLogger("taploom.helper.uplink")
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+INTERFACE = "tlup"
+_DEAF = ("tl*", "br-int", "ovs-netdev", "ovs-system")
+_LEAST_MTU = 1500
+# Local delivery of what is marked: ip-rule(8). Numbers that nobody else is likely to use.
+_RULE_PRIORITY, _RULE_TABLE = 29804, 29804
+_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+_ANY = {socket.AF_INET: "0.0.0.0/0", socket.AF_INET6: "::/0"}
+_RTN_LOCAL, _RT_SCOPE_HOST, _RT_SCOPE_LINK = 2, 254, 253  # rtnetlink.h
+_NUD_PERMANENT = 0x80  # neighbour.h
+_IFA_F_NODAD = 0x02
+
+Route = tuple[str, str, int]  # destination, next hop or "", MTU
+Neighbour = tuple[str, str]  # address, MAC address
+
+
+class KernelEnd:
+    """The kernel's end of the uplink, converged to what `describe` said last.
+
+    Args:
+        nft: the program.
+        numbers: for the name of the interface's other end; a name is never used twice.
+    """
+
+    def __init__(self, nft: str, numbers: Iterator[int]) -> None:
+        self.outer = ""  # the name of the end to plug; empty while there is none
+        self._nft = nft
+        self._numbers = numbers
+        self._networks: dict[str, NetworkSpec] = {}
+        self._spec: UplinkSpec | None = None
+        self._redirect: Redirect | None = None
+        self._there: dict[str, Route | Neighbour] = {}  # by destination
+        self._rules: Rules | None = None
+        self._mtu = 0
+        self._lock = trio.Lock()
+        self._asked = self._done = 0
+
+    async def clear(self) -> None:
+        """Removes what a run before has left, its interface apart, or this one at its end."""
+        await trio.to_thread.run_sync(self._clear)
+
+    def is_for(self, spec: UplinkSpec | None) -> bool:
+        """Whether the interface that there is is this uplink's."""
+        present = self._spec
+        if present is None or spec is None:
+            return present is spec
+        return (present.addresses, present.mac_address) == (spec.addresses, spec.mac_address)
+
+    async def open(self, spec: UplinkSpec) -> None:
+        """Makes the interface, unless it is there, with no way for any packet through it yet. `outer` is to be plugged.
+
+        Raises:
+            HelperError, OSError: the kernel refused; nothing is left.
+        """
+        async with self._lock:
+            if self.outer:
+                self._spec = spec
+            else:
+                await trio.to_thread.run_sync(self._open, spec)
+
+    async def close(self) -> None:
+        """Removes the interface and all else of ours; nothing when it is not there. It must be unplugged before."""
+        async with self._lock:
+            if self.outer:
+                await trio.to_thread.run_sync(self._close)
+
+    def set_redirect(self, redirect: Redirect | None) -> None:
+        """Has what is for the host taken by these listeners, from the next `converge` on."""
+        self._redirect = redirect
+
+    def set_network(self, spec: NetworkSpec) -> None:
+        """Counts the network in, from the next `converge` on."""
+        self._networks[spec.network_id] = spec
+
+    def remove_network(self, network_id: str) -> None:
+        """Counts the network out, from the next `converge` on."""
+        self._networks.pop(network_id, None)
+
+    async def converge(self) -> None:
+        """Makes routes and rules be right for the networks. Many at once are one.
+
+        Raises:
+            HelperError, OSError: the kernel refused; the next attempt completes it.
+        """
+        self._asked += 1
+        asked = self._asked
+        async with self._lock:
+            if self._done >= asked:
+                return
+            asked = self._asked
+            if self._spec is not None:
+                found = {n: legs(spec, self._spec) for n, spec in self._networks.items()}
+                await trio.to_thread.run_sync(self._converge, self._spec, dict(self._networks), found)
+            self._done = asked
+
+    def network_of(self, source: str) -> str:
+        """The id of the network that a packet from the uplink came from; "" when it is not known.
+
+        Args:
+            source: the address that it has here: the router's, or the container's own where masquerading is off.
+        """
+        address = ipaddress.ip_address(source)
+        for network_id, network in self._networks.items():
+            if any(address in subnet for leg in legs(network, self._spec) for subnet in _sources(network, leg)):
+                return network_id
+        return ""
+
+    # In a worker thread from here on.
+
+    def _clear(self) -> None:
+        firewall.remove(self._nft)
+        with IPRoute() as ipr:
+            for family in _FAMILIES:
+                while True:
+                    if not _tried(partial(ipr.rule, "del", family=family, priority=_RULE_PRIORITY), errno.ENOENT):
+                        break
+                with contextlib.suppress(NetlinkError):
+                    ipr.flush_routes(family=family, table=_RULE_TABLE)
+
+    def _open(self, spec: UplinkSpec) -> None:
+        outer = links.free_name(f"{INTERFACE}o", self._numbers)
+        # The rules first: no moment without them.
+        self._load(Rules(INTERFACE, _DEAF, _subnets(spec), {}, (), frozenset(), None))
+        try:
+            with IPRoute() as ipr:
+                peer = {"ifname": INTERFACE, "address": spec.mac_address, "mtu": _LEAST_MTU}
+                ipr.link("add", ifname=outer, kind="veth", mtu=_LEAST_MTU, peer=peer)
+                links.mark(outer)
+                links.harden(outer)
+                _forward()
+                _settings(INTERFACE)
+                ipr.link("set", ifname=outer, state="up")
+                index = socket.if_nametoindex(INTERFACE)
+                ipr.link("set", index=index, state="up")
+                for address in spec.addresses:
+                    flags = {"flags": _IFA_F_NODAD} if address.version == 6 else {}
+                    ipr.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen, **flags)
+                loopback = socket.if_nametoindex("lo")
+                for family in _FAMILIES:
+                    rule = {"priority": _RULE_PRIORITY, "table": _RULE_TABLE, "fwmark": firewall.MARK}
+                    ipr.rule("add", family=family, iifname=INTERFACE, **rule)
+                    local = {"type": _RTN_LOCAL, "scope": _RT_SCOPE_HOST if family == socket.AF_INET else 0}
+                    ipr.route("add", family=family, dst=_ANY[family], oif=loopback, table=_RULE_TABLE, **local)
+        except NetlinkError as exc:
+            self._close(outer)
+            raise OSError(exc.code, f"cannot set up the uplink {INTERFACE}: {os.strerror(exc.code)}") from exc
+        self.outer, self._spec, self._mtu = outer, spec, _LEAST_MTU
+
+    def _close(self, outer: str = "") -> None:
+        links.delete_link(outer or self.outer)  # its addresses, routes and neighbours go with it
+        self._clear()
+        self.outer, self._spec, self._rules, self._there = "", None, None, {}
+
+    def _converge(
+        self, spec: UplinkSpec, networks: dict[str, NetworkSpec], network_legs: dict[str, tuple[Leg, ...]]
+    ) -> None:
+        wanted: dict[str, Route | Neighbour] = {}
+        own: dict[IPNetwork, Address] = {}
+        taken: set[Address] = set(spec.host_addresses)
+        mtu = _LEAST_MTU
+        for network_id, found in network_legs.items():
+            network = networks[network_id]
+            for leg in found:
+                # The MTU of the network, so that what is larger is refused or cut here, as on a bridge of Docker's.
+                address = str(leg.address.ip)
+                itself = f"{address}/{leg.address.max_prefixlen}"
+                wanted[address] = (address, network.uplink_mac)
+                wanted[itself] = (itself, "", network.mtu)
+                wanted[str(leg.subnet)] = (str(leg.subnet), address, network.mtu)
+                mtu = max(mtu, network.mtu)
+                own |= dict.fromkeys(_sources(network, leg), leg.gateway)
+            taken.update(network.gateways)
+        subnets = _subnets(spec)
+        self._load(Rules(INTERFACE, _DEAF, subnets, own, spec.stand_ins, frozenset(taken), self._redirect))
+        with IPRoute() as ipr:
+            index = socket.if_nametoindex(INTERFACE)
+            if mtu != self._mtu:
+                for interface in (self.outer, INTERFACE):
+                    links.set_mtu(interface, mtu)
+                self._mtu = mtu
+            gone = [key for key in self._there if key not in wanted]
+            # Routes over a next hop need the next hop's own first, and go before it.
+            for key in sorted(gone, key=lambda key: _order(self._there[key]), reverse=True):
+                _change(ipr, index, self._there[key], "del")
+                del self._there[key]
+            for key in sorted(wanted, key=lambda key: _order(wanted[key])):
+                if self._there.get(key) != wanted[key]:
+                    _change(ipr, index, wanted[key], "replace")
+                    self._there[key] = wanted[key]
+
+    def _load(self, rules: Rules) -> None:
+        if rules != self._rules:
+            firewall.load(self._nft, firewall.ruleset(rules))
+            self._rules = rules
+
+
+def _subnets(spec: UplinkSpec) -> tuple[IPNetwork, ...]:
+    return tuple(address.network for address in spec.addresses)
+
+
+def _sources(network: NetworkSpec, leg: Leg) -> list[IPNetwork]:
+    """The addresses with which packets come from a network over its leg."""
+    itself = ipaddress.ip_network(leg.address.ip)
+    return [itself, leg.subnet] if network.masquerade_disabled else [itself]
+
+
+def _order(item: Route | Neighbour) -> tuple[bool, Route | Neighbour]:
+    return len(item) == 3 and bool(item[1]), item
+
+
+def _change(ipr: IPRoute, index: int, item: Route | Neighbour, verb: str) -> None:
+    if len(item) == 2:
+        address, mac = item
+        change = partial(ipr.neigh, verb, dst=address, lladdr=mac, ifindex=index, state=_NUD_PERMANENT)
+    else:
+        destination, hop, mtu = item
+        version = ipaddress.ip_network(destination).version
+        way = {"gateway": hop} if hop else ({"scope": _RT_SCOPE_LINK} if version == 4 else {})
+        change = partial(ipr.route, verb, dst=destination, oif=index, metrics={"mtu": mtu}, **way)
+    if verb == "del":
+        _tried(change, errno.ENOENT, errno.ESRCH)
+    else:
+        try:
+            change()
+        except NetlinkError as exc:
+            raise OSError(exc.code, f"cannot enter {item[0]} on the uplink: {os.strerror(exc.code)}") from exc
+
+
+def _tried(change: Callable[[], object], *nothing: int) -> bool:
+    """Makes a change; False when there is nothing to change."""
+    try:
+        change()
+    except NetlinkError as exc:
+        if exc.code in nothing:
+            return False
+        raise OSError(exc.code, os.strerror(exc.code)) from exc
+    return True
+
+
+def _write(setting: str, value: str) -> None:
+    with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6, say
+        path = Path("/proc/sys/net") / setting
+        if path.read_text().strip() != value:
+            path.write_text(value)
+
+
+def _settings(interface: str) -> None:
+    """Of the kernel's end, which is still down: it takes no routes from the networks and believes no false sender."""
+    for setting, value in (
+        (f"ipv4/conf/{interface}/rp_filter", "1"),
+        (f"ipv4/conf/{interface}/forwarding", "1"),
+        (f"ipv4/conf/{interface}/accept_redirects", "0"),
+        (f"ipv4/conf/{interface}/send_redirects", "0"),
+        (f"ipv4/conf/{interface}/route_localnet", "0"),
+        (f"ipv6/conf/{interface}/accept_ra", "0"),
+        (f"ipv6/conf/{interface}/accept_redirects", "0"),
+        (f"ipv6/conf/{interface}/forwarding", "1"),
+    ):
+        _write(setting, value)
+
+
+def _forward() -> None:
+    """Has the kernel forward, which it may do already; the data path's own interfaces it must not.
+
+    A kernel that forwards IPv6 takes no router advertisements unless told so twice (accept_ra 2, ip-sysctl.rst), and
+    the machine may have its own address and route from one.
+    """
+    base = Path("/proc/sys/net")
+    forwards = base / "ipv6/conf/all/forwarding"
+    if forwards.exists() and forwards.read_text().strip() == "0":
+        for folder in (base / "ipv6/conf").iterdir():
+            accept = folder / "accept_ra"
+            with contextlib.suppress(FileNotFoundError):
+                if folder.name != "all" and accept.read_text().strip() == "1":
+                    accept.write_text("2")
+        forwards.write_text("1")
+    if (base / "ipv4/ip_forward").read_text().strip() == "0":
+        (base / "ipv4/ip_forward").write_text("1")
+        for folder in (base / "ipv4/conf").iterdir():  # that was for all of them
+            if folder.name.startswith("tl") and folder.name != INTERFACE:
+                _write(f"ipv4/conf/{folder.name}/forwarding", "0")
