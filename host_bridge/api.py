@@ -9,8 +9,10 @@ from collections.abc import Iterator
 
 import trio
 
-from host_bridge.errors import BridgeError
+from host_bridge.errors import BridgeError, InvalidError, MultipleSubnetsError
 from host_bridge.fabric import Fabric
+from host_bridge.ipam import Subnet, parse_address, parse_subnet
+from host_bridge.model import IPV6, EndpointOptions, NetworkOptions, SubnetOptions
 from host_bridge.status import StatusReader
 from taploom.contracts.taploom.bridge import v1 as bridge
 from taploom.contracts.taploom.bridge.v1.rpc import GuestServiceBase, NetworkServiceBase, StatusServiceBase
@@ -36,6 +38,30 @@ def _as_status() -> Iterator[None]:
         ) from error
 
 
+def network_options(request: bridge.CreateNetworkRequest) -> NetworkOptions:
+    """What CreateNetwork asks for; raises InvalidError when its lists do not fit together."""
+    subnets: dict[int, tuple[Subnet, str]] = {}
+    for text in request.subnets:
+        subnet = parse_subnet(text)
+        if subnet.version in subnets:
+            raise MultipleSubnetsError(subnet.version)
+        subnets[subnet.version] = (subnet, text)
+    gateways: dict[int, str] = {}
+    for text in request.gateways:
+        family = parse_address(text).version
+        if family in gateways:
+            raise InvalidError(f"two IPv{family} gateways: give one per family")
+        if family not in subnets:
+            raise InvalidError(f"gateway {text}: network {request.name} has no IPv{family} subnet; give one too")
+        gateways[family] = text
+    return NetworkOptions(
+        subnets=[SubnetOptions(subnet=text, gateway=gateways.get(family, "")) for family, (_, text) in subnets.items()],
+        internal=request.internal,
+        mtu=request.mtu,
+        enable_ipv6=request.enable_ipv6 or IPV6 in subnets,
+    )
+
+
 class NetworkApi(NetworkServiceBase):
     """Networks and who is on them."""
 
@@ -46,14 +72,7 @@ class NetworkApi(NetworkServiceBase):
         self, request: bridge.CreateNetworkRequest, context: ServerContext
     ) -> bridge.CreateNetworkResponse:
         with _as_status():
-            record = await self._fabric.create_network(
-                request.name,
-                subnets=request.subnets,
-                gateways=request.gateways,
-                internal=request.internal,
-                mtu=request.mtu,
-                enable_ipv6=request.enable_ipv6,
-            )
+            record = await self._fabric.create_network(request.name, network_options(request))
         return bridge.CreateNetworkResponse(network=self._fabric.network_message(record))
 
     async def list_networks(
@@ -81,10 +100,12 @@ class NetworkApi(NetworkServiceBase):
             record = await self._fabric.connect(
                 request.network,
                 request.guest,
-                addresses=request.addresses,
-                aliases=request.aliases,
-                gateway_priority=request.gateway_priority,
-                mac_address=request.mac_address,
+                EndpointOptions(
+                    addresses=request.addresses,
+                    aliases=request.aliases,
+                    gateway_priority=request.gateway_priority,
+                    mac_address=request.mac_address,
+                ),
             )
         return bridge.ConnectGuestResponse(endpoint=self._fabric.endpoint_message(record))
 

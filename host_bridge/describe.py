@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
-from host_bridge.model import EndpointRecord, GuestRecord, NetworkRecord
+from host_bridge.ipam import ula_prefix, uplink_kernel
+from host_bridge.model import EndpointRecord, GuestRecord, NetworkRecord, SubnetRecord
+from host_bridge.store import Store
 from taploom.contracts.taploom.bridge import v1 as bridge
 from taploom.contracts.taploom.guest import v1 as guest
 from taploom.contracts.taploom.helper import v1 as helper
 
 _SHORT_ID = 12
+# What a host name may be is up to its container; the helper knows names of these characters.
+_HELPER_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,255}", re.ASCII)
 
 
 def with_prefixes(endpoint: EndpointRecord, network: NetworkRecord) -> list[str]:
@@ -27,19 +33,86 @@ def guest_interface(endpoint: EndpointRecord, network: NetworkRecord) -> guest.I
     """What the guest's agent is to make of an endpoint.
 
     An internal network has a gateway (the helper answers for it), but the guest is not told: without a way out there is
-    to be no default route.
+    to be no default route. On the default bridge nobody has a name, so there is nobody to ask.
     """
+    named = not network.default_bridge
     return guest.Interface(
         endpoint_id=endpoint.id,
         name=endpoint.interface_name,
         mac_address=endpoint.mac_address,
         addresses=with_prefixes(endpoint, network),
-        gateways=[] if network.internal else [subnet.gateway for subnet in network.subnets],
-        gateway_priority=endpoint.gateway_priority,
+        gateways=[] if network.internal else [_way_out(subnet) for subnet in network.subnets],
+        gateway_priority=guest_priority(endpoint, network),
         mtu=network.mtu,
         network_name=network.name,
-        dns_servers=[network.dns_server],
+        dns_servers=[network.dns_server] if named else [],
+        name_links=[guest.NameLink(alias=alias, target=target) for alias, target in endpoint.links] if named else [],
     )
+
+
+def guest_priority(endpoint: EndpointRecord, network: NetworkRecord) -> int:
+    """The priority that the guest's agent goes by: Docker's order, in which a network with both families comes before
+    one with one of the same priority. Exact for priorities of up to 30 bits; larger ones are all the same."""
+    value = endpoint.gateway_priority * 2 + (len(network.subnets) > 1)
+    return max(-(2**31), min(value, 2**31 - 1))
+
+
+def _way_out(subnet: SubnetRecord) -> str:
+    """The router that guests use: with Docker, an auxiliary address of this name stands in for the gateway."""
+    return dict(subnet.auxiliary).get(f"DefaultGatewayIPv{subnet.family}", subnet.gateway)
+
+
+def guest_resolver(
+    record: GuestRecord, store: Store, upstreams: Sequence[str], features: frozenset[int]
+) -> guest.Resolver:
+    """How a guest's names are resolved. Only of a container is /etc/hosts the agent's business."""
+    settings = record.settings
+    resolver = guest.Resolver(
+        enabled=True,
+        upstreams=list(settings.dns or upstreams),
+        search=list(settings.dns_search),
+        options=list(settings.dns_options),
+        hostname=settings.hostname,
+    )
+    if not store.is_container(record.id):
+        return resolver
+    # In the order in which they were connected, as Docker has them.
+    endpoints = sorted(store.endpoints(guest_id=record.id), key=lambda endpoint: endpoint.created_at)
+    networks = {endpoint.network_id: store.network(endpoint.network_id) for endpoint in endpoints}
+    on_default = [one for one in endpoints if (network := networks[one.network_id]) and network.default_bridge]
+    if guest.GuestFeature.HOSTS in features:
+        resolver.manage_hosts = True
+        resolver.hosts = _host_entries(record, endpoints, on_default, store)
+    if guest.GuestFeature.DIRECT_DNS in features:
+        resolver.direct = len(on_default) == len(endpoints)
+    return resolver
+
+
+def _host_entries(
+    record: GuestRecord, endpoints: Sequence[EndpointRecord], on_default: Sequence[EndpointRecord], store: Store
+) -> list[guest.HostEntry]:
+    """The lines of /etc/hosts in Docker's order: extra hosts, links on the default bridge, own addresses."""
+    settings = record.settings
+    entries = [guest.HostEntry(address=address, names=name.split()) for name, address in settings.extra_hosts]
+    for endpoint in on_default:
+        if not endpoint.links:
+            continue
+        guests = {one.id: one for one in store.guests()}
+        others = {guests[one.guest_id].name: one for one in store.endpoints(network_id=endpoint.network_id)}
+        for alias, target in endpoint.links:
+            other = others.get(target)
+            if other is None or not other.addresses:
+                continue
+            hostname = guests[other.guest_id].settings.hostname or other.guest_id[:_SHORT_ID]
+            names = [alias, hostname, *([target] if target != alias else [])]
+            entries.append(guest.HostEntry(address=other.addresses[0], names=names))
+    if settings.hostname:
+        full = f"{settings.hostname}.{settings.domainname}" if settings.domainname else ""
+        names = [full, settings.hostname] if full else [settings.hostname]
+        entries += [
+            guest.HostEntry(address=address, names=names) for endpoint in endpoints for address in endpoint.addresses
+        ]
+    return entries
 
 
 def helper_network(network: NetworkRecord) -> helper.Network:
@@ -54,25 +127,43 @@ def helper_network(network: NetworkRecord) -> helper.Network:
         mtu=network.mtu,
         dns_servers=[network.dns_server],
         dns_mac=network.dns_mac,
+        uplink_addresses=list(network.uplink_addresses),
+        uplink_mac=network.uplink_mac,
+        endpoints_isolated=network.isolated,
+        masquerade_disabled=not network.masquerade,
     )
 
 
-def endpoint_names(endpoint: EndpointRecord, guest_record: GuestRecord) -> list[str]:
-    """The names of a guest on a network, as Docker has them: its name, its short id, its aliases; each once."""
+def helper_uplink(host_id: str, host_addresses: Iterable[str]) -> helper.Uplink:
+    """Where the helper's kernel meets the networks' routers."""
+    return helper.Uplink(
+        addresses=list(uplink_kernel(ula_prefix(host_id))),
+        mac_address=(b"\x02" + hashlib.sha256(f"uplink {host_id}".encode()).digest()[:5]).hex(":"),
+        host_addresses=sorted(host_addresses),
+    )
+
+
+def endpoint_names(endpoint: EndpointRecord, guest_record: GuestRecord, network: NetworkRecord) -> list[str]:
+    """The names of a guest on a network, as Docker has them: its name, short id, aliases and hostname; each once. On
+    the default bridge there are none."""
+    if network.default_bridge:
+        return []
     names: dict[str, str] = {}
-    for name in (guest_record.name, guest_record.id[:_SHORT_ID], *endpoint.aliases):
-        names.setdefault(name.lower(), name)
+    hostname = guest_record.settings.hostname
+    for name in (guest_record.name, guest_record.id[:_SHORT_ID], *endpoint.aliases, *endpoint.names, hostname):
+        if _HELPER_NAME.fullmatch(name):
+            names.setdefault(name.lower(), name)
     return list(names.values())
 
 
-def helper_endpoint(endpoint: EndpointRecord, guest_record: GuestRecord) -> helper.Endpoint:
+def helper_endpoint(endpoint: EndpointRecord, guest_record: GuestRecord, network: NetworkRecord) -> helper.Endpoint:
     """What the helper is to make of an endpoint."""
     return helper.Endpoint(
         endpoint_id=endpoint.id,
         network_id=endpoint.network_id,
         mac_address=endpoint.mac_address,
         addresses=list(endpoint.addresses),
-        names=endpoint_names(endpoint, guest_record),
+        names=endpoint_names(endpoint, guest_record, network),
     )
 
 

@@ -6,119 +6,305 @@ Each public method that changes something is one transaction on the `Store`: it 
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import ipaddress
+import logging
+import re
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeVar
 
 from host_bridge import ipam
 from host_bridge.errors import (
+    ActiveEndpointsError,
+    AliasOnDefaultError,
+    AlreadyConnectedError,
+    AmbiguousIdError,
+    ConfigNetworkError,
     ExhaustedError,
+    GuestNotFoundError,
     InvalidError,
-    NotFoundError,
-    PreconditionError,
+    InvalidSubnetError,
+    MacTakenError,
+    MultipleSubnetsError,
+    NameInUseError,
+    NetworkNameTakenError,
+    NetworkNotFoundError,
+    NetworkOptionError,
+    NoFamilyError,
+    NotConnectedError,
+    OutsideSubnetError,
+    PredefinedNetworkError,
+    StaticAddressError,
     TakenError,
+    UnsupportedDriverError,
 )
-from host_bridge.model import IPV4, IPV6, EndpointRecord, GuestRecord, NetworkRecord, SubnetRecord
-from host_bridge.names import check_aliases, check_mac, check_mtu, check_name, shown
+from host_bridge.model import (
+    BRIDGE_DRIVER,
+    DEFAULT_NETWORK,
+    HOST_DRIVER,
+    IPV4,
+    IPV6,
+    NULL_DRIVER,
+    OPTION_HOST_BINDING,
+    OPTION_ICC,
+    OPTION_MASQUERADE,
+    OPTION_MTU,
+    PREDEFINED,
+    EndpointOptions,
+    EndpointRecord,
+    GuestRecord,
+    GuestSettings,
+    NetworkOptions,
+    NetworkRecord,
+    SubnetOptions,
+    SubnetRecord,
+    parse_bool,
+)
+from host_bridge.names import (
+    DEFAULT_MTU,
+    MAX_MTU,
+    MIN_MTU,
+    MIN_MTU_IPV6,
+    check_aliases,
+    check_links,
+    check_mac,
+    check_mtu,
+    check_name,
+    shown,
+)
 from host_bridge.store import Store
 from taploom.address import VMADDR_CID_ANY, Address, AddressError, FdAddress, VsockAddress, data_address, parse_address
+
+logger = logging.getLogger("taploom.bridge")
 
 GUEST_CONTROL_PORT = 5555
 MAX_INTERFACES = 256
 _SHORT_ID = 12
 _INT32 = range(-(2**31), 2**31)
+_GUEST_ID = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}", re.ASCII)
+# `default` is what `--network default` says, so no network may be called that.
+_RESERVED = frozenset({*PREDEFINED, "default"})
+# What `docker network inspect bridge` says of the default bridge; docker0 is its name for people only here.
+_DEFAULT_OPTIONS = {
+    "com.docker.network.bridge.default_bridge": "true",
+    OPTION_ICC: "true",
+    OPTION_MASQUERADE: "true",
+    OPTION_HOST_BINDING: "0.0.0.0",  # noqa: S104 (Docker's text, nothing is bound)
+    "com.docker.network.bridge.name": "docker0",
+    OPTION_MTU: "1500",
+}
 
 Record = TypeVar("Record", NetworkRecord, GuestRecord)
 
 
-class DesiredState:
-    """What is wanted, on top of a `Store`."""
+def _no_networks() -> Iterable[ipam.Subnet]:
+    return ()
 
-    def __init__(self, store: Store) -> None:
+
+class DesiredState:
+    """What is wanted, on top of a `Store`. The predefined networks are there from the start.
+
+    Args:
+        store: the database.
+        host_networks: the networks that this machine has an address in; default subnets avoid them, as Docker's do.
+    """
+
+    def __init__(self, store: Store, *, host_networks: Callable[[], Iterable[ipam.Subnet]] = _no_networks) -> None:
         self._store = store
+        self._host_networks = host_networks
+        self._complete()
 
     @property
     def store(self) -> Store:
         """The database underneath."""
         return self._store
 
+    def _complete(self) -> None:
+        """Creates the predefined networks, and gives networks of older databases their place on the uplink."""
+        existing = {network.name: network for network in self._store.networks()}
+        with self._store.change():
+            for name in PREDEFINED:
+                network = existing.get(name)
+                if network is not None and network.predefined:
+                    continue
+                if network is not None:
+                    # Names were free before there were predefined networks.
+                    other = next(new for n in range(1, 1000) if (new := f"{name}-{n}") not in existing)
+                    logger.warning("network %s is called %s now: %s is a predefined network", name, other, name)
+                    self._store.rename_network(network.id, other)
+                self._store.insert_network(self._predefined(name))
+            for network in self._store.networks():
+                if network.switched and not network.internal and not network.uplink_addresses:
+                    families = [subnet.family for subnet in network.subnets]
+                    mac = _new_mac(self._store.taken_macs())
+                    self._store.insert_uplink(network.id, self._uplink(families), mac)
+
+    def _predefined(self, name: str) -> NetworkRecord:
+        if name == DEFAULT_NETWORK:
+            options = NetworkOptions(options=_DEFAULT_OPTIONS)
+            return self._described(name, options, predefined=True)
+        return NetworkRecord(
+            id=_new_id(),
+            name=name,
+            internal=False,
+            mtu=DEFAULT_MTU,
+            created_at=_now(),
+            active=True,
+            dns_server="",
+            gateway_mac="",
+            dns_mac="",
+            driver=HOST_DRIVER if name == "host" else NULL_DRIVER,
+            predefined=True,
+            enable_ipv4=False,
+        )
+
     # Networks
 
-    def create_network(
-        self,
-        name: str,
-        *,
-        subnets: Sequence[str] = (),
-        gateways: Sequence[str] = (),
-        internal: bool = False,
-        mtu: int = 0,
-        enable_ipv6: bool = False,
-    ) -> NetworkRecord:
+    def create_network(self, name: str, options: NetworkOptions | None = None) -> NetworkRecord:
         """Reserves a network as pending and returns it.
 
         Args:
             name: see `names.check_name`.
-            subnets: at most one per family, CIDR form. No IPv4 one: the next free default pool.
-            gateways: each in one of the subnets. None for a subnet: its lowest address.
-            internal: no way out of the network.
-            mtu: bytes; 0 is 1500.
-            enable_ipv6: give it IPv6 even when no IPv6 subnet is named.
+            options: see there.
 
         Raises:
-            InvalidError, TakenError, PreconditionError, ExhaustedError: see the contract's CreateNetwork.
+            InvalidError, TakenError, PreconditionError, ExhaustedError: see the contract's CreateNetwork; of `errors`,
+            those about networks.
         """
+        options = options or NetworkOptions()
+        if name in _RESERVED:
+            raise PredefinedNetworkError(name, "create")
         check_name("network", name)
-        chosen = _one_per_family("subnet", [ipam.parse_subnet(text) for text in subnets])
-        ipv6 = enable_ipv6 or IPV6 in chosen
-        mtu = check_mtu(mtu, ipv6=ipv6)
-        addresses = _one_per_family("gateway", [ipam.parse_address(text) for text in gateways])
-
+        if options.driver != BRIDGE_DRIVER and not (options.config_only and options.driver == NULL_DRIVER):
+            raise UnsupportedDriverError("network", options.driver)
+        if options.ipam_driver != "default":
+            raise UnsupportedDriverError("ipam", options.ipam_driver)
         with self._store.change(durable=False):
-            existing = self._store.networks()
-            for network in existing:
+            for network in self._store.networks():
                 if network.name == name:
-                    raise TakenError(f"network with name {name} already exists")
-            taken = [
-                (ipaddress.ip_network(subnet.subnet), network.name)
-                for network in existing
-                for subnet in network.subnets
-            ]
-            for subnet in chosen.values():
-                ipam.check_overlap(subnet, taken)
-            if IPV4 not in chosen:
-                chosen[IPV4] = ipam.next_pool([subnet for subnet, _ in taken])
-            if ipv6 and IPV6 not in chosen:
-                prefix = ipam.ula_prefix(self._store.host_id())
-                chosen[IPV6] = ipam.next_ula(prefix, [subnet for subnet, _ in taken])
-
-            records = []
-            for family in sorted(chosen):
-                subnet, gateway = chosen[family], addresses.pop(family, None)
-                if gateway is None:
-                    gateway = ipam.lowest_free(subnet, ())
-                ipam.check_static(subnet, gateway, "gateway")
-                records.append(SubnetRecord(family, str(subnet), str(gateway)))
-            for family, gateway in addresses.items():
-                raise InvalidError(f"gateway {gateway}: network {name} has no IPv{family} subnet; give one too")
-
-            macs = set(self._store.taken_macs())
-            gateway_mac = _new_mac(macs)
-            record = NetworkRecord(
-                id=_new_id(),
-                name=name,
-                internal=internal,
-                mtu=mtu,
-                created_at=_now(),
-                active=False,
-                dns_server=ipam.next_dns_server(network.dns_server for network in existing),
-                gateway_mac=gateway_mac,
-                dns_mac=_new_mac(macs | {gateway_mac}),
-                subnets=tuple(records),
-            )
+                    raise NetworkNameTakenError(name, network.id)
+            if options.config_from:
+                options = self._from_configuration(name, options)
+            record = self._described(name, options)
             self._store.insert_network(record)
         return record
+
+    def _from_configuration(self, name: str, options: NetworkOptions) -> NetworkOptions:
+        """The options with what a configuration network says in them."""
+        given = (options.subnets, options.enable_ipv6, options.labels, options.options, options.ipam_options)
+        if options.config_only:
+            raise ConfigNetworkError(name, "nested")
+        if any(given) or options.mtu:
+            raise ConfigNetworkError(options.config_from, "conflict")
+        try:
+            base = self.find_network(options.config_from)
+        except (NetworkNotFoundError, AmbiguousIdError):
+            raise ConfigNetworkError(options.config_from, "not-found") from None
+        if not base.config_only:
+            raise ConfigNetworkError(options.config_from, "not-config-only")
+        return dataclasses.replace(
+            options,
+            subnets=[
+                SubnetOptions(
+                    subnet=subnet.subnet,
+                    gateway=subnet.gateway,
+                    ip_range=subnet.ip_range,
+                    auxiliary=dict(subnet.auxiliary),
+                )
+                for subnet in base.idle_subnets
+            ],
+            enable_ipv4=base.enable_ipv4,
+            enable_ipv6=base.enable_ipv6,
+            labels=base.labels,
+            options=base.options,
+            ipam_options=base.ipam_options,
+            config_from=base.name,
+        )
+
+    def _described(self, name: str, options: NetworkOptions, *, predefined: bool = False) -> NetworkRecord:
+        """The record of a network that is to be inserted: every choice is made here."""
+        if not options.enable_ipv4 and not options.enable_ipv6:
+            raise NoFamilyError(name)
+        mtu = _checked_options(options)
+        given: dict[int, tuple[ipam.Subnet, SubnetOptions]] = {}
+        for one in options.subnets:
+            if not (one.subnet or one.gateway or one.ip_range or one.auxiliary):
+                continue
+            subnet = ipam.parse_subnet(one.subnet)
+            if subnet.version in given:
+                raise MultipleSubnetsError(subnet.version)
+            given[subnet.version] = (subnet, one)
+        record = NetworkRecord(
+            id=_new_id(),
+            name=name,
+            internal=options.internal,
+            mtu=mtu,
+            created_at=_now(),
+            active=predefined,
+            dns_server="",
+            gateway_mac="",
+            dns_mac="",
+            driver=options.driver,
+            predefined=predefined,
+            labels=dict(options.labels),
+            options=dict(options.options),
+            ipam_driver=options.ipam_driver,
+            ipam_options=None if options.ipam_options is None else dict(options.ipam_options),
+            attachable=options.attachable,
+            ingress=options.ingress,
+            config_only=options.config_only,
+            config_from=options.config_from,
+            enable_ipv4=options.enable_ipv4,
+            enable_ipv6=options.enable_ipv6,
+        )
+        enabled = {family for family, on in ((IPV4, options.enable_ipv4), (IPV6, options.enable_ipv6)) if on}
+        if options.config_only:
+            if options.internal or options.attachable or options.ingress:
+                raise ConfigNetworkError(name, "operator")
+            enabled = set()
+            record = dataclasses.replace(record, driver=NULL_DRIVER)
+        idle = tuple(_echoed(*given.pop(family)) for family in sorted(given.keys() - enabled))
+        record = dataclasses.replace(record, idle_subnets=idle)
+        if options.config_only:
+            return record
+
+        existing = self._store.networks()
+        taken = [(ipaddress.ip_network(s.subnet), network.name) for network in existing for s in network.subnets]
+        for subnet, _ in given.values():
+            ipam.check_overlap(subnet, taken)
+            ipam.check_special(subnet)
+        avoided = [subnet for subnet, _ in taken]
+        subnets = []
+        for family in sorted(enabled):
+            if family in given:
+                subnets.append(_subnet_record(*given[family]))
+                continue
+            if family == IPV4:
+                chosen: ipam.Subnet = ipam.next_pool([*avoided, *self._host_networks()])
+            else:
+                chosen = ipam.next_ula(ipam.ula_prefix(self._store.host_id()), avoided)
+            subnets.append(dataclasses.replace(_subnet_record(chosen, SubnetOptions()), configured=False))
+        macs = set(self._store.taken_macs())
+        gateway_mac = _new_mac(macs)
+        dns_mac = _new_mac(macs | {gateway_mac})
+        return dataclasses.replace(
+            record,
+            dns_server=ipam.next_dns_server(network.dns_server for network in existing if network.dns_server),
+            gateway_mac=gateway_mac,
+            dns_mac=dns_mac,
+            subnets=tuple(subnets),
+            uplink_addresses=() if options.internal else self._uplink(sorted(enabled)),
+            uplink_mac="" if options.internal else _new_mac(macs | {gateway_mac, dns_mac}),
+        )
+
+    def _uplink(self, families: Iterable[int]) -> tuple[str, ...]:
+        """Free addresses for a router on the uplink, one per family, in CIDR form."""
+        taken = [address for network in self._store.networks() for address in network.uplink_addresses]
+        ula = ipam.uplink_ula(ipam.ula_prefix(self._store.host_id()))
+        return tuple(ipam.next_uplink(ipam.UPLINK_RANGE if family == IPV4 else ula, taken) for family in families)
 
     def activate_network(self, network_id: str) -> bool:
         """Marks a pending network as created. False: it is gone."""
@@ -132,18 +318,17 @@ class DesiredState:
             self._store.delete_network(network_id)
 
     def delete_network(self, text: str) -> NetworkRecord:
-        """Removes a network; returns what it was. PreconditionError names the guests that are on it."""
+        """Removes a network; returns what it was. ActiveEndpointsError names the guests that are on it."""
         with self._store.change():
             network = self.find_network(text)
+            if network.predefined:
+                raise PredefinedNetworkError(network.name, "remove")
+            if network.config_only and any(one.config_from == network.name for one in self._store.networks()):
+                raise ConfigNetworkError(network.name, "in-use")
             endpoints = self._store.endpoints(network_id=network.id)
             if endpoints:
-                names = [self.guest_name(endpoint.guest_id) for endpoint in endpoints]
-                listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-                noun = "guest" if len(names) == 1 else "guests"
-                raise PreconditionError(
-                    f"network {network.name} is in use by {noun} {listed}: disconnect first, "
-                    f"with 'taploom network disconnect {network.name} GUEST'"
-                )
+                named = [(self.guest_name(endpoint.guest_id), endpoint.id) for endpoint in endpoints]
+                raise ActiveEndpointsError(network.name, network.id, named)
             self._store.delete_network(network.id)
         return network
 
@@ -157,18 +342,30 @@ class DesiredState:
 
     # Guests
 
-    def register_guest(self, name: str, address: str, data: str = "") -> GuestRecord:
+    def register_guest(
+        self,
+        name: str,
+        address: str,
+        data: str = "",
+        *,
+        guest_id: str = "",
+        settings: GuestSettings | None = None,
+    ) -> GuestRecord:
         """Registers a guest.
 
         Args:
             name: see `names.check_name`; at least two characters, as container names have.
             address: where its agent's control port is (see `taploom.address`); port 5555 unless given.
             data: where its data port is. Empty: see `taploom.address.data_address`.
+            guest_id: the container's id, 64 hexadecimal characters; empty: a new one.
+            settings: what its names are resolved with.
 
         Raises:
             InvalidError, TakenError
         """
         check_name("guest", name, shortest=2)
+        if guest_id and not _GUEST_ID.fullmatch(guest_id):
+            raise InvalidError(f"guest id {shown(guest_id)} is malformed: use 64 characters of 0-9 and a-f")
         control = _dialled("guest address", address, GUEST_CONTROL_PORT)
         try:
             their_data = _dialled("data address", data, None) if data else data_address(control)
@@ -177,16 +374,45 @@ class DesiredState:
         if control == their_data:
             raise InvalidError(f"control and data address are both {control}: they are two ports of the agent")
         with self._store.change():
+            holder = self._store.holder_of_name(name, guest_id)
+            if holder is not None:
+                raise NameInUseError(name, holder)
             for guest in self._store.guests():
-                if guest.name == name:
-                    raise TakenError(f"guest with name {name} already exists: remove it first, or choose another name")
+                if guest.id == guest_id:
+                    raise TakenError(f"guest {guest.name} is registered already")
                 theirs = {guest.address, guest.data_address}
                 for mine in (control, their_data):
                     if str(mine) in theirs:
                         raise TakenError(f"address {mine} is the one of guest {guest.name}")
-            record = GuestRecord(_new_id(), name, str(control), str(their_data), _now())
+            record = GuestRecord(
+                guest_id or _new_id(), name, str(control), str(their_data), _now(), settings or GuestSettings()
+            )
             self._store.insert_guest(record)
         return record
+
+    def rename_guest(self, text: str, name: str) -> tuple[GuestRecord, GuestRecord]:
+        """Gives a guest, and the container that it is, another name; returns what it was and what it is.
+
+        Raises:
+            InvalidError, NotFoundError, NameInUseError
+        """
+        check_name("guest", name, shortest=2)
+        with self._store.change():
+            before = self.find_guest(text)
+            holder = self._store.holder_of_name(name, before.id)
+            if holder is not None:
+                raise NameInUseError(name, holder)
+            after = dataclasses.replace(before, name=name)
+            self._store.update_guest(before.id, name=name, settings=before.settings)
+            self._store.rename_container(before.id, name)
+        return before, after
+
+    def update_guest_settings(self, text: str, settings: GuestSettings) -> GuestRecord:
+        """Replaces what a guest's names are resolved with."""
+        with self._store.change():
+            guest = self.find_guest(text)
+            self._store.update_guest(guest.id, name=guest.name, settings=settings)
+        return dataclasses.replace(guest, settings=settings)
 
     def remove_guest(self, text: str) -> tuple[GuestRecord, list[EndpointRecord]]:
         """Removes a guest and its endpoints; returns what they were."""
@@ -216,66 +442,74 @@ class DesiredState:
 
     # Endpoints
 
-    def connect(
-        self,
-        network_text: str,
-        guest_text: str,
-        *,
-        addresses: Sequence[str] = (),
-        aliases: Sequence[str] = (),
-        gateway_priority: int = 0,
-        mac_address: str = "",
-    ) -> EndpointRecord:
+    def connect(self, network_text: str, guest_text: str, options: EndpointOptions | None = None) -> EndpointRecord:
         """Reserves a guest's place on a network as pending and returns it.
 
         Args:
             network_text, guest_text: id, name or unique prefix of an id.
-            addresses: at most one per family. None for a family that the network has: the lowest free one.
-            aliases: see `names.check_aliases`.
-            gateway_priority: the highest of a guest's networks has the default route.
-            mac_address: empty: one that follows from the address.
+            options: see there; see `names.check_aliases` too.
 
         Raises:
-            InvalidError, NotFoundError, TakenError, ExhaustedError: see the contract's ConnectGuest.
+            InvalidError, NotFoundError, TakenError, ExhaustedError: see the contract's ConnectGuest; of `errors`, those
+            about endpoints.
         """
-        if gateway_priority not in _INT32:
-            raise InvalidError(f"gateway priority {gateway_priority} is out of range: use -2147483648 to 2147483647")
-        checked_aliases = check_aliases(list(aliases))
-        wanted = _one_per_family("address", [ipam.parse_address(text) for text in addresses])
-        mac = check_mac(mac_address) if mac_address else ""
+        options = options or EndpointOptions()
+        priority = options.gateway_priority
+        if priority not in _INT32:
+            raise InvalidError(f"gateway priority {priority} is out of range: use -2147483648 to 2147483647")
+        wanted: dict[int, ipam.Address] = {}
+        for text in options.addresses:
+            address = ipam.parse_address(text)
+            if address.version in wanted:
+                raise InvalidError(f"two IPv{address.version} addresses: give one per family")
+            wanted[address.version] = address
+        mac = check_mac(options.mac_address) if options.mac_address else ""
+        aliases, names = check_aliases(list(options.aliases)), check_aliases(list(options.names))
+        links = check_links(options.links)
 
         with self._store.change(durable=False):
             network = self.find_network(network_text)
             guest = self.find_guest(guest_text)
+            if not network.switched:
+                if network.config_only:
+                    raise ConfigNetworkError(network.name, "config-only")
+                raise PredefinedNetworkError(network.name, "connect")
+            for address in wanted.values():
+                _check_wanted(network, address)
+            if network.default_bridge and aliases:
+                raise AliasOnDefaultError(network.name)
             if self._store.endpoint_of(network.id, guest.id) is not None:
-                raise TakenError(f"guest {guest.name} is already connected to network {network.name}")
+                raise AlreadyConnectedError(guest.name, network.name)
             holders = self._store.taken_addresses(network.id)
             chosen: list[str] = []
             for record in network.subnets:
-                subnet = ipaddress.ip_network(record.subnet)
-                address = wanted.pop(record.family, None)
-                if address is None:
-                    address = ipam.lowest_free(subnet, [ipaddress.ip_address(a) for a in holders])
+                asked = wanted.get(record.family)
+                if asked is None:
+                    within = ipaddress.ip_network(record.ip_range) if record.ip_range else None
+                    taken = [ipaddress.ip_address(holder) for holder in holders]
+                    chosen.append(str(ipam.lowest_free(ipaddress.ip_network(record.subnet), taken, within)))
                 else:
-                    ipam.check_static(subnet, address)
-                    ipam.check_free(address, holders, network.name)
-                chosen.append(str(address))
-            for family, address in wanted.items():
-                raise InvalidError(f"address {address}: network {network.name} has no IPv{family} subnet")
-            macs = self._store.taken_macs()
+                    ipam.check_free(asked, holders, network.name)
+                    chosen.append(str(asked))
+            macs = self._store.taken_macs(network.id)
             if mac in macs:
-                raise TakenError(f"MAC address {mac} is taken by {macs[mac]}: choose another")
+                raise MacTakenError(mac, macs[mac])
             endpoint = EndpointRecord(
                 id=_new_id(),
                 network_id=network.id,
                 guest_id=guest.id,
                 interface_name=self._free_interface(guest, ()),
                 mac_address=mac or _mac_of(chosen, set(macs)),
-                gateway_priority=gateway_priority,
+                gateway_priority=priority,
                 created_at=_now(),
                 active=False,
                 addresses=tuple(chosen),
-                aliases=checked_aliases,
+                aliases=aliases,
+                static_addresses=tuple(str(wanted[family]) for family in sorted(wanted)),
+                static_mac=bool(mac),
+                links=links,
+                driver_options=dict(options.driver_options),
+                names=names,
             )
             self._store.insert_endpoint(endpoint)
         return endpoint
@@ -312,7 +546,7 @@ class DesiredState:
             guest = self.find_guest(guest_text)
             endpoint = self._store.endpoint_of(network.id, guest.id)
             if endpoint is None:
-                raise PreconditionError(f"guest {guest.name} is not connected to network {network.name}")
+                raise NotConnectedError(guest.name, network.name, guest.id)
             self._store.delete_endpoint(endpoint.id)
         return endpoint
 
@@ -357,23 +591,91 @@ def _find(kind: str, text: str, records: list[Record]) -> Record:
     if len(matches) == 1:
         return matches[0]
     if matches:
-        names = ", ".join(record.name for record in matches[:10])
-        raise InvalidError(f"id prefix {shown(text)} is ambiguous: it fits {kind}s {names}; give more characters")
-    raise NotFoundError(f"{kind} {shown(text)[1:-1]} not found: 'taploom {kind} ls' lists those there are")
+        raise AmbiguousIdError(kind, text, [record.name for record in matches])
+    raise NetworkNotFoundError(text) if kind == "network" else GuestNotFoundError(text)
 
 
-Versioned = TypeVar("Versioned", ipam.Subnet, ipam.Address)
+def _checked_options(options: NetworkOptions) -> int:
+    """Checks those of Docker's options that the fabric knows; returns the network's MTU.
+
+    Raises:
+        NetworkOptionError, InvalidError
+    """
+    values = options.options
+    for key in (OPTION_ICC, OPTION_MASQUERADE):
+        if key in values and parse_bool(values[key]) is None:
+            raise NetworkOptionError(key, values[key], "bool")
+    if OPTION_HOST_BINDING in values:
+        try:
+            ipaddress.ip_address(values[OPTION_HOST_BINDING])
+        except ValueError:
+            raise NetworkOptionError(OPTION_HOST_BINDING, values[OPTION_HOST_BINDING], "address") from None
+    text = values.get(OPTION_MTU)
+    if text is None or options.config_only:
+        return check_mtu(options.mtu, ipv6=options.enable_ipv6)
+    if not _INTEGER.fullmatch(text):
+        raise NetworkOptionError(OPTION_MTU, text, "integer")
+    mtu = int(text)
+    if mtu < 0:
+        raise NetworkOptionError(OPTION_MTU, text, "negative")
+    if mtu and not (MIN_MTU_IPV6 if options.enable_ipv6 else MIN_MTU) <= mtu <= MAX_MTU:
+        raise NetworkOptionError(OPTION_MTU, text, "range")
+    if options.mtu not in (0, mtu):
+        raise NetworkOptionError(OPTION_MTU, text, "range")
+    return mtu or DEFAULT_MTU
 
 
-def _one_per_family(what: str, values: list[Versioned]) -> dict[int, Versioned]:
-    chosen: dict[int, Versioned] = {}
-    for value in values:
-        if value.version in chosen:
-            raise InvalidError(
-                f"two IPv{value.version} {what}{'es' if what == 'address' else 's'}: give one per family"
+def _subnet_record(subnet: ipam.Subnet, options: SubnetOptions) -> SubnetRecord:
+    """A subnet with its gateway, in Docker's order: the gateway is chosen before auxiliary addresses are looked at."""
+    within = ipam.parse_range(options.ip_range, subnet) if options.ip_range else None
+    if options.gateway:
+        gateway = ipam.check_part(subnet, options.gateway, "gateway")
+    else:
+        gateway = ipam.lowest_free(subnet, (), within)
+    auxiliary: dict[str, str] = {}
+    for name, text in options.auxiliary.items():
+        address = ipam.check_part(subnet, text, "aux-address")
+        if address == gateway or str(address) in auxiliary.values():
+            holder = "the gateway" if address == gateway else "another auxiliary address"
+            raise InvalidSubnetError(
+                f"aux-address {shown(name)} {address} is {holder}: choose another",
+                what="aux-address",
+                value=text,
+                reason="taken",
+                subnet=str(subnet),
             )
-        chosen[value.version] = value
-    return chosen
+        auxiliary[name] = str(address)
+    return SubnetRecord(
+        subnet.version,
+        str(subnet),
+        str(gateway),
+        ip_range="" if within is None else str(within),
+        auxiliary=tuple(auxiliary.items()),
+        configured=True,
+        gateway_given=bool(options.gateway),
+    )
+
+
+def _echoed(subnet: ipam.Subnet, options: SubnetOptions) -> SubnetRecord:
+    """A subnet that nobody uses: checked and kept as it was given."""
+    checked = _subnet_record(subnet, options)
+    return checked if options.gateway else dataclasses.replace(checked, gateway="")
+
+
+def _check_wanted(network: NetworkRecord, address: ipam.Address) -> None:
+    """Raises StaticAddressError, OutsideSubnetError or AddressTakenError unless a guest may ask for the address."""
+    subnet = network.subnet(address.version)
+    if network.default_bridge or not any(one.configured for one in network.subnets):
+        raise StaticAddressError(str(address), network.name, address.version)
+    if subnet is None:
+        raise OutsideSubnetError(
+            f"address {address}: network {network.name} has no IPv{address.version} subnet",
+            address=str(address),
+            network=network.name,
+        )
+    if not subnet.configured:
+        raise StaticAddressError(str(address), network.name, address.version)
+    ipam.check_static(ipaddress.ip_network(subnet.subnet), address, network.name)
 
 
 def _new_id() -> str:

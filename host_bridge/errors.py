@@ -128,10 +128,18 @@ class PredefinedNetworkError(PreconditionError):
 
 
 class NetworkOptionError(InvalidError):
-    """An option of a network cannot be used. `option` is its key; `value` what was given; `reason` what is wrong."""
+    """An option of a network cannot be used. `option` is its key; `value` what was given; `reason` one of "bool",
+    "integer", "negative", "range", "address"."""
 
     def __init__(self, option: str, value: str, reason: str) -> None:
-        super().__init__(f"option {_shown(option)} of the network cannot be {_shown(value)!r}: {reason}")
+        wanted = {
+            "bool": "use true or false",
+            "integer": "use a whole number",
+            "negative": "use a number above 0",
+            "range": "use 68 to 65535 bytes, 1280 at least with IPv6",
+            "address": "use an IP address",
+        }[reason]
+        super().__init__(f"option {_shown(option)} of the network cannot be '{_shown(value)}': {wanted}")
         self.option, self.value, self.reason = option, value, reason
 
 
@@ -141,7 +149,7 @@ class UnsupportedDriverError(NotFoundError):
     def __init__(self, kind: str, driver: str) -> None:
         what = "network driver" if kind == "network" else "IPAM driver"
         only = "bridge" if kind == "network" else "default"
-        super().__init__(f"{what} {_shown(driver)!r} is not supported: use {only!r}")
+        super().__init__(f"{what} '{_shown(driver)}' is not supported: use '{only}'")
         self.kind, self.driver = kind, driver
 
 
@@ -149,7 +157,7 @@ class ConfigNetworkError(PreconditionError):
     """A configuration-only network was used as a network, or another as a configuration, or it is in use.
 
     `name` is the network's; `reason` one of "not-config-only", "config-only", "in-use", "not-found", "conflict",
-    "attachable".
+    "operator" (fields that a configuration cannot have), "nested".
     """
 
     def __init__(self, name: str, reason: str) -> None:
@@ -160,6 +168,8 @@ class ConfigNetworkError(PreconditionError):
                 "in-use": f"network {name} is the configuration of other networks: remove them first",
                 "not-found": f"configuration network {_shown(name)} not found",
                 "conflict": f"a network made from configuration {name} takes its options from there: give none",
+                "operator": f"configuration {name} cannot be internal, attachable or ingress: what is made from it can",
+                "nested": f"configuration {name} cannot be made from another configuration",
             }.get(reason, f"configuration network {name}: {reason}")
         )
         self.name, self.reason = name, reason
@@ -176,6 +186,22 @@ class InvalidSubnetError(InvalidError):
     def __init__(self, message: str, *, what: str, value: str, reason: str, subnet: str = "") -> None:
         super().__init__(message)
         self.what, self.value, self.reason, self.subnet = what, value, reason, subnet
+
+
+class MultipleSubnetsError(InvalidError):
+    """A network has at most one subnet of a family (4 or 6)."""
+
+    def __init__(self, family: int) -> None:
+        super().__init__(f"two IPv{family} subnets: give one per family")
+        self.family = family
+
+
+class NoFamilyError(InvalidError):
+    """A network needs IPv4, IPv6 or both."""
+
+    def __init__(self, network: str) -> None:
+        super().__init__(f"network {network} has neither IPv4 nor IPv6: enable one")
+        self.network = network
 
 
 class PoolOverlapError(PreconditionError):

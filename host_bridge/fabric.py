@@ -8,6 +8,8 @@ recorded first and always succeeds: an agent that is away learns of it from its 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -17,14 +19,24 @@ import trio
 
 from host_bridge.describe import bridge_endpoint, bridge_guest, bridge_network
 from host_bridge.desired import DesiredState
-from host_bridge.errors import AbortedError, UnavailableError
-from host_bridge.guest_peer import GuestPeer
-from host_bridge.helper_peer import HelperPeer, network_key
+from host_bridge.errors import AbortedError, ActiveEndpointsError, NetworkNotFoundError, UnavailableError
+from host_bridge.events import EventBus, EventKind
+from host_bridge.guest_peer import RESOLVER_KEY, GuestPeer
+from host_bridge.helper_peer import UPLINK_KEY, HelperPeer, network_key
+from host_bridge.host_addresses import HostAddresses
 from host_bridge.links import DataLink
-from host_bridge.model import EndpointRecord, GuestRecord, NetworkRecord
+from host_bridge.model import (
+    EndpointOptions,
+    EndpointRecord,
+    GuestRecord,
+    GuestSettings,
+    NetworkOptions,
+    NetworkRecord,
+)
 from host_bridge.peer import CALL_TIMEOUT, PERMANENT, Peer
 from taploom.address import Address
 from taploom.contracts.taploom.bridge import v1 as bridge
+from taploom.contracts.taploom.helper.v1 import StreamWanted
 from taploom.link import Dataplane, new_secret
 from taploom.rpc import StatusCode
 
@@ -61,6 +73,12 @@ class Fabric:
         helper_data: the helper's data address.
         upstreams: DNS servers of the guests for names that no network knows.
         timing: how long callers wait.
+        host_addresses: gives this machine's addresses, which guests reach it under; nobody: they reach it only under
+            their gateways' addresses.
+
+    Attributes:
+        events: what happens, whoever asked for it.
+        on_stream_wanted: joins the streams that containers open to the host; None: they are refused.
     """
 
     def __init__(
@@ -72,12 +90,24 @@ class Fabric:
         *,
         upstreams: Sequence[str] = (),
         timing: Timing | None = None,
+        host_addresses: HostAddresses | None = None,
     ) -> None:
         self.desired = desired
         self.timing = timing or Timing()
-        self.helper = HelperPeer(helper, helper_data, desired.store, **self._callbacks(lambda: self.helper))
+        self.events = EventBus()
+        self.on_stream_wanted: Callable[[StreamWanted], None] | None = None
+        self.helper = HelperPeer(
+            helper,
+            helper_data,
+            desired.store,
+            host_addresses=host_addresses.current if host_addresses is not None else tuple,
+            on_up=lambda: self.events.emit("helper-up"),
+            on_stream_wanted=self._stream_wanted,
+            **self._callbacks(lambda: self.helper),
+        )
         self.guests: dict[str, GuestPeer] = {}
         self.links: dict[str, DataLink] = {}
+        self._host_addresses = host_addresses
         self._dataplane = dataplane
         self._upstreams = list(upstreams)
         self._scopes: dict[str, trio.CancelScope] = {}
@@ -91,6 +121,8 @@ class Fabric:
             logger.info("removed %d unfinished networks and endpoints of an earlier run", removed)
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            if self._host_addresses is not None:
+                await nursery.start(self._host_addresses.run, lambda: self.helper.touch(UPLINK_KEY))
             nursery.start_soon(_guarded, self.helper)
             for guest in self.desired.guests():
                 self._add_guest(guest)
@@ -101,19 +133,20 @@ class Fabric:
 
     # Networks
 
-    async def create_network(self, name: str, **options: Any) -> NetworkRecord:
+    async def create_network(self, name: str, options: NetworkOptions | None = None) -> NetworkRecord:
         """Creates a network and returns once the helper has it; arguments as `DesiredState.create_network`."""
-        record = self.desired.create_network(name, **options)
+        record = self.desired.create_network(name, options)
         key = network_key(record.id)
         try:
-            self.helper.touch(key)
-            await self._converge(
-                lambda condition: self.helper.changes.until(key, condition),
-                done=lambda: self.helper.has(key),
-                refused=lambda: _refusal(self.helper, key),
-                peers=(self.helper,),
-                explain=lambda: self.helper.waits_for(key),
-            )
+            if record.switched:
+                self.helper.touch(key)
+                await self._converge(
+                    lambda condition: self.helper.changes.until(key, condition),
+                    done=lambda: self.helper.has(key),
+                    refused=lambda: _refusal(self.helper, key),
+                    peers=(self.helper,),
+                    explain=lambda: self.helper.waits_for(key),
+                )
             if not self.desired.activate_network(record.id):
                 raise AbortedError(f"network {name} was removed while it was being created")
         except BaseException:
@@ -123,6 +156,7 @@ class Fabric:
         logger.info("created network %s (%s)", name, ", ".join(subnet.subnet for subnet in record.subnets))
         created = self.desired.store.network(record.id)
         assert created is not None
+        self.events.emit("network-create", network=created)
         return created
 
     async def delete_network(self, text: str) -> NetworkRecord:
@@ -131,17 +165,73 @@ class Fabric:
         key = network_key(record.id)
         self.helper.touch(key)
         logger.info("removed network %s", record.name)
+        self.events.emit("network-destroy", network=record)
         with trio.move_on_after(self.timing.settle):
             await self.helper.wait_gone(key)
         return record
 
+    async def prune_networks(self, predicate: Callable[[NetworkRecord], bool]) -> list[NetworkRecord]:
+        """Removes every network that nobody is on and that `predicate` is true for; returns what was removed.
+
+        As with Docker, predefined networks and configurations stay, and a container that does not run holds none.
+        """
+        removed = []
+        for network in self.desired.networks():
+            if network.predefined or network.config_only or not predicate(network):
+                continue
+            # Somebody may have connected to it, or removed it, since the list was made.
+            with contextlib.suppress(ActiveEndpointsError, NetworkNotFoundError):
+                removed.append(await self.delete_network(network.id))
+        return removed
+
     # Guests
 
-    async def register_guest(self, name: str, address: str, data: str = "") -> GuestRecord:
-        """Registers a guest; the bridge starts to dial it."""
-        record = self.desired.register_guest(name, address, data)
+    async def register_guest(
+        self,
+        name: str,
+        address: str,
+        data: str = "",
+        *,
+        guest_id: str = "",
+        settings: GuestSettings | None = None,
+    ) -> GuestRecord:
+        """Registers a guest; the bridge starts to dial it. Arguments as `DesiredState.register_guest`."""
+        record = self.desired.register_guest(name, address, data, guest_id=guest_id, settings=settings)
         self._add_guest(record)
         logger.info("registered guest %s at %s", name, record.address)
+        self.events.emit("guest-register", guest=record)
+        await trio.lowlevel.checkpoint()
+        return record
+
+    async def rename_guest(self, text: str, name: str) -> GuestRecord:
+        """Gives a guest, and the container that it is, another name, under which its networks know it at once."""
+        before, record = self.desired.rename_guest(text, name)
+        peer = self.guests.get(record.id)
+        if peer is not None:
+            peer.renamed(record)
+        endpoints = self.desired.store.endpoints(guest_id=record.id)
+        for endpoint in endpoints:
+            link = self.links.get(endpoint.id)
+            if link is not None:
+                link.label = f"{record.name} on {self.desired.network_name(endpoint.network_id)}"
+            self.helper.touch(endpoint.id)
+            self._touch_linked(endpoint)
+        logger.info("guest %s is called %s now", before.name, record.name)
+        self.events.emit("guest-rename", guest=record)
+        with trio.move_on_after(self.timing.settle):
+            for endpoint in endpoints:
+                await self.helper.changes.until(endpoint.id, functools.partial(self.helper.settled, endpoint.id))
+        return record
+
+    async def update_guest_settings(self, guest_id: str, settings: GuestSettings) -> GuestRecord:
+        """Replaces what a guest's names are resolved with, live."""
+        record = self.desired.update_guest_settings(guest_id, settings)
+        peer = self.guests.get(record.id)
+        if peer is not None:
+            peer.renamed(record)
+        for endpoint in self.desired.store.endpoints(guest_id=record.id):
+            self.helper.touch(endpoint.id)
+            self._touch_linked(endpoint)
         await trio.lowlevel.checkpoint()
         return record
 
@@ -152,6 +242,11 @@ class Fabric:
         for endpoint in endpoints:
             self._drop_link(endpoint.id)
             self.helper.touch(endpoint.id)
+            self._touch_linked(endpoint)
+            if endpoint.active:
+                network = self.desired.store.network(endpoint.network_id)
+                self.events.emit("endpoint-disconnect", network=network, guest=record, endpoint=endpoint)
+        self.events.emit("guest-remove", guest=record)
         peer = self.guests.pop(record.id)
         left = self._leaving[record.address] = trio.Event()
         assert self._nursery is not None
@@ -172,13 +267,16 @@ class Fabric:
 
     # Endpoints
 
-    async def connect(self, network: str, guest: str, **options: Any) -> EndpointRecord:
-        """Connects a guest to a network and returns once frames can pass; arguments as `DesiredState.connect`."""
-        record = self.desired.connect(network, guest, **options)
+    async def connect(self, network: str, guest: str, options: EndpointOptions | None = None) -> EndpointRecord:
+        """Connects a guest to a network and returns once frames can pass and names are known; arguments as
+        `DesiredState.connect`."""
+        record = self.desired.connect(network, guest, options)
         try:
             link = self._add_link(record)
             link.guest.touch(record.id)
+            link.guest.touch(RESOLVER_KEY)
             self.helper.touch(record.id)
+            self._touch_linked(record)
             await self._until_up(link)
             if link.removed or not self.desired.activate_endpoint(record.id):
                 raise AbortedError(f"{link.label} was disconnected while it was being connected")
@@ -191,6 +289,7 @@ class Fabric:
         logger.info("connected %s with %s", link.label, ", ".join(record.addresses))
         connected = self.desired.store.endpoint(record.id)
         assert connected is not None
+        self._emit("endpoint-connect", connected)
         return connected
 
     async def disconnect(self, network: str, guest: str) -> EndpointRecord:
@@ -199,8 +298,17 @@ class Fabric:
         link = self._forget_endpoint(record)
         if link is not None:
             logger.info("disconnected %s", link.label)
+        if record.active:
+            self._emit("endpoint-disconnect", record)
         await self._settle(record)
         return record
+
+    def _stream_wanted(self, wanted: StreamWanted) -> None:
+        if self.on_stream_wanted is not None:
+            self.on_stream_wanted(wanted)
+            return
+        assert self._nursery is not None
+        self._nursery.start_soon(self.helper.refuse_stream, wanted.token)
 
     async def _settle(self, record: EndpointRecord) -> None:
         """Waits a little for the agents to let go of an endpoint; those that do not answer converge later."""
@@ -208,6 +316,7 @@ class Fabric:
         with trio.move_on_after(self.timing.settle):
             if peer is not None:
                 await peer.wait_gone(record.id)
+                await peer.changes.until(RESOLVER_KEY, lambda: peer.settled(RESOLVER_KEY))
             await self.helper.wait_gone(record.id)
 
     async def _until_up(self, link: DataLink) -> None:
@@ -216,7 +325,7 @@ class Fabric:
         while True:
             await self._converge(
                 link.changes.until,
-                done=lambda: link.up or link.removed,
+                done=lambda: (link.up and link.guest.settled(RESOLVER_KEY)) or link.removed,
                 refused=lambda: self._link_refusal(link),
                 peers=(link.guest, self.helper),
                 explain=link.waits_for,
@@ -324,6 +433,11 @@ class Fabric:
 
         def changed(key: str) -> None:
             peer = this()
+            if key == RESOLVER_KEY:
+                for one in self.links.values():
+                    if one.guest is peer:
+                        one.changes.notify()
+                return
             if key:
                 link = self.links.get(key)
                 if link is not None:
@@ -363,8 +477,24 @@ class Fabric:
         link = self._drop_link(record.id)
         if record.guest_id in self.guests:
             self.guests[record.guest_id].touch(record.id)
+            self.guests[record.guest_id].touch(RESOLVER_KEY)
         self.helper.touch(record.id)
+        self._touch_linked(record)
         return link
+
+    def _touch_linked(self, endpoint: EndpointRecord) -> None:
+        """Tells the guests that have a link to this one on the default bridge: their /etc/hosts has its address."""
+        network = self.desired.store.network(endpoint.network_id)
+        if network is None or not network.default_bridge:
+            return
+        for other in self.desired.store.endpoints(network_id=network.id):
+            if other.links and other.guest_id in self.guests:
+                self.guests[other.guest_id].touch(RESOLVER_KEY)
+
+    def _emit(self, kind: EventKind, endpoint: EndpointRecord) -> None:
+        network = self.desired.store.network(endpoint.network_id)
+        guest = self.desired.store.guest(endpoint.guest_id)
+        self.events.emit(kind, network=network, guest=guest, endpoint=endpoint)
 
     # What callers see
 

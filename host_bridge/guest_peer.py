@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any
 
-from host_bridge.describe import guest_interface
+from host_bridge.describe import guest_interface, guest_resolver
 from host_bridge.model import GuestRecord
 from host_bridge.names import clean_text
 from host_bridge.peer import Event, LinkDownEvent, OtherEvent, Peer, PeerInfo, SyncResult, status_code
@@ -14,6 +14,7 @@ from host_bridge.store import Store
 from taploom.address import parse_address
 from taploom.contracts.taploom.guest.v1 import (
     ApplyInterfaceRequest,
+    ApplyResolverRequest,
     AuthorizeLinkRequest,
     DeleteInterfaceRequest,
     GetInfoRequest,
@@ -36,10 +37,12 @@ _LINK_FEATURES = {
     GuestFeature.LINK_TSO: LinkFeature.TSO,
     GuestFeature.LINK_USO: LinkFeature.USO,
 }
+# The key of the resolver's configuration; endpoints' keys are their ids.
+RESOLVER_KEY = "resolver"
 
 
-class GuestPeer(Peer[Interface]):
-    """The agent in a guest's VM. Keys are endpoint ids.
+class GuestPeer(Peer[Interface | Resolver]):
+    """The agent in a guest's VM. Keys are endpoint ids and `RESOLVER_KEY`.
 
     Args:
         record: the guest.
@@ -75,10 +78,18 @@ class GuestPeer(Peer[Interface]):
             link_features=frozenset(link for feature, link in _LINK_FEATURES.items() if feature in features),
             has_events=GuestFeature.EVENTS in features,
             instance_id=clean_text(info.instance_id, 80),
-            has_resolver=GuestFeature.RESOLVER in features,
+            features=frozenset(features),
         )
 
-    def wanted(self, key: str) -> Interface | None:
+    def renamed(self, record: GuestRecord) -> None:
+        """Says that the guest's name or settings are others now."""
+        self.record = record
+        self.subject = f"guest {record.name}"
+        self.touch(RESOLVER_KEY)
+
+    def wanted(self, key: str) -> Interface | Resolver | None:
+        if key == RESOLVER_KEY:
+            return self._resolver()
         endpoint = self._store.endpoint(key)
         if endpoint is None or endpoint.guest_id != self.record.id:
             return None
@@ -86,28 +97,44 @@ class GuestPeer(Peer[Interface]):
         assert network is not None, "foreign key"
         return guest_interface(endpoint, network)
 
+    def _resolver(self) -> Resolver | None:
+        features = self.info.features if self.info is not None else frozenset()
+        if self._retiring or GuestFeature.RESOLVER not in features or self._store.guest(self.record.id) is None:
+            return None
+        return guest_resolver(self.record, self._store, self._upstreams, features)
+
     def wanted_keys(self) -> Iterable[str]:
-        return [endpoint.id for endpoint in self._store.endpoints(guest_id=self.record.id)]
+        return [RESOLVER_KEY, *(endpoint.id for endpoint in self._store.endpoints(guest_id=self.record.id))]
 
-    def claims(self, description: Interface) -> frozenset[str]:
-        return frozenset({f"name {description.name}"})
+    def claims(self, description: Interface | Resolver) -> frozenset[str]:
+        return frozenset({f"name {description.name}"}) if isinstance(description, Interface) else frozenset()
 
-    async def sync(self, snapshot: Mapping[str, Interface], within: float) -> SyncResult:
-        assert self.info is not None
-        enabled = self.info.has_resolver and not self._retiring
-        resolver = Resolver(enabled=enabled, upstreams=self._upstreams if enabled else [])
-        request = SyncRequest(interfaces=list(snapshot.values()), resolver=resolver)
+    def label(self, key: str) -> str:
+        return "its resolver's configuration" if key == RESOLVER_KEY else super().label(key)
+
+    async def sync(self, snapshot: Mapping[str, Interface | Resolver], within: float) -> SyncResult:
+        resolver = snapshot.get(RESOLVER_KEY)
+        request = SyncRequest(
+            interfaces=[one for one in snapshot.values() if isinstance(one, Interface)],
+            resolver=resolver if isinstance(resolver, Resolver) else Resolver(enabled=False),
+        )
         response = await self.client.sync(request, timeout=within)
         return SyncResult(
             failures={f.endpoint_id: (status_code(f.code), f.message) for f in response.failures},
             links_down=_links_down(response.interfaces),
         )
 
-    async def apply(self, key: str, description: Interface, secret: bytes | None, within: float) -> None:
+    async def apply(self, key: str, description: Interface | Resolver, secret: bytes | None, within: float) -> None:
+        if isinstance(description, Resolver):
+            await self.client.apply_resolver(ApplyResolverRequest(resolver=description), timeout=within)
+            return
         request = ApplyInterfaceRequest(interface=description, link_secret=secret or b"")
         await self.client.apply_interface(request, timeout=within)
 
     async def delete(self, key: str, within: float) -> None:
+        if key == RESOLVER_KEY:
+            await self.client.apply_resolver(ApplyResolverRequest(resolver=Resolver(enabled=False)), timeout=within)
+            return
         await self.client.delete_interface(DeleteInterfaceRequest(endpoint_id=key), timeout=within)
 
     async def authorize(self, endpoint_id: str, secret: bytes, within: float) -> None:

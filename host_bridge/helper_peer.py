@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from host_bridge.describe import helper_endpoint, helper_network
+from host_bridge.describe import helper_endpoint, helper_network, helper_uplink
 from host_bridge.names import clean_text
 from host_bridge.peer import Event, LinkDownEvent, OtherEvent, Peer, PeerInfo, ResyncEvent, SyncResult, status_code
 from host_bridge.store import Store
@@ -14,7 +14,9 @@ from taploom.address import Address
 from taploom.contracts.taploom.helper.v1 import (
     ApplyEndpointRequest,
     ApplyNetworkRequest,
+    ApplyUplinkRequest,
     AuthorizeLinkRequest,
+    AuthorizeStreamsRequest,
     DaemonState,
     DeleteEndpointRequest,
     DeleteNetworkRequest,
@@ -26,12 +28,16 @@ from taploom.contracts.taploom.helper.v1 import (
     HelperFeature,
     ListEndpointsRequest,
     Network,
+    RefuseStreamRequest,
+    StreamWanted,
     SyncRequest,
+    Uplink,
     WatchEventsRequest,
     WatchEventsResponse,
 )
 from taploom.contracts.taploom.helper.v1.rpc import HelperServiceClient
 from taploom.contracts.taploom.link.v1 import LinkFeature
+from taploom.link import new_secret
 from taploom.rpc import Channel, RpcError, StatusCode
 
 _LINK_FEATURES = {
@@ -40,6 +46,10 @@ _LINK_FEATURES = {
     HelperFeature.LINK_USO: LinkFeature.USO,
 }
 _NETWORK = "network:"
+UPLINK_KEY = "uplink"
+_STREAMS_KEY = "streams"
+
+HelperObject = Network | Endpoint | Uplink | AuthorizeStreamsRequest
 
 
 def network_key(network_id: str) -> str:
@@ -47,14 +57,21 @@ def network_key(network_id: str) -> str:
     return _NETWORK + network_id
 
 
-class HelperPeer(Peer[Network | Endpoint]):
-    """The agent in the helper VM. Keys are endpoint ids and `network_key`s.
+class HelperPeer(Peer[HelperObject]):
+    """The agent in the helper VM. Keys are endpoint ids, `network_key`s and `UPLINK_KEY`.
 
     Args:
         address: its control port.
         data_address: its data port.
         store: where what is wanted is read from.
+        host_addresses: gives the host's addresses, without prefix length.
+        on_up: called when the helper has been told everything after it was away.
+        on_stream_wanted: called when a container opens a stream to the host.
         options: see `Peer`.
+
+    Attributes:
+        stream_secret: what streams on the data port are opened with; None while the helper has not accepted one on the
+            present connection.
     """
 
     # It tells of every link of every guest, and is ours.
@@ -66,11 +83,20 @@ class HelperPeer(Peer[Network | Endpoint]):
         address: Address,
         data_address: Address,
         store: Store,
+        *,
+        host_addresses: Callable[[], Sequence[str]],
+        on_up: Callable[[], None],
+        on_stream_wanted: Callable[[StreamWanted], None],
         **options: Any,
     ) -> None:
         super().__init__("the helper", address, **options)
         self.data_address = data_address
+        self.stream_secret: bytes | None = None
+        self._next_secret = b""
         self._store = store
+        self._host_addresses = host_addresses
+        self._on_up = on_up
+        self._on_stream_wanted = on_stream_wanted
         self._client: HelperServiceClient | None = None
 
     @property
@@ -82,6 +108,8 @@ class HelperPeer(Peer[Network | Endpoint]):
 
     def bind(self, channel: Channel | None) -> None:
         self._client = None if channel is None else HelperServiceClient(channel)
+        self.stream_secret = None
+        self._next_secret = new_secret()
 
     async def get_info(self, within: float) -> PeerInfo:
         info = await self.client.get_info(GetInfoRequest(), timeout=within)
@@ -92,41 +120,61 @@ class HelperPeer(Peer[Network | Endpoint]):
             link_features=frozenset(link for feature, link in _LINK_FEATURES.items() if feature in features),
             has_events=HelperFeature.EVENTS in features,
             instance_id=clean_text(info.instance_id, 80),
+            features=frozenset(features),
         )
 
-    def wanted(self, key: str) -> Network | Endpoint | None:
+    def _can(self, feature: HelperFeature) -> bool:
+        return self.info is not None and feature in self.info.features
+
+    def wanted(self, key: str) -> HelperObject | None:
+        if key == UPLINK_KEY:
+            if not self._can(HelperFeature.EGRESS):
+                return None
+            return helper_uplink(self._store.host_id(), self._host_addresses())
+        if key == _STREAMS_KEY:
+            return AuthorizeStreamsRequest(secret=self._next_secret) if self._can(HelperFeature.STREAMS) else None
         if key.startswith(_NETWORK):
             network = self._store.network(key.removeprefix(_NETWORK))
-            return None if network is None else helper_network(network)
+            return None if network is None or not network.switched else helper_network(network)
         endpoint = self._store.endpoint(key)
         if endpoint is None:
             return None
         guest = self._store.guest(endpoint.guest_id)
-        assert guest is not None, "foreign key"
-        return helper_endpoint(endpoint, guest)
+        network = self._store.network(endpoint.network_id)
+        assert guest is not None and network is not None, "foreign keys"
+        return helper_endpoint(endpoint, guest, network)
 
     def wanted_keys(self) -> Iterable[str]:
         networks = [network_key(network.id) for network in self._store.networks()]
-        return networks + [endpoint.id for endpoint in self._store.endpoints()]
+        return [_STREAMS_KEY, UPLINK_KEY, *networks, *(endpoint.id for endpoint in self._store.endpoints())]
 
-    def claims(self, description: Network | Endpoint) -> frozenset[str]:
+    def in_snapshot(self, key: str) -> bool:
+        return key != _STREAMS_KEY
+
+    def claims(self, description: HelperObject) -> frozenset[str]:
         if isinstance(description, Network):
-            return frozenset({*description.subnets, *description.dns_servers, f"name {description.name}"})
-        return frozenset({f"{description.network_id} {address}" for address in description.addresses}) | {
-            description.mac_address
-        }
+            own = {*description.subnets, *description.dns_servers, *description.uplink_addresses}
+            return frozenset({*own, f"name {description.name}"})
+        if isinstance(description, Endpoint):
+            own = {*description.addresses, description.mac_address}
+            return frozenset(f"{description.network_id} {one}" for one in own)
+        return frozenset()
 
-    def requires(self, description: Network | Endpoint) -> str | None:
+    def requires(self, description: HelperObject) -> str | None:
         return network_key(description.network_id) if isinstance(description, Endpoint) else None
 
     def label(self, key: str) -> str:
+        if key in (UPLINK_KEY, _STREAMS_KEY):
+            return f"the {key}"
         if not key.startswith(_NETWORK):
             return super().label(key)
         network = self._store.network(key.removeprefix(_NETWORK))
         return f"network {key.removeprefix(_NETWORK)[:12] if network is None else network.name}"
 
-    async def sync(self, snapshot: Mapping[str, Network | Endpoint], within: float) -> SyncResult:
+    async def sync(self, snapshot: Mapping[str, HelperObject], within: float) -> SyncResult:
+        uplink = snapshot.get(UPLINK_KEY)
         request = SyncRequest(
+            uplink=uplink if isinstance(uplink, Uplink) else None,
             networks=[one for one in snapshot.values() if isinstance(one, Network)],
             endpoints=[one for one in snapshot.values() if isinstance(one, Endpoint)],
         )
@@ -135,16 +183,26 @@ class HelperPeer(Peer[Network | Endpoint]):
         for failure in response.failures:
             key = failure.id if failure.id in snapshot else network_key(failure.id)
             failures[key] = (status_code(failure.code), failure.message)
+        if not self._synced:
+            self._on_up()
         return SyncResult(failures=failures, links_down=_links_down(response.endpoints))
 
-    async def apply(self, key: str, description: Network | Endpoint, secret: bytes | None, within: float) -> None:
+    async def apply(self, key: str, description: HelperObject, secret: bytes | None, within: float) -> None:
         if isinstance(description, Network):
             await self.client.apply_network(ApplyNetworkRequest(network=description), timeout=within)
+        elif isinstance(description, Uplink):
+            await self.client.apply_uplink(ApplyUplinkRequest(uplink=description), timeout=within)
+        elif isinstance(description, AuthorizeStreamsRequest):
+            await self.client.authorize_streams(description, timeout=within)
+            if description.secret == self._next_secret:
+                self.stream_secret = description.secret
         else:
             request = ApplyEndpointRequest(endpoint=description, link_secret=secret or b"")
             await self.client.apply_endpoint(request, timeout=within)
 
     async def delete(self, key: str, within: float) -> None:
+        if key in (UPLINK_KEY, _STREAMS_KEY):
+            return  # wanted for as long as the agent can do it
         if key.startswith(_NETWORK):
             request = DeleteNetworkRequest(network_id=key.removeprefix(_NETWORK))
             await self.client.delete_network(request, timeout=within)
@@ -158,7 +216,18 @@ class HelperPeer(Peer[Network | Endpoint]):
     @contextlib.asynccontextmanager
     async def events(self) -> AsyncIterator[AsyncIterator[Event]]:
         async with self.client.watch_events(WatchEventsRequest()) as stream:
-            yield (_event(message) async for message in stream)
+            yield (self._event(message) async for message in stream)
+
+    def _event(self, message: WatchEventsResponse) -> Event:
+        if message.stream_wanted is not None:
+            self._on_stream_wanted(message.stream_wanted)
+            return OtherEvent("")
+        return _event(message)
+
+    async def refuse_stream(self, token: bytes) -> None:
+        """Tells the helper that nothing answers a stream that a container opened; one that is away has reset it."""
+        with contextlib.suppress(RpcError):
+            await self.client.refuse_stream(RefuseStreamRequest(token=token), timeout=self.call_timeout)
 
     async def links_down(self, within: float) -> frozenset[str]:
         return _links_down(await self.endpoints(within))

@@ -9,22 +9,33 @@ import hashlib
 import ipaddress
 from collections.abc import Iterable, Iterator
 
-from host_bridge.errors import ExhaustedError, InvalidError, PreconditionError, TakenError
+from host_bridge.errors import (
+    AddressTakenError,
+    InvalidAddressError,
+    InvalidSubnetError,
+    NoAddressLeftError,
+    NoPoolLeftError,
+    OutsideSubnetError,
+    PoolOverlapError,
+)
 from host_bridge.model import IPV4, IPV6
 from host_bridge.names import shown
 
 Subnet = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# Docker gives 172.17.0.0/16 to its default bridge before anyone creates a network, so the first network that a user
-# creates there has 172.18.0.0/16. It is so here too: 172.17.0.0/16 is not among the pools, for a network named bridge.
-_LARGE_POOLS = tuple(ipaddress.IPv4Network(f"172.{second}.0.0/16") for second in range(18, 32))
+# The default bridge takes the first of these before anyone creates a network.
+_LARGE_POOLS = tuple(ipaddress.IPv4Network(f"172.{second}.0.0/16") for second in range(17, 32))
 _SMALL_POOLS = ipaddress.IPv4Network("192.168.0.0/16")
 _SMALL_PREFIX = 20
 
 # Each network's DNS server has one address of this range. It is link-local (RFC 3927) so that it never takes an
 # address that a container would have had; 169.254.169.254 and its neighbours, where clouds serve metadata, are outside.
 DNS_SERVER_RANGE = ipaddress.IPv4Network("169.254.64.0/18")
+# Where the networks' routers and the helper's kernel meet; the kernel has the first address. In IPv6 it is the /64 of
+# this number within the host's ULA prefix.
+UPLINK_RANGE = ipaddress.IPv4Network("169.254.128.0/18")
+UPLINK_ULA = 0xFFFF
 
 _SPECIAL: tuple[tuple[Subnet, str], ...] = (
     (ipaddress.IPv4Network("0.0.0.0/8"), "this host (RFC 1122)"),
@@ -55,39 +66,87 @@ def contains(subnet: Subnet, address: Address) -> bool:
 
 
 def parse_subnet(text: str) -> Subnet:
-    """A subnet that a network may have, from CIDR form; raises InvalidError with the reason and the way out."""
-    if "/" not in text:
-        raise InvalidError(f"subnet {shown(text)} has no prefix length: write it as 10.1.0.0/24 or fd00:1::/64")
-    if "%" in text:
-        raise InvalidError(f"subnet {shown(text)} must not have a zone")
-    try:
-        interface = ipaddress.ip_interface(text)
-    except ValueError:
-        raise InvalidError(f"subnet {shown(text)} is malformed: write it as 10.1.0.0/24 or fd00:1::/64") from None
-    subnet = interface.network
-    if not text.rpartition("/")[2].isdecimal():
-        # ipaddress takes netmasks and hostmasks too; CIDR form is what the contract says.
-        raise InvalidError(f"subnet {shown(text)} has a netmask: write it as {subnet}")
-    if interface.ip != subnet.network_address:
-        raise InvalidError(f"subnet {text} has host bits set: use {subnet}")
+    """A subnet that a network may have, from CIDR form; raises InvalidSubnetError with the reason and the way out."""
+    subnet = _parse_prefix("subnet", text)
     longest = _LONGEST_PREFIX[subnet.version]
     if subnet.prefixlen > longest:
-        raise InvalidError(f"subnet {subnet} has no room for a gateway and a guest: use /{longest} or a shorter prefix")
-    for special, what in _SPECIAL:
-        if overlaps(subnet, special):
-            raise InvalidError(f"subnet {subnet} overlaps {special}, which is {what}: choose another")
+        raise InvalidSubnetError(
+            f"subnet {subnet} has no room for a gateway and a guest: use /{longest} or a shorter prefix",
+            what="subnet",
+            value=text,
+            reason="prefix",
+        )
     return subnet
 
 
+def check_special(subnet: Subnet) -> Subnet:
+    """Returns the subnet unless it overlaps a range with a meaning of its own; raises InvalidSubnetError."""
+    for special, what in _SPECIAL:
+        if overlaps(subnet, special):
+            raise InvalidSubnetError(
+                f"subnet {subnet} overlaps {special}, which is {what}: choose another",
+                what="subnet",
+                value=str(subnet),
+                reason="special",
+            )
+    return subnet
+
+
+def parse_range(text: str, subnet: Subnet) -> Subnet:
+    """The part of a subnet that addresses are taken from, from CIDR form; raises InvalidSubnetError."""
+    wanted = _parse_prefix("ip-range", text)
+    if not contains(subnet, wanted.network_address) or wanted.prefixlen < subnet.prefixlen:
+        family = wanted.version != subnet.version
+        raise InvalidSubnetError(
+            f"ip-range {wanted} is not in {subnet}: give a part of it",
+            what="ip-range",
+            value=text,
+            reason="family" if family else "outside",
+            subnet=str(subnet),
+        )
+    if int(wanted.network_address) > last_usable(subnet) or int(wanted.broadcast_address) < first_usable(subnet):
+        raise InvalidSubnetError(
+            f"ip-range {wanted} has no address that a guest may have: choose one of {usable_range(subnet)}",
+            what="ip-range",
+            value=text,
+            reason="reserved",
+            subnet=str(subnet),
+        )
+    return wanted
+
+
+def _parse_prefix(what: str, text: str) -> Subnet:
+    def refused(message: str, reason: str) -> InvalidSubnetError:
+        return InvalidSubnetError(f"{what} {message}", what=what, value=text, reason=reason)
+
+    if "/" not in text:
+        raise refused(f"{shown(text)} has no prefix length: write it as 10.1.0.0/24 or fd00:1::/64", "malformed")
+    if "%" in text:
+        raise refused(f"{shown(text)} must not have a zone", "malformed")
+    try:
+        interface = ipaddress.ip_interface(text)
+    except ValueError:
+        raise refused(f"{shown(text)} is malformed: write it as 10.1.0.0/24 or fd00:1::/64", "malformed") from None
+    prefix = interface.network
+    length = text.rpartition("/")[2]
+    if not (length.isascii() and length.isdecimal()):
+        # ipaddress takes netmasks and hostmasks too; CIDR form is what the contract says.
+        raise refused(f"{shown(text)} has a netmask: write it as {prefix}", "malformed")
+    if interface.ip != prefix.network_address:
+        raise refused(f"{text} has host bits set: use {prefix}", "host-bits")
+    return prefix
+
+
 def parse_address(text: str) -> Address:
-    """An address without prefix length; raises InvalidError."""
+    """An address without prefix length; raises InvalidAddressError."""
     try:
         if "%" in text:
             raise ValueError(text)
         return ipaddress.ip_address(text)
     except ValueError:
-        raise InvalidError(
-            f"address {shown(text)} is malformed: write it as 10.1.0.5 or fd00:1::5, without a prefix length"
+        raise InvalidAddressError(
+            f"address {shown(text)} is malformed: write it as 10.1.0.5 or fd00:1::5, without a prefix length",
+            address=text,
         ) from None
 
 
@@ -103,31 +162,68 @@ def last_usable(subnet: Subnet) -> int:
     return last - 1 if subnet.version == IPV4 else last
 
 
-def lowest_free(subnet: Subnet, taken: Iterable[Address]) -> Address:
-    """The lowest address of the subnet that is not taken; raises ExhaustedError when there is none."""
-    candidate = first_usable(subnet)
+def lowest_free(subnet: Subnet, taken: Iterable[Address], within: Subnet | None = None) -> Address:
+    """The lowest address of the subnet that is not taken, of its part `within` when that is given; raises
+    NoAddressLeftError when there is none."""
+    candidate, last = first_usable(subnet), last_usable(subnet)
+    if within is not None:
+        # Docker's: in a range that does not begin with the subnet, the range's own first address is like any other.
+        candidate = max(candidate, int(within.network_address))
+        last = min(last, int(within.broadcast_address))
     for value in sorted({int(address) for address in taken if contains(subnet, address)}):
         if value > candidate:
             break
         if value == candidate:
             candidate += 1
-    if candidate > last_usable(subnet):
-        raise ExhaustedError(f"no address is left in {subnet}: disconnect a guest or create a larger network")
+    if candidate > last:
+        raise NoAddressLeftError(str(within or subnet))
     return _address(subnet, candidate)
 
 
-def check_static(subnet: Subnet, address: Address, what: str = "address") -> Address:
-    """Returns the address when a guest or gateway may have it; raises InvalidError otherwise."""
+def unusable(subnet: Subnet, address: Address) -> tuple[str, str] | None:
+    """Why nobody may have the address: (reason, message without its subject); None: somebody may.
+
+    The reason is "family", "outside" or "reserved".
+    """
+    if address.version != subnet.version:
+        return "family", f"is not in {subnet}: choose one of {usable_range(subnet)}"
     if not contains(subnet, address):
-        raise InvalidError(f"{what} {address} is not in {subnet}: choose one of {usable_range(subnet)}")
+        return "outside", f"is not in {subnet}: choose one of {usable_range(subnet)}"
     if int(address) < first_usable(subnet):
         name = "network address" if subnet.version == IPV4 else "routers' anycast address"
-        raise InvalidError(f"{what} {address} is the {name} of {subnet}: choose one of {usable_range(subnet)}")
+        return "reserved", f"is the {name} of {subnet}: choose one of {usable_range(subnet)}"
     if int(address) > last_usable(subnet):
-        raise InvalidError(
-            f"{what} {address} is the broadcast address of {subnet}: choose one of {usable_range(subnet)}"
+        return "reserved", f"is the broadcast address of {subnet}: choose one of {usable_range(subnet)}"
+    return None
+
+
+def check_part(subnet: Subnet, text: str, what: str) -> Address:
+    """A gateway or auxiliary address of the subnet; raises InvalidSubnetError. `what` is "gateway" or "aux-address"."""
+    try:
+        address = parse_address(text)
+    except InvalidAddressError as error:
+        raise InvalidSubnetError(
+            f"{what} {error}", what=what, value=text, reason="malformed", subnet=str(subnet)
+        ) from None
+    problem = unusable(subnet, address)
+    if problem is not None:
+        reason, message = problem
+        raise InvalidSubnetError(
+            f"{what} {address} {message}", what=what, value=text, reason=reason, subnet=str(subnet)
         )
     return address
+
+
+def check_static(subnet: Subnet, address: Address, network: str) -> Address:
+    """Returns the address when a guest may ask for it; raises OutsideSubnetError, or AddressTakenError for one that
+    nobody may have."""
+    problem = unusable(subnet, address)
+    if problem is None:
+        return address
+    reason, message = problem
+    if reason == "reserved":
+        raise AddressTakenError(str(address), network, "nobody: it " + message.partition(":")[0])
+    raise OutsideSubnetError(f"address {address} {message}", address=str(address), network=network)
 
 
 def usable_range(subnet: Subnet) -> str:
@@ -136,10 +232,10 @@ def usable_range(subnet: Subnet) -> str:
 
 
 def check_overlap(subnet: Subnet, existing: Iterable[tuple[Subnet, str]]) -> None:
-    """Raises PreconditionError when the subnet overlaps one of `existing` (subnet, network name)."""
+    """Raises PoolOverlapError when the subnet overlaps one of `existing` (subnet, network name)."""
     for other, name in existing:
         if overlaps(subnet, other):
-            raise PreconditionError(f"subnet {subnet} overlaps {other} of network {name}: choose another")
+            raise PoolOverlapError(str(subnet), str(other), name)
 
 
 def default_pools() -> Iterator[ipaddress.IPv4Network]:
@@ -149,12 +245,12 @@ def default_pools() -> Iterator[ipaddress.IPv4Network]:
 
 
 def next_pool(existing: Iterable[Subnet]) -> ipaddress.IPv4Network:
-    """The first default pool that overlaps no existing subnet; raises ExhaustedError."""
+    """The first default pool that overlaps no existing subnet; raises NoPoolLeftError."""
     taken = [subnet for subnet in existing if subnet.version == IPV4]
     for pool in default_pools():
         if not any(overlaps(pool, subnet) for subnet in taken):
             return pool
-    raise ExhaustedError("all default subnets are in use: remove a network or give a --subnet")
+    raise NoPoolLeftError("all default subnets are in use: remove a network or give a --subnet", family=IPV4)
 
 
 def ula_prefix(host_id: str) -> ipaddress.IPv6Network:
@@ -164,26 +260,51 @@ def ula_prefix(host_id: str) -> ipaddress.IPv6Network:
 
 
 def next_ula(prefix: ipaddress.IPv6Network, existing: Iterable[Subnet]) -> ipaddress.IPv6Network:
-    """The lowest /64 of the prefix that overlaps no existing subnet; raises ExhaustedError."""
+    """The lowest /64 of the prefix that overlaps no existing subnet; raises NoPoolLeftError."""
     taken = [subnet for subnet in existing if isinstance(subnet, ipaddress.IPv6Network) and overlaps(subnet, prefix)]
     cut = {subnet if subnet.prefixlen < 64 else subnet.supernet(new_prefix=64) for subnet in taken}
     wide = [subnet for subnet in cut if subnet.prefixlen < 64]
+    uplink = uplink_ula(prefix)
     for candidate in prefix.subnets(new_prefix=64):
-        if candidate not in cut and not any(candidate.overlaps(subnet) for subnet in wide):
+        if candidate != uplink and candidate not in cut and not any(candidate.overlaps(subnet) for subnet in wide):
             return candidate
-    raise ExhaustedError(f"all /64 subnets of {prefix} are in use: remove a network or give an IPv6 --subnet")
+    raise NoPoolLeftError(
+        f"all /64 subnets of {prefix} are in use: remove a network or give an IPv6 --subnet", family=IPV6
+    )
+
+
+def uplink_ula(prefix: ipaddress.IPv6Network) -> ipaddress.IPv6Network:
+    """The /64 of the host's ULA prefix that is the uplink's."""
+    return ipaddress.IPv6Network((int(prefix.network_address) + (UPLINK_ULA << 64), 64))
+
+
+def uplink_kernel(prefix: ipaddress.IPv6Network) -> tuple[str, str]:
+    """The addresses of the helper's kernel on the uplink, in CIDR form."""
+    ula = uplink_ula(prefix)
+    return f"{UPLINK_RANGE[1]}/{UPLINK_RANGE.prefixlen}", f"{ula[1]}/{ula.prefixlen}"
+
+
+def next_uplink(subnet: Subnet, taken: Iterable[str]) -> str:
+    """The lowest free router's address on the uplink, in CIDR form; raises NoAddressLeftError.
+
+    Args:
+        subnet: `UPLINK_RANGE` or `uplink_ula`.
+        taken: the other routers' addresses, in CIDR form, of any family.
+    """
+    holders = [ipaddress.ip_interface(text).ip for text in taken]
+    return f"{lowest_free(subnet, [*holders, subnet[1]])}/{subnet.prefixlen}"
 
 
 def next_dns_server(taken: Iterable[str]) -> str:
-    """The lowest free address for a network's DNS server; raises ExhaustedError."""
+    """The lowest free address for a network's DNS server; raises NoAddressLeftError."""
     return str(lowest_free(DNS_SERVER_RANGE, [ipaddress.IPv4Address(address) for address in taken]))
 
 
 def check_free(address: Address, holders: dict[str, str], network: str) -> None:
-    """Raises TakenError when `holders` (address -> who, for people) has the address."""
+    """Raises AddressTakenError when `holders` (address -> who, for people) has the address."""
     holder = holders.get(str(address))
     if holder is not None:
-        raise TakenError(f"address {address} of network {network} is taken by {holder}: choose another")
+        raise AddressTakenError(str(address), network, holder)
 
 
 def _address(subnet: Subnet, value: int) -> Address:

@@ -55,19 +55,19 @@ class DataLink:
         self.changes = Signal()
         self.scope = trio.CancelScope()
         self._dataplane = dataplane
-        # Secrets that an agent has accepted and that no dial has used, by the agent's subject.
-        self._secrets: dict[str, bytes] = {}
+        # Secrets that an agent has accepted and that no dial has used.
+        self._secrets: dict[Peer[Any], bytes] = {}
         self._down: str | None = None
         self._common: frozenset[LinkFeature] | None = None
 
     def secret_accepted(self, peer: Peer[Any], secret: bytes) -> None:
         """Says that an agent accepted a secret along with the endpoint's description."""
-        self._secrets[peer.subject] = secret
+        self._secrets[peer] = secret
 
     def connection_changed(self, peer: Peer[Any]) -> None:
         """Says that a control connection came or went: what an agent accepted before it restarted is void."""
         if not peer.connected:
-            self._secrets.pop(peer.subject, None)
+            self._secrets.pop(peer, None)
         self.changes.notify()
 
     def bounce(self, reason: str, generation: int) -> None:
@@ -135,13 +135,13 @@ class DataLink:
         return self.guest.has(self.endpoint_id) and self.helper.has(self.endpoint_id)
 
     async def _dial(self) -> None:
-        secrets: dict[str, bytes] = {}
+        secrets: dict[Peer[Any], bytes] = {}
         errors: list[RpcError] = []
         async with trio.open_nursery() as nursery:
             for peer in (self.guest, self.helper):
-                accepted = self._secrets.pop(peer.subject, None)
+                accepted = self._secrets.pop(peer, None)
                 if accepted is not None:
-                    secrets[peer.subject] = accepted
+                    secrets[peer] = accepted
                 else:
                     nursery.start_soon(self._authorize, peer, secrets, errors)
         if errors:
@@ -154,8 +154,8 @@ class DataLink:
             guest=self.guest.data_address,
             helper=self.helper.data_address,
             endpoint_id=self.endpoint_id,
-            guest_secret=secrets[self.guest.subject],
-            helper_secret=secrets[self.helper.subject],
+            guest_secret=secrets[self.guest],
+            helper_secret=secrets[self.helper],
             features=self._wanted_features(),
             on_down=lambda reason: self._broken(generation, reason),
         )
@@ -166,14 +166,14 @@ class DataLink:
         logger.info("link of %s is up", self.label)
         self.changes.notify()
 
-    async def _authorize(self, peer: Peer[Any], secrets: dict[str, bytes], errors: list[RpcError]) -> None:
+    async def _authorize(self, peer: Peer[Any], secrets: dict[Peer[Any], bytes], errors: list[RpcError]) -> None:
         secret = new_secret()
         try:
             await peer.authorize(self.endpoint_id, secret, peer.call_timeout)
         except RpcError as error:
             errors.append(error)
         else:
-            secrets[peer.subject] = secret
+            secrets[peer] = secret
 
     def _wanted_features(self) -> frozenset[LinkFeature]:
         wanted = frozenset(LinkFeature)

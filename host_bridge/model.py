@@ -39,7 +39,7 @@ class SubnetRecord:
 
     `ip_range` (CIDR) is where addresses that nobody asks for are taken from, empty: the whole subnet; `auxiliary` are
     (name, address) that are never given out. `configured`: the user gave the subnet; `gateway_given`: and the gateway.
-    A configuration-only network may have subnets without gateway.
+    One that is only echoed (`NetworkRecord.idle_subnets`) may have no gateway.
     """
 
     family: int
@@ -60,6 +60,7 @@ class NetworkRecord:
         predefined: bridge, host or none.
         labels, options, ipam_driver, ipam_options, attachable, ingress: as they were given.
         config_only: not a network but what others are made from; `config_from` names what this one was made from.
+        idle_subnets: subnets that are only echoed: of a family that is not enabled, or of a configuration.
         uplink_addresses: the router's addresses on the helper's uplink in CIDR form, one per family; none: no egress.
         uplink_mac: its MAC address there, or empty.
     """
@@ -86,6 +87,7 @@ class NetworkRecord:
     config_from: str = ""
     enable_ipv4: bool = True
     enable_ipv6: bool = False
+    idle_subnets: tuple[SubnetRecord, ...] = ()
     uplink_addresses: tuple[str, ...] = ()
     uplink_mac: str = ""
 

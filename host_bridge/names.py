@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-from host_bridge.errors import InvalidError
+from host_bridge.errors import InvalidAliasError, InvalidError, InvalidMacError, InvalidNameError
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*", re.ASCII)
 _LABEL = re.compile(r"[a-zA-Z0-9_]([a-zA-Z0-9_-]*[a-zA-Z0-9_])?", re.ASCII)
@@ -36,18 +37,21 @@ def clean_text(text: str, limit: int = 300) -> str:
 
 
 def check_name(kind: str, name: str, *, shortest: int = 1) -> str:
-    """Returns `name` when it may name a network or guest; raises InvalidError otherwise."""
+    """Returns `name` when it may name a network or guest; raises InvalidNameError otherwise."""
+    message = ""
     if not name:
-        raise InvalidError(f"a {kind} needs a name")
-    if len(name) > MAX_NAME:
-        raise InvalidError(f"{kind} name {shown(name, 20)} has {len(name)} characters: use at most {MAX_NAME}")
-    if len(name) < shortest:
-        raise InvalidError(f"{kind} name {shown(name)} is too short: use at least {shortest} characters")
-    if not _NAME.fullmatch(name):
-        raise InvalidError(
+        message = f"a {kind} needs a name"
+    elif len(name) > MAX_NAME:
+        message = f"{kind} name {shown(name, 20)} has {len(name)} characters: use at most {MAX_NAME}"
+    elif len(name) < shortest:
+        message = f"{kind} name {shown(name)} is too short: use at least {shortest} characters"
+    elif not _NAME.fullmatch(name):
+        message = (
             f"{kind} name {shown(name)} is not allowed: use letters, digits, '_', '.' and '-', "
             "the first one a letter or digit"
         )
+    if message:
+        raise InvalidNameError(message, kind=kind, name=name)
     return name
 
 
@@ -62,32 +66,51 @@ def check_aliases(aliases: list[str]) -> tuple[str, ...]:
     kept: dict[str, str] = {}
     for alias in aliases:
         if not alias:
-            raise InvalidError("an alias must not be empty")
+            raise InvalidAliasError("an alias must not be empty", alias=alias)
         if len(alias) > MAX_ALIAS:
-            raise InvalidError(f"alias {shown(alias, 20)} has {len(alias)} characters: use at most {MAX_ALIAS}")
+            raise InvalidAliasError(
+                f"alias {shown(alias, 20)} has {len(alias)} characters: use at most {MAX_ALIAS}", alias=alias
+            )
         for label in alias.split("."):
             if len(label) > MAX_NAME:
-                raise InvalidError(
-                    f"alias {shown(alias, 20)} has a label of {len(label)} characters: use at most {MAX_NAME}"
+                raise InvalidAliasError(
+                    f"alias {shown(alias, 20)} has a label of {len(label)} characters: use at most {MAX_NAME}",
+                    alias=alias,
                 )
             if not _LABEL.fullmatch(label):
-                raise InvalidError(
+                raise InvalidAliasError(
                     f"alias {shown(alias)} is not a DNS name: use letters, digits, '-' and '_', "
-                    "with dots between labels"
+                    "with dots between labels",
+                    alias=alias,
                 )
         kept.setdefault(alias.lower(), alias)
     return tuple(kept.values())
 
 
+def check_links(links: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Returns the links (alias, other guest's name), each alias once; raises InvalidAliasError.
+
+    An alias of several links has the last one's target.
+    """
+    if len(links) > MAX_ALIASES:
+        raise InvalidError(f"{len(links)} links are too many: use at most {MAX_ALIASES}")
+    kept: dict[str, tuple[str, str]] = {}
+    for alias, target in links:
+        check_aliases([alias])
+        check_aliases([target])
+        kept[alias.lower()] = (alias, target)
+    return tuple(kept.values())
+
+
 def check_mac(mac: str) -> str:
-    """Returns the MAC address as aa:bb:cc:dd:ee:ff; raises InvalidError when malformed or not unicast."""
+    """Returns the MAC address as aa:bb:cc:dd:ee:ff; raises InvalidMacError when malformed or not unicast."""
     if not _MAC.fullmatch(mac):
-        raise InvalidError(f"MAC address {shown(mac)} is malformed: write it as 02:42:ac:12:00:02")
+        raise InvalidMacError(f"MAC address {shown(mac)} is malformed: write it as 02:42:ac:12:00:02", mac=mac)
     octets = bytes.fromhex(mac.replace(":", "").replace("-", ""))
     if octets[0] & 1:
-        raise InvalidError(f"MAC address {mac} is a multicast address: the first octet must be even")
+        raise InvalidMacError(f"MAC address {mac} is a multicast address: the first octet must be even", mac=mac)
     if not any(octets):
-        raise InvalidError("MAC address 00:00:00:00:00:00 cannot be used")
+        raise InvalidMacError("MAC address 00:00:00:00:00:00 cannot be used", mac=mac)
     return octets.hex(":")
 
 

@@ -84,7 +84,8 @@ class PeerInfo:
     link_features: frozenset[LinkFeature]
     has_events: bool
     instance_id: str
-    has_resolver: bool = False
+    # The agent's own numbers of all that it can do.
+    features: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True)
@@ -241,6 +242,10 @@ class Peer(abc.ABC, Generic[D]):
         """The key of the object that must be applied before this one, or None."""
         return None
 
+    def in_snapshot(self, key: str) -> bool:
+        """False for an object that Sync does not carry: it is applied by itself after each Sync."""
+        return True
+
     def label(self, key: str) -> str:
         """What to call an object in the log."""
         return f"endpoint {key[:12]}"
@@ -269,6 +274,12 @@ class Peer(abc.ABC, Generic[D]):
             verb = "refuses it" if failure.code in PERMANENT else "cannot apply it yet"
             return f"{self.subject} {verb}: {failure.message}"
         return self.problem or f"{self.subject} is applying it"
+
+    def settled(self, key: str) -> bool:
+        """True when nothing is to be waited for: the object is as it is wanted, or it cannot be so now."""
+        if self._synced and key not in self._dirty and key not in self._busy:
+            return True
+        return key in self._failures or not self.connected
 
     def failures(self) -> dict[str, Failure]:
         """All objects that the agent refused."""
@@ -452,7 +463,7 @@ class Peer(abc.ABC, Generic[D]):
     def _snapshot(self) -> dict[str, D]:
         snapshot = {}
         for key in self.wanted_keys():
-            description = self.wanted(key)
+            description = self.wanted(key) if self.in_snapshot(key) else None
             if description is not None:
                 snapshot[key] = description
         return snapshot

@@ -12,18 +12,28 @@ interface name has two holders.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
+import json
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from host_bridge.errors import StateError
-from host_bridge.model import EndpointRecord, GuestRecord, NetworkRecord, SubnetRecord
+from host_bridge import ipam
+from host_bridge.errors import GuestNotFoundError, NameInUseError, StateError
+from host_bridge.model import (
+    ContainerRecord,
+    EndpointRecord,
+    GuestRecord,
+    GuestSettings,
+    NetworkRecord,
+    SubnetRecord,
+)
 
 DATABASE = "bridge.db"
 _LOCK = "bridge.lock"
@@ -105,8 +115,96 @@ def _create_1(connection: sqlite3.Connection) -> None:
     connection.execute("INSERT INTO meta VALUES ('host_id', ?)", (secrets.token_hex(16),))
 
 
-# MIGRATIONS[n] takes a database from schema n to n + 1, inside the transaction that also sets user_version.
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create_1,)
+# SQLite changes no constraint of a table, so `networks` and `macs` are made anew: host, none and configurations have no
+# DNS server, and a MAC address has one holder per network, as Docker has it, not one in all.
+_SCHEMA_2 = """
+CREATE TABLE new_networks (
+    id           TEXT PRIMARY KEY,
+    name         TEXT NOT NULL UNIQUE,
+    internal     INTEGER NOT NULL CHECK (internal IN (0, 1)),
+    mtu          INTEGER NOT NULL CHECK (mtu BETWEEN 68 AND 65535),
+    created_us   INTEGER NOT NULL,
+    active       INTEGER NOT NULL CHECK (active IN (0, 1)),
+    dns_server   TEXT UNIQUE,
+    driver       TEXT NOT NULL DEFAULT 'bridge',
+    predefined   INTEGER NOT NULL DEFAULT 0 CHECK (predefined IN (0, 1)),
+    attachable   INTEGER NOT NULL DEFAULT 0,
+    ingress      INTEGER NOT NULL DEFAULT 0,
+    config_only  INTEGER NOT NULL DEFAULT 0,
+    config_from  TEXT NOT NULL DEFAULT '',
+    enable_ipv4  INTEGER NOT NULL DEFAULT 1,
+    enable_ipv6  INTEGER NOT NULL DEFAULT 0,
+    labels       TEXT NOT NULL DEFAULT '{}',
+    options      TEXT NOT NULL DEFAULT '{}',
+    ipam_driver  TEXT NOT NULL DEFAULT 'default',
+    ipam_options TEXT,
+    idle_subnets TEXT NOT NULL DEFAULT '[]'
+) STRICT;
+INSERT INTO new_networks (id, name, internal, mtu, created_us, active, dns_server, enable_ipv6)
+    SELECT id, name, internal, mtu, created_us, active, dns_server,
+           EXISTS (SELECT 1 FROM subnets s WHERE s.network_id = n.id AND s.family = 6)
+    FROM networks n;
+DROP TABLE networks;
+ALTER TABLE new_networks RENAME TO networks;
+ALTER TABLE subnets ADD COLUMN ip_range TEXT NOT NULL DEFAULT '';
+ALTER TABLE subnets ADD COLUMN auxiliary TEXT NOT NULL DEFAULT '[]';
+ALTER TABLE subnets ADD COLUMN configured INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE subnets ADD COLUMN gateway_given INTEGER NOT NULL DEFAULT 0;
+-- Every MAC address of a network: of an endpoint, or of the network's gateway, DNS server or uplink.
+CREATE TABLE new_macs (
+    network_id  TEXT NOT NULL REFERENCES networks (id) ON DELETE CASCADE,
+    mac         TEXT NOT NULL,
+    role        TEXT NOT NULL CHECK (role IN ('endpoint', 'gateway', 'dns', 'uplink')),
+    endpoint_id TEXT UNIQUE REFERENCES endpoints (id) ON DELETE CASCADE,
+    PRIMARY KEY (network_id, mac),
+    CHECK ((endpoint_id IS NULL) = (role <> 'endpoint'))
+) STRICT;
+INSERT INTO new_macs
+    SELECT coalesce(m.network_id, e.network_id), m.mac, m.role, m.endpoint_id
+    FROM macs m LEFT JOIN endpoints e ON e.id = m.endpoint_id;
+DROP TABLE macs;
+ALTER TABLE new_macs RENAME TO macs;
+CREATE UNIQUE INDEX macs_of_networks ON macs (network_id, role) WHERE endpoint_id IS NULL;
+-- Where a network's router hangs on the helper's uplink, in CIDR form.
+CREATE TABLE uplinks (
+    address    TEXT PRIMARY KEY,
+    network_id TEXT NOT NULL REFERENCES networks (id) ON DELETE CASCADE,
+    family     INTEGER NOT NULL CHECK (family IN (4, 6)),
+    UNIQUE (network_id, family)
+) STRICT;
+ALTER TABLE guests ADD COLUMN settings TEXT NOT NULL DEFAULT '{}';
+ALTER TABLE endpoints ADD COLUMN static_addresses TEXT NOT NULL DEFAULT '[]';
+ALTER TABLE endpoints ADD COLUMN static_mac INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE endpoints ADD COLUMN links TEXT NOT NULL DEFAULT '[]';
+ALTER TABLE endpoints ADD COLUMN driver_options TEXT NOT NULL DEFAULT '{}';
+ALTER TABLE endpoints ADD COLUMN names TEXT NOT NULL DEFAULT '[]';
+CREATE TABLE containers (
+    id         TEXT PRIMARY KEY,
+    name       TEXT NOT NULL UNIQUE,
+    created_us INTEGER NOT NULL,
+    config     TEXT NOT NULL,
+    state      TEXT NOT NULL
+) STRICT;
+"""
+
+
+def _create_2(connection: sqlite3.Connection) -> None:
+    for statement in _SCHEMA_2.split(";"):
+        if statement.strip():
+            connection.execute(statement)
+    # Schema 1 did not say who chose a subnet: one of those that the bridge gives by itself was most likely its choice.
+    (host_id,) = connection.execute("SELECT value FROM meta WHERE key = 'host_id'").fetchone()
+    prefix = ipam.ula_prefix(str(host_id))
+    own = {str(pool) for pool in ipam.default_pools()}
+    for (subnet,) in connection.execute("SELECT subnet FROM subnets").fetchall():
+        parsed = ipam.parse_subnet(subnet)
+        if subnet in own or (parsed.prefixlen == 64 and ipam.overlaps(parsed, prefix)):
+            connection.execute("UPDATE subnets SET configured = 0 WHERE subnet = ?", (subnet,))
+
+
+# MIGRATIONS[n] takes a database from schema n to n + 1, inside the transaction that also sets user_version. Foreign
+# keys are not enforced meanwhile, but checked at the end.
+MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create_1, _create_2)
 
 
 class Store:
@@ -174,8 +272,8 @@ class Store:
             self._check(connection, path)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA foreign_keys = ON")
             self._migrate(connection)
+            connection.execute("PRAGMA foreign_keys = ON")
         except StateError:
             connection.close()
             raise
@@ -208,6 +306,8 @@ class Store:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 MIGRATIONS[number](connection)
+                if connection.execute("PRAGMA foreign_key_check").fetchone() is not None:
+                    raise sqlite3.DatabaseError(f"schema {number + 1} would lose references")
                 connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                 connection.execute(f"PRAGMA user_version = {number + 1}")
                 connection.execute("COMMIT")
@@ -254,28 +354,60 @@ class Store:
     # Networks
 
     def insert_network(self, network: NetworkRecord) -> None:
-        """Inserts a network with its subnets, gateways and MAC addresses."""
+        """Inserts a network with its subnets, gateways, auxiliary addresses, uplink and MAC addresses."""
+        ipam_options = None if network.ipam_options is None else _to_json(dict(network.ipam_options))
         self._run(
-            "INSERT INTO networks VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO networks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             network.id,
             network.name,
             int(network.internal),
             network.mtu,
             _to_us(network.created_at),
             int(network.active),
-            network.dns_server,
+            network.dns_server or None,
+            network.driver,
+            int(network.predefined),
+            int(network.attachable),
+            int(network.ingress),
+            int(network.config_only),
+            network.config_from,
+            int(network.enable_ipv4),
+            int(network.enable_ipv6),
+            _to_json(dict(network.labels)),
+            _to_json(dict(network.options)),
+            network.ipam_driver,
+            ipam_options,
+            _to_json([_subnet_to_list(subnet) for subnet in network.idle_subnets]),
         )
         for subnet in network.subnets:
-            self._run("INSERT INTO addresses VALUES (?, ?, ?, NULL)", network.id, subnet.gateway, subnet.family)
+            for address in (subnet.gateway, *(address for _, address in subnet.auxiliary)):
+                self._run("INSERT INTO addresses VALUES (?, ?, ?, NULL)", network.id, address, subnet.family)
             self._run(
-                "INSERT INTO subnets VALUES (?, ?, ?, ?)",
+                "INSERT INTO subnets VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 network.id,
                 subnet.family,
                 subnet.subnet,
                 subnet.gateway,
+                subnet.ip_range,
+                _to_json(subnet.auxiliary),
+                int(subnet.configured),
+                int(subnet.gateway_given),
             )
         for role, mac in (("gateway", network.gateway_mac), ("dns", network.dns_mac)):
-            self._run("INSERT INTO macs VALUES (?, ?, ?, NULL)", mac, role, network.id)
+            if mac:
+                self._run("INSERT INTO macs VALUES (?, ?, ?, NULL)", network.id, mac, role)
+        if network.uplink_addresses:
+            self.insert_uplink(network.id, network.uplink_addresses, network.uplink_mac)
+
+    def insert_uplink(self, network_id: str, addresses: tuple[str, ...], mac: str) -> None:
+        """Gives a network that has none its place on the uplink."""
+        for address in addresses:
+            self._run("INSERT INTO uplinks VALUES (?, ?, ?)", address, network_id, 6 if ":" in address else 4)
+        self._run("INSERT INTO macs VALUES (?, ?, 'uplink', NULL)", network_id, mac)
+
+    def rename_network(self, network_id: str, name: str) -> None:
+        """Gives the network another name."""
+        self._run("UPDATE networks SET name = ? WHERE id = ?", name, network_id)
 
     def activate_network(self, network_id: str) -> None:
         """Marks the network as created."""
@@ -299,8 +431,13 @@ class Store:
         return None if row is None else self._network(row)
 
     def _network(self, row: tuple[Any, ...]) -> NetworkRecord:
-        subnets = self._all("SELECT family, subnet, gateway FROM subnets WHERE network_id = ? ORDER BY family", row[0])
-        macs = dict(self._all("SELECT role, mac FROM macs WHERE network_id = ?", row[0]))
+        subnets = self._all(
+            "SELECT family, subnet, gateway, ip_range, auxiliary, configured, gateway_given FROM subnets"
+            " WHERE network_id = ? ORDER BY family",
+            row[0],
+        )
+        macs = dict(self._all("SELECT role, mac FROM macs WHERE network_id = ? AND endpoint_id IS NULL", row[0]))
+        uplinks = self._all("SELECT address FROM uplinks WHERE network_id = ? ORDER BY family", row[0])
         return NetworkRecord(
             id=row[0],
             name=row[1],
@@ -308,10 +445,28 @@ class Store:
             mtu=row[3],
             created_at=_from_us(row[4]),
             active=bool(row[5]),
-            dns_server=row[6],
-            gateway_mac=macs["gateway"],
-            dns_mac=macs["dns"],
-            subnets=tuple(SubnetRecord(*subnet) for subnet in subnets),
+            dns_server=row[6] or "",
+            gateway_mac=macs.get("gateway", ""),
+            dns_mac=macs.get("dns", ""),
+            subnets=tuple(
+                SubnetRecord(family, subnet, gateway, ip_range, _pairs(auxiliary), bool(configured), bool(given))
+                for family, subnet, gateway, ip_range, auxiliary, configured, given in subnets
+            ),
+            driver=row[7],
+            predefined=bool(row[8]),
+            attachable=bool(row[9]),
+            ingress=bool(row[10]),
+            config_only=bool(row[11]),
+            config_from=row[12],
+            enable_ipv4=bool(row[13]),
+            enable_ipv6=bool(row[14]),
+            labels=json.loads(row[15]),
+            options=json.loads(row[16]),
+            ipam_driver=row[17],
+            ipam_options=None if row[18] is None else json.loads(row[18]),
+            idle_subnets=tuple(_subnet_from_list(one) for one in json.loads(row[19])),
+            uplink_addresses=tuple(address for (address,) in uplinks),
+            uplink_mac=macs.get("uplink", ""),
         )
 
     # Guests
@@ -319,13 +474,18 @@ class Store:
     def insert_guest(self, guest: GuestRecord) -> None:
         """Inserts a guest."""
         self._run(
-            "INSERT INTO guests VALUES (?, ?, ?, ?, ?)",
+            "INSERT INTO guests VALUES (?, ?, ?, ?, ?, ?)",
             guest.id,
             guest.name,
             guest.address,
             guest.data_address,
             _to_us(guest.created_at),
+            _settings_to_json(guest.settings),
         )
+
+    def update_guest(self, guest_id: str, *, name: str, settings: GuestSettings) -> None:
+        """Gives the guest this name and these settings."""
+        self._run("UPDATE guests SET name = ?, settings = ? WHERE id = ?", name, _settings_to_json(settings), guest_id)
 
     def delete_guest(self, guest_id: str) -> None:
         """Deletes the guest and its endpoints."""
@@ -346,7 +506,7 @@ class Store:
     def insert_endpoint(self, endpoint: EndpointRecord) -> None:
         """Inserts an endpoint with its addresses, MAC address and aliases."""
         self._run(
-            "INSERT INTO endpoints VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO endpoints VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             endpoint.id,
             endpoint.network_id,
             endpoint.guest_id,
@@ -354,11 +514,18 @@ class Store:
             endpoint.gateway_priority,
             _to_us(endpoint.created_at),
             int(endpoint.active),
+            _to_json(endpoint.static_addresses),
+            int(endpoint.static_mac),
+            _to_json(endpoint.links),
+            _to_json(dict(endpoint.driver_options)),
+            _to_json(endpoint.names),
         )
         for address in endpoint.addresses:
             family = 6 if ":" in address else 4
             self._run("INSERT INTO addresses VALUES (?, ?, ?, ?)", endpoint.network_id, address, family, endpoint.id)
-        self._run("INSERT INTO macs VALUES (?, 'endpoint', NULL, ?)", endpoint.mac_address, endpoint.id)
+        self._run(
+            "INSERT INTO macs VALUES (?, ?, 'endpoint', ?)", endpoint.network_id, endpoint.mac_address, endpoint.id
+        )
         for position, alias in enumerate(endpoint.aliases):
             self._run("INSERT INTO aliases VALUES (?, ?, ?)", endpoint.id, position, alias)
 
@@ -414,24 +581,119 @@ class Store:
             active=bool(row[6]),
             addresses=tuple(address for (address,) in addresses),
             aliases=tuple(alias for (alias,) in aliases),
+            static_addresses=tuple(json.loads(row[7])),
+            static_mac=bool(row[8]),
+            links=_pairs(row[9]),
+            driver_options=json.loads(row[10]),
+            names=tuple(json.loads(row[11])),
         )
+
+    # Containers
+
+    def insert_container(self, container: ContainerRecord) -> None:
+        """Inserts a container; NameInUseError when another container, or a guest that is none, has its name."""
+        with self._within():
+            self._check_container_name(container)
+            self._run(
+                "INSERT INTO containers VALUES (?, ?, ?, ?, ?)",
+                container.id,
+                container.name,
+                _to_us(container.created_at),
+                _to_json(container.config),
+                _to_json(container.state),
+            )
+
+    def update_container(self, container: ContainerRecord, *, durable: bool = True) -> None:
+        """Replaces name, config and state of a container. A guest of the container is renamed by `Fabric.rename_guest`.
+
+        Args:
+            durable: False for a change that may be lost with the machine's power.
+
+        Raises:
+            GuestNotFoundError: it is gone.
+            NameInUseError: another container, or a guest that is none, has its name.
+        """
+        with self._within(durable=durable):
+            self._check_container_name(container)
+            row = self._first(
+                "UPDATE containers SET name = ?, config = ?, state = ? WHERE id = ? RETURNING id",
+                container.name,
+                _to_json(container.config),
+                _to_json(container.state),
+                container.id,
+            )
+            if row is None:
+                raise GuestNotFoundError(container.id)
+
+    def rename_container(self, container_id: str, name: str) -> None:
+        """Gives the container, when there is one of the id, another name."""
+        self._run("UPDATE containers SET name = ? WHERE id = ?", name, container_id)
+
+    def delete_container(self, container_id: str) -> None:
+        """Deletes the container's record; what is not there is success."""
+        with self._within():
+            self._run("DELETE FROM containers WHERE id = ?", container_id)
+
+    def containers(self) -> list[ContainerRecord]:
+        """All containers in order of their names."""
+        return [_container(row) for row in self._all("SELECT * FROM containers ORDER BY name")]
+
+    def container(self, container_id: str) -> ContainerRecord | None:
+        """The container of a full id."""
+        row = self._first("SELECT * FROM containers WHERE id = ?", container_id)
+        return None if row is None else _container(row)
+
+    def is_container(self, guest_id: str) -> bool:
+        """True when there is a container of this id."""
+        return self._first("SELECT 1 FROM containers WHERE id = ?", guest_id) is not None
+
+    def holder_of_name(self, name: str, besides: str = "") -> str | None:
+        """The id of the guest or container that has a name, other than the one of the id `besides`; None: nobody."""
+        row = self._first(
+            "SELECT id FROM guests WHERE name = ?1 AND id <> ?2"
+            " UNION ALL SELECT id FROM containers WHERE name = ?1 AND id <> ?2",
+            name,
+            besides,
+        )
+        return None if row is None else str(row[0])
+
+    def _check_container_name(self, container: ContainerRecord) -> None:
+        holder = self.holder_of_name(container.name, container.id)
+        if holder is not None:
+            raise NameInUseError(container.name, holder)
+
+    @contextlib.contextmanager
+    def _within(self, *, durable: bool = True) -> Iterator[None]:
+        """The transaction that is under way, or one for the block."""
+        if self._connection.in_transaction:
+            yield
+        else:
+            with self.change(durable=durable):
+                yield
 
     # What is taken
 
     def taken_addresses(self, network_id: str) -> dict[str, str]:
         """The network's addresses that have a holder: address -> who, for people."""
         rows = self._all(
-            "SELECT a.address, g.name FROM addresses a LEFT JOIN endpoints e ON e.id = a.endpoint_id"
+            "SELECT a.address, g.name, s.gateway = a.address FROM addresses a"
+            " JOIN subnets s ON s.network_id = a.network_id AND s.family = a.family"
+            " LEFT JOIN endpoints e ON e.id = a.endpoint_id"
             " LEFT JOIN guests g ON g.id = e.guest_id WHERE a.network_id = ?",
             network_id,
         )
-        return {address: "the gateway" if guest is None else f"guest {guest}" for address, guest in rows}
+        return {
+            address: f"guest {guest}" if guest is not None else "the gateway" if gateway else "an auxiliary address"
+            for address, guest, gateway in rows
+        }
 
-    def taken_macs(self) -> dict[str, str]:
-        """Every MAC address of the fabric: MAC -> who, for people."""
+    def taken_macs(self, network_id: str | None = None) -> dict[str, str]:
+        """The MAC addresses of a network, or of the whole fabric: MAC -> who, for people."""
         rows = self._all(
-            "SELECT m.mac, m.role, n.name, g.name FROM macs m LEFT JOIN networks n ON n.id = m.network_id"
+            "SELECT m.mac, m.role, n.name, g.name FROM macs m JOIN networks n ON n.id = m.network_id"
             " LEFT JOIN endpoints e ON e.id = m.endpoint_id LEFT JOIN guests g ON g.id = e.guest_id"
+            " WHERE ?1 IS NULL OR m.network_id = ?1",
+            network_id,
         )
         return {
             mac: f"guest {guest}" if role == "endpoint" else f"the {role} of network {network}"
@@ -455,7 +717,62 @@ class Store:
 
 
 def _guest(row: tuple[Any, ...]) -> GuestRecord:
-    return GuestRecord(id=row[0], name=row[1], address=row[2], data_address=row[3], created_at=_from_us(row[4]))
+    settings = json.loads(row[5])
+    return GuestRecord(
+        id=row[0],
+        name=row[1],
+        address=row[2],
+        data_address=row[3],
+        created_at=_from_us(row[4]),
+        settings=GuestSettings(
+            hostname=settings.get("hostname", ""),
+            domainname=settings.get("domainname", ""),
+            dns=tuple(settings.get("dns", ())),
+            dns_search=tuple(settings.get("dns_search", ())),
+            dns_options=tuple(settings.get("dns_options", ())),
+            extra_hosts=tuple((name, address) for name, address in settings.get("extra_hosts", ())),
+        ),
+    )
+
+
+def _container(row: tuple[Any, ...]) -> ContainerRecord:
+    return ContainerRecord(
+        id=row[0],
+        name=row[1],
+        created_at=_from_us(row[2]),
+        config=json.loads(row[3]),
+        state=json.loads(row[4]),
+    )
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _settings_to_json(settings: GuestSettings) -> str:
+    given: Mapping[str, Any] = {name: value for name, value in dataclasses.asdict(settings).items() if value}
+    return _to_json(given)
+
+
+def _pairs(text: str) -> tuple[tuple[str, str], ...]:
+    return tuple((name, value) for name, value in json.loads(text))
+
+
+def _subnet_to_list(subnet: SubnetRecord) -> list[Any]:
+    return [
+        subnet.family,
+        subnet.subnet,
+        subnet.gateway,
+        subnet.ip_range,
+        subnet.auxiliary,
+        subnet.configured,
+        subnet.gateway_given,
+    ]
+
+
+def _subnet_from_list(values: list[Any]) -> SubnetRecord:
+    family, subnet, gateway, ip_range, auxiliary, configured, given = values
+    return SubnetRecord(family, subnet, gateway, ip_range, tuple((n, a) for n, a in auxiliary), configured, given)
 
 
 def _to_us(moment: datetime.datetime) -> int:

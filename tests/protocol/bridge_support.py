@@ -287,6 +287,9 @@ class FakeHelper(FakeAgent, HelperServiceBase):
         self.endpoints: dict[str, helper.Endpoint] = {}
         self.features: list[Any] = [f for f in helper.HelperFeature if f]
         self.ready = True
+        self.uplink: helper.Uplink | None = None
+        self.stream_secret = b""
+        self.refused_streams: list[bytes] = []
 
     def known(self, endpoint_id: str) -> bool:
         return endpoint_id in self.endpoints
@@ -384,17 +387,24 @@ class FakeHelper(FakeAgent, HelperServiceBase):
     async def apply_uplink(
         self, request: helper.ApplyUplinkRequest, context: ServerContext
     ) -> helper.ApplyUplinkResponse:
-        raise RpcError(StatusCode.UNIMPLEMENTED, "ApplyUplink is not served")
+        await self._called("ApplyUplink")
+        self.uplink = request.uplink
+        return helper.ApplyUplinkResponse()
 
     async def authorize_streams(
         self, request: helper.AuthorizeStreamsRequest, context: ServerContext
     ) -> helper.AuthorizeStreamsResponse:
-        raise RpcError(StatusCode.UNIMPLEMENTED, "AuthorizeStreams is not served")
+        await self._called("AuthorizeStreams")
+        self.stream_secret = request.secret
+        return helper.AuthorizeStreamsResponse()
 
     async def refuse_stream(
         self, request: helper.RefuseStreamRequest, context: ServerContext
     ) -> helper.RefuseStreamResponse:
-        raise RpcError(StatusCode.UNIMPLEMENTED, "RefuseStream is not served")
+        await self._called("RefuseStream")
+        self.refused_streams.append(request.token)
+        self.changed.unpark_all()
+        return helper.RefuseStreamResponse()
 
     async def sync(self, request: helper.SyncRequest, context: ServerContext) -> helper.SyncResponse:
         await self._called("Sync")
@@ -402,7 +412,7 @@ class FakeHelper(FakeAgent, HelperServiceBase):
         wanted = {one.endpoint_id: one for one in request.endpoints}
         networks = {one.network_id: one for one in request.networks}
         removed = sorted((self.endpoints.keys() - wanted.keys()) | (self.networks.keys() - networks.keys()))
-        self.endpoints, self.networks = wanted, networks
+        self.endpoints, self.networks, self.uplink = wanted, networks, request.uplink
         self.close_links_of_removed()
         self.changed.unpark_all()
         return helper.SyncResponse(
