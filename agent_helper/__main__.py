@@ -155,6 +155,7 @@ async def _serve(control: Address, data: Address, state_dir: Path) -> None:
         await nursery.start(streams.run)
         streams.network_of = fabric.kernel.network_of
         fabric.kernel.set_redirect(Redirect(streams.redirect_ports.tcp, streams.redirect_ports.udp))
+        await fabric.kernel.clear()  # what a run that was killed has left
         await nursery.start(stack.run)
         await nursery.start(fabric.run)
         server.health.set(_SERVICE, True)

@@ -121,7 +121,6 @@ class Fabric:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Runs what keeps the fabric as described, until cancelled. Nothing of it is left then."""
-        await self.kernel.clear()  # what a run that was killed has left
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
