@@ -12,8 +12,10 @@ from host_bridge.docker_api import networks, system
 from host_bridge.docker_api.errors import DockerError
 from host_bridge.docker_api.events import EventLog
 from host_bridge.docker_api.http import Answer, ClientGoneError, Headers, Request, Response, error_response
+from host_bridge.docker_api.refusals import as_docker_error
 from host_bridge.docker_api.router import Router, clean_path, parse_version, split_version
 from host_bridge.errors import BridgeError
+from host_bridge.events import FabricEvent
 from host_bridge.fabric import Fabric
 from taploom import __version__
 
@@ -40,6 +42,12 @@ class VersionInfo:
     arch: str = field(default_factory=lambda: _ARCHITECTURES.get(platform.machine(), platform.machine()))
 
 
+_ACTIONS = {
+    "network-create": "create",
+    "network-destroy": "destroy",
+    "endpoint-connect": "connect",
+    "endpoint-disconnect": "disconnect",
+}
 # Routes that look at no query.
 _NO_QUERY = frozenset({"/_ping", "/version", "/info"})
 
@@ -64,6 +72,7 @@ class DockerApi:
         self.router = Router()
         self.events = EventLog()
         self._oldest, self._newest = parse_version(self.version.min_api), parse_version(self.version.api)
+        fabric.events.subscribe(self._tell)
         system.register(self)
         networks.register(self)
 
@@ -77,6 +86,16 @@ class DockerApi:
             ("Server", f"Docker/{self.version.version} ({self.version.os})"),
         )
 
+    def _tell(self, event: FabricEvent) -> None:
+        """What happens to networks, as /events has it."""
+        network, action = event.network, _ACTIONS.get(event.kind)
+        if network is None or action is None or (action == "destroy" and network.config_only):
+            return
+        attributes = {"name": network.name, "type": network.driver}
+        if event.endpoint is not None:
+            attributes["container"] = event.endpoint.guest_id
+        self.events.log("network", action, network.id, attributes)
+
     async def answer(self, request: Request) -> Answer:
         """Answers a request whose path still has its version; never raises but for the client's going."""
         try:
@@ -86,7 +105,7 @@ class DockerApi:
                 logger.error("%s %s: %s", request.method, request.path, error)
             return error_response(error)
         except BridgeError as error:
-            return error_response(networks.as_docker_error(error))
+            return error_response(as_docker_error(error))
         except sqlite3.Error as error:
             # A full disk, most of all: the transaction was rolled back.
             logger.error("cannot write the state: %s", error)
