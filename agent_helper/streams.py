@@ -27,13 +27,14 @@ import trio
 from agent_helper.errors import InvalidSpecError
 from taploom.contracts.taploom.helper.v1 import StreamWanted
 from taploom.contracts.taploom.link.v1 import LinkHello, LinkRefusal, StreamProtocol, StreamTarget
+from taploom.limits import raise_descriptor_limit
 from taploom.link import Attachment, Dataplane, new_secret
 from taploom.link.datagrams import MAX_DATAGRAM, DatagramPump
 from taploom.link.handshake import LINK_VERSION, MAX_SECRET, MIN_SECRET, HandshakeError, ready
 from taploom.link.loop import Loop
-from taploom.link.splice import Splice, reset
+from taploom.link.splice import Splice, plain_socket, reset, tune_tcp
 
-__all__ = ["MAX_HANDSHAKES", "MAX_STREAMS", "RedirectPorts", "Streams", "keep_alive"]
+__all__ = ["MAX_HANDSHAKES", "MAX_STREAMS", "RedirectPorts", "Streams"]
 
 logger = logging.getLogger("taploom.helper.streams")
 
@@ -165,7 +166,7 @@ class Streams:
                 raise HandshakeError("no such token, or too late", LinkRefusal.UNAUTHORIZED)
             try:
                 await stream.send_all(reply)
-                wanted.give(trio.SocketStream(trio.socket.from_stdlib_socket(_taken(stream))))
+                wanted.give(trio.SocketStream(trio.socket.from_stdlib_socket(plain_socket(stream.socket))))
             finally:
                 wanted.settled.set()
             return
@@ -178,10 +179,11 @@ class Streams:
             except BaseException:
                 reset(peer)
                 raise
-            self._join(target.protocol, _taken(stream), peer, None)
+            self._join(target.protocol, plain_socket(stream.socket), peer, None)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen for containers, and end flows that carry nothing, until cancelled."""
+        raise_descriptor_limit()
         async with trio.open_nursery() as nursery:
             if self._transparent:
                 tcp, udp = _listeners(socket.SOCK_STREAM), _listeners(socket.SOCK_DGRAM)
@@ -279,7 +281,7 @@ class Streams:
 
     async def _connection(self, sock: trio.socket.SocketType, source: Any) -> None:
         """One connection of a container to the host. Its own address is the one that the container asked for."""
-        peer = _plain(sock)
+        peer = plain_socket(sock)
         joined = False
         try:
             network_id = self.network_of(source[0])
@@ -289,8 +291,8 @@ class Streams:
             with self._counted(network_id):
                 carrier = await self._ask(StreamProtocol.TCP, network_id, address, port)
                 if carrier is not None:
-                    keep_alive(peer)
-                    self._join(StreamProtocol.TCP, _taken(carrier), peer, network_id)
+                    tune_tcp(peer)
+                    self._join(StreamProtocol.TCP, plain_socket(carrier.socket), peer, network_id)
                     joined = True
         finally:
             if not joined:
@@ -333,7 +335,7 @@ class Streams:
                     try:
                         with trio.move_on_after(1):
                             await carrier.send_all(b"".join(_LENGTH.pack(len(data)) + data for data in kept))
-                            self._join(StreamProtocol.UDP, _taken(carrier), peer, network_id)
+                            self._join(StreamProtocol.UDP, plain_socket(carrier.socket), peer, network_id)
                             joined = True
                     finally:
                         if not joined:
@@ -356,9 +358,9 @@ async def _dial(target: StreamTarget) -> socket.socket:
     try:
         with trio.move_on_after(CONNECT_TIMEOUT):
             await sock.connect((target.address, target.port))
-            plain = _plain(sock)
+            plain = plain_socket(sock)
             if kind == socket.SOCK_STREAM:
-                keep_alive(plain)
+                tune_tcp(plain)
             return plain
     except OSError as error:
         reason = _REASONS.get(error.errno or 0, error.strerror or "unknown error")
@@ -374,26 +376,6 @@ _REASONS: Final = {
     errno.EACCES: "no route to host",  # what a router answers that forbids it
     errno.ETIMEDOUT: "timed out",
 }
-
-
-def keep_alive(sock: socket.socket) -> None:
-    """Set up a TCP socket for the data plane: no waiting for more bytes, and a peer that vanished is found out."""
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
-
-
-def _plain(sock: trio.socket.SocketType) -> socket.socket:
-    """The same descriptor as a socket of the standard library's; the one given is as good as closed."""
-    plain = socket.socket(sock.family, sock.type, sock.proto, fileno=sock.detach())
-    plain.setblocking(False)
-    return plain
-
-
-def _taken(stream: trio.SocketStream) -> socket.socket:
-    return _plain(stream.socket)
 
 
 def _listeners(kind: socket.SocketKind) -> list[trio.socket.SocketType]:

@@ -231,16 +231,13 @@ class DatagramServer:
         loop: Loop,
         udp: socket.socket,
         on_flow: Callable[[Flow], None],
-        on_drop: Callable[[Flow], None],
         *,
         max_flows: int,
     ) -> None:
-        """``on_drop(flow)``: the flow has ended, for whatever reason; on the thread, also for those of ``stop``."""
         self._loop: Final = loop
         self._udp: Final = udp
         self._fd: Final = udp.fileno()
         self._on_flow: Final = on_flow
-        self._on_drop: Final = on_drop
         self._max_flows: Final = max_flows
         self._flows: dict[object, Flow] = {}
         self._stopped = False
@@ -284,7 +281,6 @@ class DatagramServer:
         if flow.stream is not None:
             self._loop.watch(flow.stream.fd, 0, _nothing)
             flow.stream.sock.close()
-        self._on_drop(flow)
 
     def expire(self, before: float) -> None:
         """End the flows that carried nothing since ``before`` (time.monotonic)."""

@@ -185,12 +185,30 @@ class Dataplane:
         self._loop.call(start)
         return attachment
 
-    def end_attachment(self, attachment: Attachment) -> None:
-        """Stop the job, soon; one that has ended is no error."""
+    def end_attachment(self, attachment: Attachment, *, within: float = 0) -> None:
+        """Stop the job, soon; one that has ended is no error.
+
+        ``within``: block this thread until the job's sockets are closed, so many seconds at most; the thread
+        does it between two rounds.
+        """
         attachment.on_end = None
-        if attachment in self._attachments:
-            self._attachments.discard(attachment)
-            self._loop.call(lambda: attachment.job.stop() if attachment.job is not None else None)
+        if attachment not in self._attachments:
+            return
+        self._attachments.discard(attachment)
+        stopped = threading.Event()
+
+        def stop() -> None:
+            if attachment.job is not None:
+                attachment.job.stop()
+            stopped.set()
+
+        self._loop.call(stop)
+        if within:
+            stopped.wait(within)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Run ``function`` on the thread, soon: whatever is to be done to a job is done there."""
+        self._loop.call(function)
 
     async def detach(self, link_id: str) -> None:
         """End the link and forget its counters; its sockets are closed and its TAP is unused on return.

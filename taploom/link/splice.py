@@ -13,12 +13,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
+import trio
+
 from taploom.link.loop import CHUNK, HANGUP, READ, WRITE, Loop
 from taploom.link.pump import write_limit
 
-__all__ = ["Splice", "reset"]
+__all__ = ["Splice", "plain_socket", "reset", "tune_tcp"]
 
 _LINGER: Final = struct.pack("ii", 1, 0)
+_KEEP_ALIVE: Final = 15  # seconds, as Go's (and so docker-proxy's) connections have it
 
 
 class _Side:
@@ -182,3 +185,22 @@ def reset(sock: socket.socket) -> None:
         with suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
     sock.close()
+
+
+def tune_tcp(sock: socket.socket) -> None:
+    """Set up a TCP socket to be spliced: no waiting for more bytes, and a peer that vanished is found out."""
+    with suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # Darwin calls the first one TCP_KEEPALIVE.
+        for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"):
+            option = getattr(socket, name, None)
+            if option is not None:
+                sock.setsockopt(socket.IPPROTO_TCP, option, _KEEP_ALIVE)
+
+
+def plain_socket(sock: trio.socket.SocketType) -> socket.socket:
+    """The same descriptor as a socket of the standard library's that does not block; ``sock`` is as good as closed."""
+    plain = socket.socket(sock.family, sock.type, sock.proto, fileno=sock.detach())
+    plain.setblocking(False)
+    return plain
