@@ -110,7 +110,7 @@ class GuestPeer(Peer[Interface | Resolver]):
         return frozenset({f"name {description.name}"}) if isinstance(description, Interface) else frozenset()
 
     def label(self, key: str) -> str:
-        return "its resolver's configuration" if key == RESOLVER_KEY else super().label(key)
+        return "the resolver" if key == RESOLVER_KEY else super().label(key)
 
     async def sync(self, snapshot: Mapping[str, Interface | Resolver], within: float) -> SyncResult:
         resolver = snapshot.get(RESOLVER_KEY)

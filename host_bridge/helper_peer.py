@@ -47,7 +47,7 @@ _LINK_FEATURES = {
 }
 _NETWORK = "network:"
 UPLINK_KEY = "uplink"
-_STREAMS_KEY = "streams"
+STREAMS_KEY = "streams"
 
 HelperObject = Network | Endpoint | Uplink | AuthorizeStreamsRequest
 
@@ -131,7 +131,7 @@ class HelperPeer(Peer[HelperObject]):
             if not self._can(HelperFeature.EGRESS):
                 return None
             return helper_uplink(self._store.host_id(), self._host_addresses())
-        if key == _STREAMS_KEY:
+        if key == STREAMS_KEY:
             return AuthorizeStreamsRequest(secret=self._next_secret) if self._can(HelperFeature.STREAMS) else None
         if key.startswith(_NETWORK):
             network = self._store.network(key.removeprefix(_NETWORK))
@@ -146,10 +146,10 @@ class HelperPeer(Peer[HelperObject]):
 
     def wanted_keys(self) -> Iterable[str]:
         networks = [network_key(network.id) for network in self._store.networks()]
-        return [_STREAMS_KEY, UPLINK_KEY, *networks, *(endpoint.id for endpoint in self._store.endpoints())]
+        return [STREAMS_KEY, UPLINK_KEY, *networks, *(endpoint.id for endpoint in self._store.endpoints())]
 
     def in_snapshot(self, key: str) -> bool:
-        return key != _STREAMS_KEY
+        return key != STREAMS_KEY
 
     def claims(self, description: HelperObject) -> frozenset[str]:
         if isinstance(description, Network):
@@ -164,8 +164,8 @@ class HelperPeer(Peer[HelperObject]):
         return network_key(description.network_id) if isinstance(description, Endpoint) else None
 
     def label(self, key: str) -> str:
-        if key in (UPLINK_KEY, _STREAMS_KEY):
-            return f"the {key}"
+        if key in (UPLINK_KEY, STREAMS_KEY):
+            return "the uplink" if key == UPLINK_KEY else "the secret of streams"
         if not key.startswith(_NETWORK):
             return super().label(key)
         network = self._store.network(key.removeprefix(_NETWORK))
@@ -201,7 +201,7 @@ class HelperPeer(Peer[HelperObject]):
             await self.client.apply_endpoint(request, timeout=within)
 
     async def delete(self, key: str, within: float) -> None:
-        if key in (UPLINK_KEY, _STREAMS_KEY):
+        if key in (UPLINK_KEY, STREAMS_KEY):
             return  # wanted for as long as the agent can do it
         if key.startswith(_NETWORK):
             request = DeleteNetworkRequest(network_id=key.removeprefix(_NETWORK))

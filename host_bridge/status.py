@@ -13,8 +13,8 @@ from typing import Any, Generic, TypeVar
 import trio
 
 from host_bridge.fabric import Fabric
-from host_bridge.guest_peer import GuestPeer
-from host_bridge.helper_peer import network_key
+from host_bridge.guest_peer import RESOLVER_KEY, GuestPeer
+from host_bridge.helper_peer import STREAMS_KEY, UPLINK_KEY, network_key
 from host_bridge.links import DataLink
 from host_bridge.names import clean_text
 from host_bridge.peer import Peer, PeerState
@@ -41,6 +41,9 @@ _DAEMON_STATES = {
     DaemonState.STARTING: ComponentState.STARTING,
     DaemonState.DOWN: ComponentState.DOWN,
 }
+
+# What a peer is given besides networks and endpoints.
+_OF_THE_WHOLE = frozenset({RESOLVER_KEY, UPLINK_KEY, STREAMS_KEY})
 
 T = TypeVar("T")
 
@@ -206,6 +209,8 @@ class StatusReader:
         fabric = self._fabric
         pending: list[Pending] = []
         for network in fabric.desired.store.networks():
+            if not network.switched:
+                continue
             key = network_key(network.id)
             if not network.active or not fabric.helper.has(key):
                 failure = fabric.helper.failure(key)
@@ -227,6 +232,9 @@ class StatusReader:
                 if peer.wanted(key) is None:
                     what = f"removal of {peer.label(key)} from {peer.subject}"
                     pending.append(Pending(subject=what, reason=failure.message, since=failure.since))
+                elif key in _OF_THE_WHOLE:
+                    what = f"{peer.label(key)} of {peer.subject}"
+                    pending.append(Pending(subject=what, reason=peer.waits_for(key), since=failure.since))
         return pending
 
 

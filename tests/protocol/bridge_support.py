@@ -291,6 +291,11 @@ class FakeHelper(FakeAgent, HelperServiceBase):
         self.stream_secret = b""
         self.refused_streams: list[bytes] = []
 
+    @property
+    def created(self) -> dict[str, helper.Network]:
+        """The networks that somebody created: all but the default bridge."""
+        return {key: network for key, network in self.networks.items() if network.name != "bridge"}
+
     def known(self, endpoint_id: str) -> bool:
         return endpoint_id in self.endpoints
 

@@ -11,6 +11,7 @@ import trio
 from bridge_support import FakeAgent, Rig, open_rig
 
 from host_bridge.errors import BridgeError
+from host_bridge.model import NetworkOptions
 from host_bridge.fabric import Timing
 from taploom.rpc import RpcError, StatusCode
 
@@ -39,7 +40,7 @@ class Chaos:
         with contextlib.suppress(BridgeError):
             match kind:
                 case "create":
-                    await fabric.create_network(network, enable_ipv6=pick.random() < 0.5)
+                    await fabric.create_network(network, NetworkOptions(enable_ipv6=pick.random() < 0.5))
                 case "delete":
                     await fabric.delete_network(network)
                 case "connect":

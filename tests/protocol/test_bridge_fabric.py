@@ -68,7 +68,7 @@ async def test_connect_tells_both_agents_and_relays_bytes(rig: Rig) -> None:
     told = web.interfaces[endpoint.id]
     assert told.addresses == endpoint.addresses
     assert told.gateways == network.gateways
-    assert (told.network_name, told.mtu, told.gateway_priority) == ("app", 1500, 7)
+    assert (told.network_name, told.mtu, told.gateway_priority) == ("app", 1500, 15)
     assert told.mac_address == endpoint.mac_address
     there = rig.helper.endpoints[endpoint.id]
     assert there.names == ["web", endpoint.guest_id[:12], "www"]
@@ -116,7 +116,7 @@ async def test_disconnect_returns_when_both_sides_have_let_go(rig: Rig) -> None:
         assert not rig.helper.endpoints
         assert not rig.fabric.links
     await rig.networks.delete_network(bridge.DeleteNetworkRequest(network="app"))
-    assert not rig.helper.networks
+    assert not rig.helper.created
     assert rig.fabric.helper._dirty == set()
 
 
@@ -203,7 +203,7 @@ async def test_helper_that_is_not_ready(tmp_path: Path) -> None:
         assert (
             next(c for c in now.components if c.name == "helper").problem == "the helper waits: waiting for ovn-northd"
         )
-    assert not rig.helper.networks
+    assert not rig.helper.created
 
 
 async def test_connect_to_a_guest_that_is_gone(rig: Rig) -> None:
@@ -372,7 +372,7 @@ async def test_restarted_helper_gets_everything_again(rig: Rig) -> None:
     await create_refused(rig)
     await rig.nursery.start(rig.helper.run)
     await rig.until(lambda: rig.link("web", "app").up)
-    assert set(rig.helper.networks) == {network.id}
+    assert set(rig.helper.created) == {network.id}
     assert set(rig.helper.endpoints) == {endpoint.id}
     assert web.calls.count("ApplyInterface") == 1
 
@@ -404,8 +404,8 @@ async def test_deletes_while_peers_are_away_converge_later(rig: Rig) -> None:
     await rig.networks.delete_network(bridge.DeleteNetworkRequest(network="app"))
     await rig.nursery.start(rig.helper.run)
     await rig.nursery.start(web.run)
-    await rig.until(lambda: not web.interfaces and not rig.helper.networks and not rig.helper.endpoints)
-    assert not rig.store.networks()
+    await rig.until(lambda: not web.interfaces and not rig.helper.created and not rig.helper.endpoints)
+    assert [one.name for one in rig.store.networks()] == ["bridge", "host", "none"]
 
 
 async def test_removed_guest_is_told_to_forget(rig: Rig) -> None:

@@ -9,23 +9,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from host_bridge import ipam
-from host_bridge.errors import BridgeError, ExhaustedError, InvalidError, PreconditionError
+from host_bridge.errors import (
+    AddressTakenError,
+    BridgeError,
+    ExhaustedError,
+    InvalidError,
+    InvalidSubnetError,
+    NoAddressLeftError,
+    NoPoolLeftError,
+    OutsideSubnetError,
+    PreconditionError,
+)
 
 SMALL = ipaddress.ip_network("10.9.0.0/28")
 
 
 def test_pools_are_dockers() -> None:
     pools = [str(pool) for pool in ipam.default_pools()]
-    assert pools[0] == "172.18.0.0/16"
-    assert pools[13] == "172.31.0.0/16"
-    assert pools[14] == "192.168.0.0/20"
+    assert pools[0] == "172.17.0.0/16"
+    assert pools[14] == "172.31.0.0/16"
+    assert pools[15] == "192.168.0.0/20"
     assert pools[-1] == "192.168.240.0/20"
-    assert len(pools) == 14 + 16
+    assert len(pools) == 15 + 16
 
 
 def test_next_pool_skips_what_overlaps() -> None:
-    existing = [ipaddress.ip_network(n) for n in ("172.18.5.0/24", "172.19.0.0/16", "fd00::/64")]
-    assert str(ipam.next_pool(existing)) == "172.20.0.0/16"
+    existing = [ipaddress.ip_network(n) for n in ("172.17.5.0/24", "172.18.0.0/16", "fd00::/64")]
+    assert str(ipam.next_pool(existing)) == "172.19.0.0/16"
     assert str(ipam.next_pool([ipaddress.ip_network("172.16.0.0/12")])) == "192.168.0.0/20"
 
 
@@ -65,7 +75,7 @@ def test_pools_run_out() -> None:
 )
 def test_bad_subnets(text: str, message: str) -> None:
     with pytest.raises(InvalidError, match="subnet") as caught:
-        ipam.parse_subnet(text)
+        ipam.check_special(ipam.parse_subnet(text))
     assert message in str(caught.value)
     assert len(str(caught.value)) < 250
 
@@ -140,19 +150,73 @@ def _between(subnet: ipam.Subnet, end: ipam.Address) -> list[ipam.Address]:
 
 def test_static_addresses() -> None:
     subnet = ipaddress.ip_network("10.1.0.0/24")
-    assert str(ipam.check_static(subnet, ipaddress.ip_address("10.1.0.254"))) == "10.1.0.254"
-    for address, what in (
-        ("10.1.0.0", "network address"),
-        ("10.1.0.255", "broadcast address"),
-        ("10.2.0.1", "is not in 10.1.0.0/24: choose one of 10.1.0.1-10.1.0.254"),
-        ("fd00::1", "is not in"),
+    assert str(ipam.check_static(subnet, ipaddress.ip_address("10.1.0.254"), "app")) == "10.1.0.254"
+    for kind, address, what in (
+        (AddressTakenError, "10.1.0.0", "network address"),
+        (AddressTakenError, "10.1.0.255", "broadcast address"),
+        (OutsideSubnetError, "10.2.0.1", "is not in 10.1.0.0/24: choose one of 10.1.0.1-10.1.0.254"),
+        (OutsideSubnetError, "fd00::1", "is not in"),
     ):
-        with pytest.raises(InvalidError, match=what):
-            ipam.check_static(subnet, ipaddress.ip_address(address))
+        with pytest.raises(kind, match=what):
+            ipam.check_static(subnet, ipaddress.ip_address(address), "app")
     six = ipaddress.ip_network("fd00::/64")
-    assert ipam.check_static(six, ipaddress.ip_address("fd00::ffff:ffff:ffff:ffff"))
-    with pytest.raises(InvalidError, match="anycast"):
-        ipam.check_static(six, ipaddress.ip_address("fd00::"))
+    assert ipam.check_static(six, ipaddress.ip_address("fd00::ffff:ffff:ffff:ffff"), "app")
+    with pytest.raises(AddressTakenError, match="anycast"):
+        ipam.check_static(six, ipaddress.ip_address("fd00::"), "app")
+
+
+def test_ranges() -> None:
+    subnet = ipaddress.ip_network("10.1.0.0/16")
+    within = ipam.parse_range("10.1.5.0/24", subnet)
+    # As dockerd: a range's own first address is one like any other.
+    assert str(ipam.lowest_free(subnet, (), within)) == "10.1.5.0"
+    assert str(ipam.lowest_free(subnet, [ipaddress.ip_address("10.1.5.0")], within)) == "10.1.5.1"
+    assert str(ipam.lowest_free(subnet, (), ipam.parse_range("10.1.0.0/24", subnet))) == "10.1.0.1"
+    assert str(ipam.lowest_free(subnet, (), ipam.parse_range("10.1.0.0/16", subnet))) == "10.1.0.1"
+    one = ipam.parse_range("10.1.7.7/32", subnet)
+    with pytest.raises(NoAddressLeftError, match=r"10\.1\.7\.7/32"):
+        ipam.lowest_free(subnet, [ipaddress.ip_address("10.1.7.7")], one)
+    for text, reason in (
+        ("10.2.0.0/24", "outside"),
+        ("10.0.0.0/8", "outside"),
+        ("fd00::/64", "family"),
+        ("10.1.5.7/24", "host-bits"),
+        ("10.1.5.0", "malformed"),
+        ("10.1.255.255/32", "reserved"),
+        ("10.1.0.0/32", "reserved"),
+    ):
+        with pytest.raises(InvalidSubnetError, match="ip-range") as caught:
+            ipam.parse_range(text, subnet)
+        assert (caught.value.what, caught.value.reason, caught.value.value) == ("ip-range", reason, text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(24, 32), st.integers(0, 255), st.sets(st.integers(0, 255), max_size=40))
+def test_lowest_free_of_a_range_is_in_the_range(prefix: int, base: int, offsets: set[int]) -> None:
+    subnet = ipaddress.ip_network("10.1.0.0/24")
+    within = ipaddress.ip_network(f"10.1.0.{base}/{prefix}", strict=False)
+    taken = [subnet[offset] for offset in offsets]
+    usable = [address for address in within if address in list(subnet.hosts()) and address not in taken]
+    if usable:
+        assert ipam.lowest_free(subnet, taken, within) == usable[0]
+    else:
+        with pytest.raises(NoAddressLeftError):
+            ipam.lowest_free(subnet, taken, within)
+
+
+def test_uplink_addresses() -> None:
+    prefix = ipam.ula_prefix("host")
+    ula = ipam.uplink_ula(prefix)
+    assert ula == list(prefix.subnets(new_prefix=64))[0xFFFF]
+    assert ipam.uplink_kernel(prefix) == ("169.254.128.1/18", f"{ula[1]}/64")
+    first = ipam.next_uplink(ipam.UPLINK_RANGE, [])
+    assert first == "169.254.128.2/18"
+    assert ipam.next_uplink(ipam.UPLINK_RANGE, [first, f"{ula[2]}/64", "169.254.128.4/18"]) == "169.254.128.3/18"
+    assert ipam.next_uplink(ula, [first]) == f"{ula[2]}/64"
+    # No network is given the uplink's own subnet.
+    everything = [subnet for subnet in prefix.subnets(new_prefix=64) if subnet != ula]
+    with pytest.raises(NoPoolLeftError):
+        ipam.next_ula(prefix, everything)
 
 
 def test_smallest_subnets_hold_a_gateway_and_a_guest() -> None:

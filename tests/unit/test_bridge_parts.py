@@ -176,9 +176,9 @@ def test_descriptions() -> None:
     interface = guest_interface(ENDPOINT, NETWORK)
     assert interface.addresses == ["10.1.0.2/24", "fd00::2/64"]
     assert interface.gateways == ["10.1.0.1", "fd00::1"]
-    assert (interface.mtu, interface.gateway_priority, interface.network_name) == (1400, 5, "app")
-    assert endpoint_names(ENDPOINT, GUEST) == ["web", "b" * 12, "www"]
-    assert helper_endpoint(ENDPOINT, GUEST).addresses == ["10.1.0.2", "fd00::2"]
+    assert (interface.mtu, interface.gateway_priority, interface.network_name) == (1400, 11, "app")
+    assert endpoint_names(ENDPOINT, GUEST, NETWORK) == ["web", "b" * 12, "www"]
+    assert helper_endpoint(ENDPOINT, GUEST, NETWORK).addresses == ["10.1.0.2", "fd00::2"]
     network = helper_network(NETWORK)
     assert network.subnets == ["10.1.0.0/24", "fd00::/64"]
     assert network.dns_mac == "02:00:00:00:00:02"

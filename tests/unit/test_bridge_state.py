@@ -8,8 +8,9 @@ import sqlite3
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,13 +23,17 @@ from host_bridge.errors import (
     BridgeError,
     ExhaustedError,
     InvalidError,
+    InvalidSubnetError,
     NotFoundError,
+    PoolOverlapError,
     PreconditionError,
     StateError,
     TakenError,
 )
-from host_bridge.model import EndpointRecord, NetworkRecord
+from host_bridge.model import EndpointOptions, EndpointRecord, NetworkOptions, NetworkRecord, SubnetOptions
 from host_bridge.store import Store
+
+Refusal = TypeVar("Refusal", bound=BridgeError)
 
 
 @pytest.fixture
@@ -37,29 +42,44 @@ def state(tmp_path: Path) -> Iterator[DesiredState]:
         yield DesiredState(store)
 
 
-def network(state: DesiredState, name: str = "app", **options: object) -> NetworkRecord:
-    record = state.create_network(name, **options)  # type: ignore[arg-type]
+def network(state: DesiredState, name: str = "app", **options: Any) -> NetworkRecord:
+    record = state.create_network(name, network_options(**options))
     assert state.activate_network(record.id)
     return record
+
+
+def network_options(*, subnets: Sequence[str | SubnetOptions] = (), **options: Any) -> NetworkOptions:
+    given = [one if isinstance(one, SubnetOptions) else SubnetOptions(subnet=one) for one in subnets]
+    return NetworkOptions(subnets=given, **options)
+
+
+def created(state: DesiredState) -> list[NetworkRecord]:
+    return [record for record in state.networks() if not record.predefined]
 
 
 def guest(state: DesiredState, name: str) -> str:
     return state.register_guest(name, f"unix:/run/vms/{name}/control.sock").id
 
 
-def connect(state: DesiredState, net: str, who: str, **options: object) -> EndpointRecord:
-    record = state.connect(net, who, **options)  # type: ignore[arg-type]
+def connect(state: DesiredState, net: str, who: str, **options: Any) -> EndpointRecord:
+    record = state.connect(net, who, EndpointOptions(**options))
     assert state.activate_endpoint(record.id)
     return record
 
 
-def refused(state: DesiredState, kind: type[BridgeError], message: str, call: str, *args: object, **kw: object) -> None:
+def refused(state: DesiredState, kind: type[Refusal], message: str, call: str, *args: str, **options: Any) -> Refusal:
     before = state.store.dump()
     with pytest.raises(kind) as caught:
-        getattr(state, call)(*args, **kw)
+        if call == "create_network":
+            state.create_network(args[0], network_options(**options))
+        elif call == "connect":
+            state.connect(args[0], args[1], EndpointOptions(**options))
+        else:
+            getattr(state, call)(*args, **options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert state.store.dump() == before
+    return caught.value
 
 
 def test_first_networks_and_endpoints_are_dockers(state: DesiredState) -> None:
@@ -67,7 +87,7 @@ def test_first_networks_and_endpoints_are_dockers(state: DesiredState) -> None:
     assert [s.subnet for s in app.subnets] == ["172.18.0.0/16"]
     assert [s.gateway for s in app.subnets] == ["172.18.0.1"]
     assert [s.subnet for s in back.subnets] == ["172.19.0.0/16"]
-    assert (app.dns_server, back.dns_server) == ("169.254.64.1", "169.254.64.2")
+    assert (app.dns_server, back.dns_server) == ("169.254.64.2", "169.254.64.3")
     assert app.mtu == 1500
     guest(state, "web")
     guest(state, "db")
@@ -86,7 +106,12 @@ def test_ipv6(state: DesiredState) -> None:
     prefix = ipaddress.ip_network(one.subnets[1].subnet).supernet(new_prefix=48)
     assert prefix.network_address.packed[0] == 0xFD
     assert ipaddress.ip_network(two.subnets[1].subnet).subnet_of(prefix)  # type: ignore[arg-type]
-    given = network(state, "given", subnets=["fd12:3456::/64", "10.5.0.0/24"], gateways=["fd12:3456::9"])
+    given = network(
+        state,
+        "given",
+        subnets=[SubnetOptions(subnet="fd12:3456::/64", gateway="fd12:3456::9"), "10.5.0.0/24"],
+        enable_ipv6=True,
+    )
     assert [(s.subnet, s.gateway) for s in given.subnets] == [
         ("10.5.0.0/24", "10.5.0.1"),
         ("fd12:3456::/64", "fd12:3456::9"),
@@ -98,10 +123,11 @@ def test_ipv6(state: DesiredState) -> None:
 
 
 def test_macs_are_local_unicast_and_unique(state: DesiredState) -> None:
-    macs = []
+    default = state.find_network("bridge")
+    macs = [default.gateway_mac, default.dns_mac, default.uplink_mac]
     for number in range(5):
         record = network(state, f"n{number}")
-        macs += [record.gateway_mac, record.dns_mac]
+        macs += [record.gateway_mac, record.dns_mac, record.uplink_mac]
         guest(state, f"g{number}")
         macs += [connect(state, f"n{m}", f"g{number}").mac_address for m in range(number + 1)]
     assert len(set(macs)) == len(macs)
@@ -114,15 +140,15 @@ def test_network_refusals(state: DesiredState) -> None:
     refused(state, TakenError, "network with name app already exists", "create_network", "app")
     for name in ("", "-x", ".x", "a b", "a/b", "ä", "x" * 64, "a\n", "a\x1b[2J"):
         refused(state, InvalidError, "name", "create_network", name)
-    for subnet in ("10.1.4.0/24", "10.0.0.0/8", "10.1.0.0/16"):
-        refused(
-            state, PreconditionError, "overlaps 10.1.0.0/16 of network app", "create_network", "b", subnets=[subnet]
-        )
+    for text in ("10.1.4.0/24", "10.0.0.0/8", "10.1.0.0/16"):
+        refused(state, PoolOverlapError, "overlaps 10.1.0.0/16 of network app", "create_network", "b", subnets=[text])
     refused(state, InvalidError, "host bits", "create_network", "b", subnets=["10.2.0.1/16"])
     refused(state, InvalidError, "one per family", "create_network", "b", subnets=["10.2.0.0/16", "10.3.0.0/16"])
     for gateway, message in (("10.3.0.1", "is not in"), ("10.2.0.0", "network address"), ("x", "malformed")):
-        refused(state, InvalidError, message, "create_network", "b", subnets=["10.2.0.0/16"], gateways=[gateway])
-    refused(state, InvalidError, "no IPv6 subnet", "create_network", "b", gateways=["fd00::1"])
+        subnet = SubnetOptions(subnet="10.2.0.0/16", gateway=gateway)
+        error = refused(state, InvalidSubnetError, message, "create_network", "b", subnets=[subnet])
+        assert (error.what, error.value) == ("gateway", gateway)
+    refused(state, InvalidSubnetError, "", "create_network", "b", subnets=[SubnetOptions(gateway="fd00::1")])
     refused(state, InvalidError, "out of range", "create_network", "b", mtu=67)
     refused(state, InvalidError, "out of range", "create_network", "b", mtu=65536)
     refused(state, InvalidError, "at least 1280", "create_network", "b", mtu=1000, enable_ipv6=True)
@@ -139,7 +165,7 @@ def test_network_in_use_names_the_guests(state: DesiredState) -> None:
     state.disconnect("app", "web")
     state.remove_guest("db")
     state.delete_network("app")
-    assert state.networks() == []
+    assert created(state) == []
 
 
 def test_guest_refusals(state: DesiredState) -> None:
@@ -175,8 +201,8 @@ def test_connect_refusals(state: DesiredState) -> None:
         (TakenError, "taken by guest web", {"addresses": ["10.1.0.9"]}),
         (TakenError, "taken by the gateway", {"addresses": ["10.1.0.1"]}),
         (InvalidError, "is not in 10.1.0.0/24", {"addresses": ["10.2.0.1"]}),
-        (InvalidError, "network address", {"addresses": ["10.1.0.0"]}),
-        (InvalidError, "broadcast", {"addresses": ["10.1.0.255"]}),
+        (TakenError, "network address", {"addresses": ["10.1.0.0"]}),
+        (TakenError, "broadcast", {"addresses": ["10.1.0.255"]}),
         (InvalidError, "malformed", {"addresses": ["10.1.0"]}),
         (InvalidError, "without a prefix length", {"addresses": ["10.1.0.4/24"]}),
         (InvalidError, "one per family", {"addresses": ["10.1.0.4", "10.1.0.5"]}),
@@ -228,7 +254,7 @@ def test_lookup_order_and_ambiguity(state: DesiredState) -> None:
 
 def test_pending_networks_are_not_visible_but_hold_their_names(state: DesiredState) -> None:
     pending = state.create_network("app")
-    assert state.networks() == []
+    assert created(state) == []
     refused(state, NotFoundError, "not found", "find_network", "app")
     refused(state, TakenError, "already exists", "create_network", "app")
     state.cancel_network(pending.id)
@@ -260,7 +286,7 @@ def test_state_survives_reopening_and_pending_rows_do_not(tmp_path: Path) -> Non
         state = DesiredState(store)
         assert state.remove_pending() == 2
         assert store.dump() == before
-        assert state.networks()[0].id == kept.id
+        assert created(state)[0].id == kept.id
         endpoint = store.endpoint(web.id)
         assert endpoint is not None
         assert (endpoint.addresses, endpoint.aliases, endpoint.mac_address) == (
@@ -308,7 +334,7 @@ def test_newer_schema_and_foreign_database(tmp_path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(StateError, match="schema 99, this bridge knows 1"):
+    with pytest.raises(StateError, match="schema 99, this bridge knows 2"):
         Store(tmp_path)
     path.unlink()
     with sqlite3.connect(path) as connection:
@@ -327,7 +353,7 @@ def test_migrations_run_once_and_roll_back(tmp_path: Path, monkeypatch: pytest.M
         raise sqlite3.OperationalError("disk full")
 
     def good(connection: sqlite3.Connection) -> None:
-        connection.execute("ALTER TABLE networks ADD COLUMN labels TEXT NOT NULL DEFAULT ''")
+        connection.execute("ALTER TABLE meta ADD COLUMN remark TEXT NOT NULL DEFAULT ''")
 
     monkeypatch.setattr(store_module, "MIGRATIONS", (*store_module.MIGRATIONS, broken))
     with pytest.raises(StateError, match="disk full"):
@@ -335,20 +361,22 @@ def test_migrations_run_once_and_roll_back(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(store_module, "MIGRATIONS", (*store_module.MIGRATIONS[:-1], good))
     for _ in range(2):
         with Store(tmp_path) as store:
-            assert [record.name for record in DesiredState(store).networks()] == ["app"]
+            assert [record.name for record in created(DesiredState(store))] == ["app"]
 
 
 _KILLED = """
 import os, sys
 from pathlib import Path
 from host_bridge.desired import DesiredState
+from host_bridge.model import NetworkOptions, SubnetOptions
 from host_bridge.store import Store
 state = DesiredState(Store(Path(sys.argv[1])))
 print("ready", flush=True)
 number = 0
 while True:
     number += 1
-    record = state.create_network(f"n{number}", subnets=[f"10.{number % 250}.{number // 250}.0/24"])
+    subnet = SubnetOptions(subnet=f"10.{number % 250}.{number // 250}.0/24")
+    record = state.create_network(f"n{number}", NetworkOptions(subnets=[subnet]))
     state.activate_network(record.id)
     print(number, flush=True)
     if number % 3 == 0:
@@ -457,8 +485,11 @@ class Allocation(RuleBasedStateMachine):
         assert len(set(places)) == len(places)
         interfaces = [(e.guest_id, e.interface_name) for e in endpoints]
         assert len(set(interfaces)) == len(interfaces)
-        macs = [e.mac_address for e in endpoints]
-        macs += [mac for n in self.state.networks() for mac in (n.gateway_mac, n.dns_mac)]
+        macs = [(e.network_id, e.mac_address) for e in endpoints]
+        switched = [n for n in self.state.networks() if n.switched]
+        macs += [(n.id, mac) for n in switched for mac in (n.gateway_mac, n.dns_mac)]
+        uplinks = [address for n in switched for address in n.uplink_addresses]
+        assert len(set(uplinks)) == len(uplinks)
         assert len(set(macs)) == len(macs)
         assert not self.store._all("PRAGMA foreign_key_check")
 
