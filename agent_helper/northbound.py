@@ -42,8 +42,7 @@ def ensure_uplink(txn: Txn, uplink: UplinkSpec | None) -> None:
     addresses = [uplink.mac_address, *(str(a.ip) for a in uplink.addresses), *map(str, uplink.stand_ins)]
     _ensure_port(txn, switch, KERNEL_PORT, "", [" ".join(addresses)])
     # Routers speak with the kernel only. What is on its way from one to another has passed neither's rules.
-    among_routers = f'inport != "{KERNEL_PORT}" && outport != "{KERNEL_PORT}"'
-    _ensure_rows(txn, switch, "acls", "ACL", [_drop(among_routers)])
+    _ensure_rows(txn, switch, "acls", "ACL", _only_with(KERNEL_PORT))
 
 
 def ensure_network(txn: Txn, spec: NetworkSpec, uplink: UplinkSpec | None) -> None:
@@ -104,17 +103,24 @@ def _ensure_isolation(txn: Txn, switch: Row, router: Row, spec: NetworkSpec) -> 
     acls: list[dict[str, object]] = []
     policies: list[dict[str, object]] = []
     if spec.endpoints_isolated:
-        shared = [f"to-gw-{spec.network_id}"] + ([dns_port(spec.network_id)] if spec.dns_servers else [])
-        acls.append(_drop(" && ".join(f'{side} != "{name}"' for side in ("inport", "outport") for name in shared)))
-        for subnet in spec.subnets:
-            match = f'inport == "gwp-{spec.network_id}" && ip{subnet.version}.dst == {subnet}'
+        acls = _only_with(f"to-gw-{spec.network_id}", *([dns_port(spec.network_id)] if spec.dns_servers else []))
+        for subnet, gateway in zip(spec.subnets, spec.gateways, strict=True):
+            ip = f"ip{subnet.version}"
+            match = f'inport == "gwp-{spec.network_id}" && {ip}.dst == {subnet} && {ip}.src != {gateway}'
             policies.append({"priority": 1000, "match": match, "action": "drop"})
     _ensure_rows(txn, switch, "acls", "ACL", acls)
     _ensure_rows(txn, router, "policies", "Logical_Router_Policy", policies)
 
 
-def _drop(match: str) -> dict[str, object]:
-    return {"priority": 1000, "direction": "to-lport", "match": match, "action": "drop"}
+def _only_with(*ports: str) -> list[dict[str, object]]:
+    """ACLs by which IP packets go only from and to these ports of a switch.
+
+    ARP and neighbour discovery pass: OVN answers these itself, at the port that asks. (Expressions may say of a port
+    only that it is this one, not that it is another: ovn-sb(5), "Logical_Flow".)
+    """
+    match = " || ".join(f'{side} == "{port}"' for side in ("inport", "outport") for port in ports)
+    rules = (1001, match, "allow"), (1000, "ip", "drop")
+    return [{"priority": p, "direction": "to-lport", "match": m, "action": a} for p, m, a in rules]
 
 
 def remove_network(txn: Txn, network_id: str) -> None:
