@@ -6,9 +6,14 @@ A lab is a directory, /run/taploom/NAME (0700):
     status.json         what the supervisor has running; only ever replaced as a whole
     supervisor.lock     held (flock) by the supervisor while it lives; contains its pid
     bridge.sock         the bridge's API
+    docker.sock         Docker's API, served by the bridge
+    runtime.sock        the container runtime's API
     bridge/             the bridge's state
     helper/             the helper agent's sockets and state
     guests/NAME/        a guest's sockets, resolv.conf, hosts, and the pid that holds its namespaces
+    images/             root file systems that were imported
+    containers/ID/      a container's files
+    crun/               crun's state
     logs/               one file per process
 """
 
@@ -58,6 +63,14 @@ class Lab:
     @property
     def bridge_address(self) -> str:
         return f"unix:{self.path}/bridge.sock"
+
+    @property
+    def runtime_address(self) -> str:
+        return f"unix:{self.path}/runtime.sock"
+
+    @property
+    def docker_socket(self) -> str:
+        return f"unix:{self.path}/docker.sock"
 
     @property
     def helper_directory(self) -> Path:

@@ -59,6 +59,7 @@ class Supervisor:
         async with trio.open_nursery() as nursery:
             _add_netns(self._lab.helper_netns)
             nursery.start_soon(self._process("helper", self._helper()).run)
+            nursery.start_soon(self._process("runtime", self._runtime()).run)
             nursery.start_soon(self._process("bridge", self._bridge()).run)
             with trio.open_signal_receiver(signal.SIGHUP) as hangups:
                 self._converge(nursery)
@@ -91,6 +92,16 @@ class Supervisor:
             ],
             env=self._lab.environment(),
             log=self._lab.logs / "bridge.log",
+            on_change=self._write_status,
+        )
+
+    def _runtime(self) -> SupervisedProcess:
+        return SupervisedProcess(
+            "runtime",
+            [*_python("lab.runtime"), self._lab.name],
+            env=self._lab.environment(),
+            log=self._lab.logs / "runtime.log",
+            ready=lambda: _answers(self._lab.runtime_address),
             on_change=self._write_status,
         )
 
@@ -225,6 +236,16 @@ def _add_netns(name: str) -> None:
 async def _appears(path: Path) -> None:
     while not path.exists():
         await trio.sleep(0.002)
+
+
+async def _answers(address: str) -> None:
+    """Returns once somebody takes connections there."""
+    while True:
+        try:
+            await trio.aclose_forcefully(await connect(parse_address(address)))
+            return
+        except OSError:
+            await trio.sleep(0.005)
 
 
 @contextlib.contextmanager

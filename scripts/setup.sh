@@ -17,7 +17,7 @@ quietly() {
 }
 
 packages="openvswitch-switch ovn-central ovn-host dnsmasq-base nftables iproute2 iputils-ping iperf3 dnsutils tcpdump \
-procps util-linux ca-certificates git"
+procps util-linux ca-certificates git crun"
 # Node.js comes from the distribution only where there is no npm at all: another source's nodejs brings its own.
 command -v npm >/dev/null || packages="$packages npm"
 

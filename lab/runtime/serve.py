@@ -1,0 +1,59 @@
+"""The runtime's process, once it has its namespaces."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import trio
+
+from lab.runtime.agents import Zygote
+from lab.runtime.children import MachinePids
+from lab.runtime.containers import Containers
+from lab.runtime.crun import Crun
+from lab.runtime.images import ImageStore
+from lab.runtime.service import RuntimeService
+from lab.state import Lab
+from taploom.address import open_listener, parse_address
+from taploom.log import setup_logging
+from taploom.rpc import Server
+
+logger = logging.getLogger("taploom.runtime")
+
+
+def run(name: str, machine_proc: int) -> int:
+    """Serves the lab's containers until the process is ended; nothing has to be put away by hand then."""
+    setup_logging("lab.runtime", os.environ.get("TAPLOOM_LOG_LEVEL", "info"))
+    trio.run(_serve, Lab(name), machine_proc)
+    return 0
+
+
+async def _serve(lab: Lab, machine_proc: int) -> None:
+    images = ImageStore(lab.path / "images")
+    service = RuntimeService(images)
+    zygote = Zygote()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(zygote.run)
+        service.containers = Containers(
+            lab.path / "containers",
+            crun=Crun(_empty(lab.path / "crun")),
+            zygote=zygote,
+            pids=MachinePids(machine_proc),
+            agent_log=lab.logs / "containers.log",
+            root_of=images.root,
+            nursery=nursery,
+            on_exit=service.process_ended,
+        )
+        await images.remove_unused_layers({container.record.layer for container in service.containers.all()})
+        listener = await open_listener(parse_address(lab.runtime_address))
+        logger.info("serves containers on %s", lab.runtime_address)
+        await Server([service]).serve(listener)
+
+
+def _empty(path: Path) -> Path:
+    """crun's records of containers that the kernel has ended with the last runtime."""
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)
+    return path
