@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import grp
 import logging
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import trio
 
 from host_bridge.api import GuestApi, NetworkApi, StatusApi
 from host_bridge.desired import DesiredState
+from host_bridge.docker_api.app import DockerApi
+from host_bridge.docker_api.server import serve_docker
 from host_bridge.errors import InvalidError, StateError
 from host_bridge.fabric import Fabric
 from host_bridge.ipam import parse_address as parse_ip
 from host_bridge.notify import notify_ready
+from host_bridge.ports import PortPublisher
 from host_bridge.store import Store
 from taploom import __version__
-from taploom.address import Address, AddressError, data_address, open_listener, parse_address
+from taploom.address import Address, AddressError, CheckedListener, data_address, open_listener, parse_address
 from taploom.link import open_dataplane
 from taploom.log import LEVELS, setup_logging
 from taploom.rpc import Server
@@ -58,6 +64,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="IP",
         help="where guests ask for names that no network knows; up to three; default: nowhere",
     )
+    parser.add_argument(
+        "--docker-socket", metavar="ADDR", help="where to serve Docker's API: unix:PATH or fd:N; default: nowhere"
+    )
+    parser.add_argument(
+        "--docker-group", metavar="GROUP", help="whose members may use it too; they can do what the bridge can"
+    )
     parser.add_argument("--log-level", default="info", choices=LEVELS, help="default: info")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
@@ -71,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         socket = _address(arguments.socket)
         helper = _address(arguments.helper, HELPER_CONTROL_PORT)
         helper_data = _address(arguments.helper_data) if arguments.helper_data else data_address(helper)
+        docker = _docker(arguments.docker_socket, arguments.docker_group)
         upstreams = [_upstream(text) for text in arguments.dns]
         if len(upstreams) > _MAX_UPSTREAMS:
             raise ValueError(f"{len(upstreams)} DNS servers are too many: give at most {_MAX_UPSTREAMS}")
@@ -79,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging("host_bridge", arguments.log_level)
     try:
         with Store(arguments.state_dir) as store:
-            trio.run(serve, store, socket, helper, helper_data, upstreams)
+            trio.run(partial(serve, docker=docker), store, socket, helper, helper_data, upstreams)
     except (StateError, ListenError) as error:
         print(f"taploom-bridge: {error}", file=sys.stderr)  # noqa: T201
         return 1
@@ -90,7 +103,23 @@ class ListenError(Exception):
     """The API's socket cannot be opened."""
 
 
-async def serve(store: Store, socket: Address, helper: Address, helper_data: Address, upstreams: Sequence[str]) -> None:
+@dataclass(frozen=True, slots=True)
+class DockerSocket:
+    """Where Docker's API is served, and the group whose members may use it; None: nobody but root and ourselves."""
+
+    address: Address
+    gid: int | None = None
+
+
+async def serve(
+    store: Store,
+    socket: Address,
+    helper: Address,
+    helper_data: Address,
+    upstreams: Sequence[str],
+    *,
+    docker: DockerSocket | None = None,
+) -> None:
     """Serves until SIGTERM or SIGINT, then lets calls under way finish.
 
     Raises:
@@ -100,14 +129,19 @@ async def serve(store: Store, socket: Address, helper: Address, helper_data: Add
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with open_dataplane() as dataplane:
             fabric = Fabric(DesiredState(store), dataplane, helper, helper_data, upstreams=upstreams)
-            try:
-                listener = await open_listener(socket)
-            except (OSError, AddressError) as error:
-                raise ListenError(f"cannot serve at {socket}: {error}") from error
+            listener = await _listen(socket)
+            docker_listener = None if docker is None else await _listen(docker.address, docker.gid)
+            publisher = PortPublisher(fabric.helper, dataplane, is_gateway=partial(_is_gateway, fabric.desired))
+            fabric.on_stream_wanted = publisher.stream_wanted
+            docker_api = DockerApi(fabric)
             server = Server([NetworkApi(fabric), GuestApi(fabric), StatusApi(fabric)])
             async with trio.open_nursery() as nursery:
                 await nursery.start(fabric.run)
+                await nursery.start(publisher.run)
                 await nursery.start(server.serve, listener)
+                if docker_listener is not None:
+                    await nursery.start(serve_docker, docker_listener, docker_api)
+                    logger.info("serving Docker's API at %s", docker_listener.address)
                 for service in ("NetworkService", "GuestService", "StatusService"):
                     server.health.set(f"taploom.bridge.v1.{service}", serving=True)
                 notify_ready()
@@ -115,8 +149,34 @@ async def serve(store: Store, socket: Address, helper: Address, helper_data: Add
                 async for number in signals:
                     logger.info("%s: ending", signal.Signals(number).name)
                     break
-                await server.drain(_DRAIN)
+                async with trio.open_nursery() as draining:
+                    draining.start_soon(server.drain, _DRAIN)
+                    draining.start_soon(docker_api.drain, _DRAIN)
                 nursery.cancel_scope.cancel()
+
+
+def _is_gateway(desired: DesiredState, address: str) -> bool:
+    return any(subnet.gateway == address for network in desired.networks() for subnet in network.subnets)
+
+
+async def _listen(address: Address, gid: int | None = None) -> CheckedListener:
+    try:
+        return await open_listener(address, allowed_gid=gid)
+    except (OSError, AddressError) as error:
+        raise ListenError(f"cannot serve at {address}: {error}") from error
+
+
+def _docker(socket: str | None, group: str | None) -> DockerSocket | None:
+    if socket is None:
+        if group is not None:
+            raise ValueError("--docker-group is of no use without --docker-socket")
+        return None
+    if group is None:
+        return DockerSocket(_address(socket))
+    try:
+        return DockerSocket(_address(socket), int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid)
+    except KeyError:
+        raise ValueError(f"there is no group {group!r}: create it, or leave --docker-group out") from None
 
 
 def _address(text: str, default_port: int | None = None) -> Address:

@@ -59,6 +59,8 @@ _SO_VM_SOCKETS_BUFFER_SIZE: Final = 0
 _SO_VM_SOCKETS_BUFFER_MAX_SIZE: Final = 2
 _SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h; the socket module does not name them
 _SO_RCVBUFFORCE: Final = 33
+_SO_PEERGROUPS: Final = 59
+_MAX_GROUPS: Final = 65536  # NGROUPS_MAX, linux/limits.h
 _VSOCK_BUFFER: Final = 8 << 20
 _UNIX_BUFFER: Final = 4 << 20
 # sun_path holds 108 bytes on Linux and 104 on macOS, the final NUL included.
@@ -352,13 +354,16 @@ def _is_listening(sock: socket.socket) -> bool:
     return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
-async def open_listener(address: Address, *, allowed_uids: frozenset[int] | None = None) -> CheckedListener:
+async def open_listener(
+    address: Address, *, allowed_uids: frozenset[int] | None = None, allowed_gid: int | None = None
+) -> CheckedListener:
     """Listen on ``address`` for the peers that may connect.
 
     On vsock that is the host (CID 2). On Unix sockets it is the user ids in ``allowed_uids``, by default our own
     effective one and root; the socket is 0600 (0666 when others are allowed, the check still holds), in a
-    directory that is made 0700 if it is missing, and that nobody else may write to. A socket that a dead process
-    left is replaced. Raises OSError (EADDRINUSE when another process listens there) or AddressError.
+    directory that is made 0700 if it is missing, and that nobody else may write to. With ``allowed_gid`` the
+    group's members may connect too: the socket is 0660 and the group's. A socket that a dead process left is
+    replaced. Raises OSError (EADDRINUSE when another process listens there) or AddressError.
     """
     await trio.lowlevel.checkpoint()
     uids = frozenset({os.geteuid(), 0}) if allowed_uids is None else allowed_uids
@@ -374,7 +379,7 @@ async def open_listener(address: Address, *, allowed_uids: frozenset[int] | None
                 raise OSError(number, f"cannot listen on {address}: {os.strerror(number)}") from error
         case UnixAddress(path):
             unlink = Path(path)
-            sock = _bind_unix(address, unlink, shared=not uids <= {os.geteuid(), 0})
+            sock = _bind_unix(address, unlink, shared=not uids <= {os.geteuid(), 0}, gid=allowed_gid)
         case FdAddress():
             sock = _adopt(address)
             if not _is_listening(sock):
@@ -384,15 +389,15 @@ async def open_listener(address: Address, *, allowed_uids: frozenset[int] | None
             raise AddressError(f"{address} can only be connected to: listen on vsock:any:PORT inside the VM")
     try:
         sock.listen(_BACKLOG)
-        return CheckedListener(sock, address, uids, unlink)
+        return CheckedListener(sock, address, uids, unlink, allowed_gid=allowed_gid)
     except BaseException:
         sock.close()
         raise
 
 
-def _bind_unix(address: UnixAddress, path: Path, *, shared: bool) -> socket.socket:
+def _bind_unix(address: UnixAddress, path: Path, *, shared: bool, gid: int | None = None) -> socket.socket:
     directory = path.parent
-    directory.mkdir(mode=0o755 if shared else 0o700, parents=True, exist_ok=True)
+    directory.mkdir(mode=0o755 if shared or gid is not None else 0o700, parents=True, exist_ok=True)
     info = directory.stat()
     if info.st_uid not in (os.geteuid(), 0) or (info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX):
         raise AddressError(
@@ -404,7 +409,9 @@ def _bind_unix(address: UnixAddress, path: Path, *, shared: bool) -> socket.sock
     try:
         sock.bind(str(path))
         # Before listen(): until then nobody can connect, so there is no moment with wider permissions.
-        path.chmod(0o666 if shared else 0o600)
+        if gid is not None:
+            os.chown(path, -1, gid)
+        path.chmod(0o666 if shared else 0o600 if gid is None else 0o660)
     except OSError as error:
         sock.close()
         number = error.errno or errno.EIO
@@ -438,7 +445,13 @@ class CheckedListener(Listener[trio.SocketStream]):
     """
 
     def __init__(
-        self, sock: socket.socket, address: Address, allowed_uids: frozenset[int], unlink: Path | None
+        self,
+        sock: socket.socket,
+        address: Address,
+        allowed_uids: frozenset[int],
+        unlink: Path | None,
+        *,
+        allowed_gid: int | None = None,
     ) -> None:
         sock.setblocking(False)
         self.address = address
@@ -449,7 +462,11 @@ class CheckedListener(Listener[trio.SocketStream]):
             self._unlink = (unlink, info.st_dev, info.st_ino)
         self._refusal: Callable[[trio.socket.SocketType, object], str | None]
         if self.socket.family == socket.AF_UNIX:
-            self._refusal = lambda peer, _name: refuse_uid(peer_uid(peer), allowed_uids)
+            self._refusal = lambda peer, _name: (
+                None
+                if allowed_gid is not None and allowed_gid in peer_groups(peer)
+                else refuse_uid(peer_uid(peer), allowed_uids)
+            )
         else:
             self._refusal = lambda _peer, name: refuse_cid(name)
 
@@ -513,3 +530,16 @@ def peer_uid(sock: socket.socket | trio.socket.SocketType) -> int:
         return int(uid)
     _pid, uid, _gid = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(uid)
+
+
+def peer_groups(sock: socket.socket | trio.socket.SocketType) -> frozenset[int]:
+    """The group ids, the supplementary ones included, of the process at the other end, as of its connect.
+
+    SO_PEERCRED and SO_PEERGROUPS on Linux (unix(7), Linux 4.13), struct xucred on macOS (sys/ucred.h).
+    """
+    if sys.platform == "darwin":
+        _version, _uid, count = struct.unpack_from("=IIh", sock.getsockopt(0, 1, 76))
+        return frozenset(struct.unpack_from(f"={count}I", sock.getsockopt(0, 1, 76), 12))
+    _pid, _uid, gid = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    further = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MAX_GROUPS)
+    return frozenset({gid, *struct.unpack(f"={len(further) // 4}I", further)})

@@ -8,6 +8,8 @@ import sqlite3
 from dataclasses import dataclass, field
 from typing import Any
 
+import trio
+
 from host_bridge.docker_api import networks, system
 from host_bridge.docker_api.errors import DockerError
 from host_bridge.docker_api.events import EventLog
@@ -17,6 +19,7 @@ from host_bridge.docker_api.router import Router, clean_path, parse_version, spl
 from host_bridge.errors import BridgeError
 from host_bridge.events import FabricEvent
 from host_bridge.fabric import Fabric
+from host_bridge.waiting import Signal
 from taploom import __version__
 
 logger = logging.getLogger("taploom.bridge.docker")
@@ -71,6 +74,8 @@ class DockerApi:
         self.version = version or VersionInfo()
         self.router = Router()
         self.events = EventLog()
+        self._under_way = 0
+        self._idle = Signal()
         self._oldest, self._newest = parse_version(self.version.min_api), parse_version(self.version.api)
         fabric.events.subscribe(self._tell)
         system.register(self)
@@ -86,6 +91,11 @@ class DockerApi:
             ("Server", f"Docker/{self.version.version} ({self.version.os})"),
         )
 
+    async def drain(self, seconds: float) -> None:
+        """Waits until the requests under way are answered, at most so long; streams are not waited for."""
+        with trio.move_on_after(seconds):
+            await self._idle.until(lambda: not self._under_way)
+
     def _tell(self, event: FabricEvent) -> None:
         """What happens to networks, as /events has it."""
         network, action = event.network, _ACTIONS.get(event.kind)
@@ -98,6 +108,7 @@ class DockerApi:
 
     async def answer(self, request: Request) -> Answer:
         """Answers a request whose path still has its version; never raises but for the client's going."""
+        self._under_way += 1
         try:
             return await self._routed(request)
         except DockerError as error:
@@ -115,6 +126,9 @@ class DockerApi:
         except Exception as error:
             logger.exception("%s %s failed", request.method, request.path)
             return error_response(DockerError(500, f"internal error of the bridge: {error}"))
+        finally:
+            self._under_way -= 1
+            self._idle.notify()
 
     async def _routed(self, request: Request) -> Answer:
         if (cleaned := clean_path(request.path)) != request.path:

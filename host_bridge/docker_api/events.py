@@ -170,7 +170,9 @@ def _moment(request: Request, name: str) -> int | None:
     found = _TIMESTAMP.fullmatch(text)
     if found is None:
         # Docker's answer to a time that it cannot parse: strconv's words, and no better status.
-        raise DockerError(500, f'strconv.ParseInt: parsing "{text.partition(".")[0]}": invalid syntax')
+        seconds, _, fraction = text.partition(".")
+        wrong = fraction if _TIMESTAMP.fullmatch(seconds) else seconds
+        raise DockerError(500, f'strconv.ParseInt: parsing "{wrong}": invalid syntax')
     nanoseconds = int((found[2] or "0")[:9].ljust(9, "0"))
     return int(found[1]) * 1_000_000_000 + nanoseconds
 

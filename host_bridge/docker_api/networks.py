@@ -343,7 +343,7 @@ class Networks:
                 raise bad_request("invalid name: name is empty") from None
             raise not_found(f"endpoint {container} not found") from None
         if self._api.manager is not None:
-            await self._api.manager.disconnect(text, container, force)
+            await self._api.manager.disconnect(text, container, force=force)
             return Response(200)
         try:
             network = self._find(text)
