@@ -38,15 +38,13 @@ class Zygote:
                 with theirs:
                     theirs.set_inheritable(True)
                     argv = [sys.executable, "-m", "lab.runtime.zygote", str(theirs.fileno())]
-                    pid = children.spawn(argv, stdout=2, stderr=2)
-                pidfd = os.pidfd_open(pid)
+                    child = children.spawn(argv, stdout=2, stderr=2)
                 self._socket = trio.socket.from_stdlib_socket(ours.dup())
                 task_status.started()
                 task_status = trio.TASK_STATUS_IGNORED
                 try:
-                    code = await children.wait(pidfd)
+                    code = await child.wait()
                 finally:
-                    os.close(pidfd)
                     self._socket.close()
             logger.warning("the process that agents are forked from ended (%d); starting it again", code)
             await trio.sleep(0.1)

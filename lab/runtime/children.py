@@ -1,20 +1,86 @@
-"""Child processes, waited for by pidfd.
+"""Child processes.
 
-The runtime is the first process of its PID namespace, so that what crun leaves behind becomes its child too. Nothing
-here may wait for just any child (SIGCHLD handlers, `subprocess`): each is waited for by who knows it.
+The runtime is the first process of its PID namespace, so that what crun leaves behind becomes its child too: processes
+of containers, and helpers of its own that nobody waits for. The former are waited for by pidfd, by who knows them; the
+latter are taken away by `reap`, for a container's namespace does not end before all that was in it has been waited for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
 # Python ignores these; programs expect them as they were.
 _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
+
+
+# The children that somebody here waits for.
+_known: set[int] = set()
+# How unknown children ended, for who gets to know them too late.
+_strangers: OrderedDict[int, int] = OrderedDict()
+_MAX_STRANGERS = 256
+
+
+@dataclass(frozen=True)
+class Child:
+    """A child that has not been waited for yet; `wait` for it exactly once."""
+
+    pid: int
+    pidfd: int
+
+    async def wait(self) -> int:
+        """Its exit code when it has ended, negative for a signal; it is gone after that."""
+        if self.pidfd < 0:
+            await trio.lowlevel.checkpoint()
+            return _strangers.pop(self.pid)
+        await trio.lowlevel.wait_readable(self.pidfd)
+        result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)  # noqa: ASYNC222 -- it has ended
+        assert result is not None
+        _known.discard(self.pid)
+        os.close(self.pidfd)
+        return _exit_code(result)
+
+    def kill(self, signum: int = signal.SIGKILL) -> bool:
+        """Sends a signal; False when it is gone."""
+        return self.pidfd >= 0 and kill(self.pidfd, signum)
+
+
+def adopt(pid: int) -> Child:
+    """A child that crun has left us. ProcessLookupError when there was no such child."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        if pid not in _strangers:
+            raise
+        return Child(pid, -1)
+    _known.add(pid)
+    return Child(pid, pidfd)
+
+
+def reap() -> None:
+    """Waits for the children that have ended and that nobody knows."""
+    for text in Path("/proc/self/task", str(os.getpid()), "children").read_text().split():
+        pid = int(text)
+        if pid in _known:
+            continue
+        with contextlib.suppress(ChildProcessError):
+            result = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
+            if result is not None:
+                _strangers[pid] = _exit_code(result)
+                _strangers.move_to_end(pid)
+                if len(_strangers) > _MAX_STRANGERS:
+                    _strangers.popitem(last=False)
+
+
+def _exit_code(result: os.waitid_result) -> int:
+    return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
 
 
 def spawn(
@@ -24,32 +90,26 @@ def spawn(
     stdout: int | None = None,
     stderr: int | None = None,
     env: Mapping[str, str] | None = None,
-) -> int:
-    """Starts a program by its path; returns its pid. Streams that are not given are /dev/null."""
+) -> Child:
+    """Starts a program by its path. Streams that are not given are /dev/null."""
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:
         actions = [
             (os.POSIX_SPAWN_DUP2, null if given is None else given, number)
             for number, given in enumerate((stdin, stdout, stderr))
         ]
-        return os.posix_spawn(
-            argv[0],
-            list(argv),
-            os.environ if env is None else env,
-            file_actions=actions,
-            setsigdef=_DEFAULT_SIGNALS,
-            setsigmask=(),
+        return adopt(
+            os.posix_spawn(
+                argv[0],
+                list(argv),
+                os.environ if env is None else env,
+                file_actions=actions,
+                setsigdef=_DEFAULT_SIGNALS,
+                setsigmask=(),
+            )
         )
     finally:
         os.close(null)
-
-
-async def wait(pidfd: int) -> int:
-    """The exit code of a child of ours when it has ended, negative for a signal; the child is gone after that."""
-    await trio.lowlevel.wait_readable(pidfd)
-    result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)  # noqa: ASYNC222 -- it has ended
-    assert result is not None
-    return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
 
 
 async def run(
@@ -61,17 +121,14 @@ async def run(
     env: Mapping[str, str] | None = None,
 ) -> int:
     """Runs a program to its end and returns its exit code, negative for a signal; ends it when cancelled."""
-    pidfd = os.pidfd_open(spawn(argv, stdin=stdin, stdout=stdout, stderr=stderr, env=env))
+    child = spawn(argv, stdin=stdin, stdout=stdout, stderr=stderr, env=env)
     try:
-        try:
-            return await wait(pidfd)
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                kill(pidfd)
-                await wait(pidfd)
-            raise
-    finally:
-        os.close(pidfd)
+        return await child.wait()
+    except trio.Cancelled:
+        with trio.CancelScope(shield=True):
+            child.kill()
+            await child.wait()
+        raise
 
 
 def kill(pidfd: int, signum: int = signal.SIGKILL) -> bool:
@@ -93,9 +150,11 @@ class MachinePids:
     def __init__(self, proc: int) -> None:
         self._proc = proc
 
-    def pid(self, pidfd: int) -> int:
-        """The pid; 0 when the process is gone (proc(5): /proc/PID/fdinfo of a pidfd)."""
-        fd = os.open(f"self/fdinfo/{pidfd}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._proc)
+    def pid(self, child: Child) -> int:
+        """Its pid; 0 when it is gone (proc(5): /proc/PID/fdinfo of a pidfd)."""
+        if child.pidfd < 0:
+            return 0
+        fd = os.open(f"self/fdinfo/{child.pidfd}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._proc)
         with open(fd) as file:  # noqa: PTH123 -- a descriptor
             for line in file:
                 name, _, value = line.partition(":")

@@ -90,31 +90,29 @@ class Process:
         self.ended: Ended | None = None
         self.exited = trio.Event()
         self.failure = ""
-        self._pidfd: int | None = None
+        self._child: children.Child | None = None
 
     @property
     def started(self) -> bool:
-        return self._pidfd is not None or self.ended is not None
+        return self._child is not None or self.ended is not None
 
     @property
     def running(self) -> bool:
-        return self._pidfd is not None and self.ended is None
+        return self._child is not None and self.ended is None
 
     @property
-    def pidfd(self) -> int | None:
-        """Its pidfd while it runs."""
-        return self._pidfd if self.ended is None else None
+    def child(self) -> children.Child | None:
+        """It while it runs."""
+        return self._child if self.ended is None else None
 
-    def start(self, pidfd: int) -> None:
+    def start(self, child: children.Child) -> None:
         """It runs."""
-        self._pidfd = pidfd
+        self._child = child
 
     def end(self, exit_code: int) -> None:
         """It has ended."""
         self.ended = Ended(exit_code, datetime.now(UTC))
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
+        self._child = None
         self.exited.set()
 
     def fail(self, reason: str) -> None:
@@ -124,11 +122,11 @@ class Process:
 
     async def run(self, on_exit: Callable[[Process], None]) -> None:
         """Sees it to its end; `on_exit` is called once, when its output is in the log."""
-        pidfd = self._pidfd
-        assert pidfd is not None
+        child = self._child
+        assert child is not None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.streams.carry)
-            code = await children.wait(pidfd)
+            code = await child.wait()
             self.end(code if code >= 0 else 128 - code)
             self.streams.exited()
             # Whoever is attached and reads slowly does not hold up the news.
@@ -405,7 +403,7 @@ class Containers:
             await self._crun.delete(container.name) if container.record.started_at else None
         try:
             with _pipes(spec) as (stdio, ours):
-                pidfd, master = await run(container.name, container.directory, config, stdio)
+                child, master = await run(container.name, container.directory, config, stdio)
                 if master is not None:
                     process.streams.open_terminal(master, stdin=spec.stdin)
                 elif ours is not None:
@@ -418,9 +416,9 @@ class Containers:
             process.streams.close()
             self._ended(container, process)
             return 0
-        process.start(pidfd)
+        process.start(child)
         self._started(container, process)
-        pid = self._pids.pid(pidfd)
+        pid = self._pids.pid(child)
         self._nursery.start_soon(process.run, lambda ended: self._ended(container, ended))
         return pid
 
@@ -466,8 +464,8 @@ class Containers:
         main = container.main
         if main is not None:
             # The first process of a PID namespace takes all others along (pid_namespaces(7)).
-            if main.pidfd is not None:
-                children.kill(main.pidfd)
+            if main.child is not None:
+                main.child.kill()
                 await main.exited.wait()
             await self._crun.delete(container.name)
         await self._unboot(container)
@@ -510,13 +508,13 @@ class Containers:
         process = container.process(process_id)
         if not 0 < signum <= signal.SIGRTMAX:
             raise InvalidFailure(f"there is no signal {signum}")
-        if process.pidfd is None or not children.kill(process.pidfd, signum):
+        if process.child is None or not process.child.kill(signum):
             raise StateFailure("the process does not run")
 
     def pid(self, container: Container) -> int:
         """The main process's pid as the machine sees it; 0 when there is none."""
-        pidfd = container.main.pidfd if container.main is not None else None
-        return self._pids.pid(pidfd) if pidfd is not None else 0
+        child = container.main.child if container.main is not None else None
+        return self._pids.pid(child) if child is not None else 0
 
 
 @contextlib.contextmanager

@@ -44,8 +44,10 @@ class Crun:
         self._command = [children.program("crun"), "--cgroup-manager=disabled", "--root", str(state)]
         self._serial = itertools.count(1)
 
-    async def run(self, name: str, bundle: Path, config: dict[str, Any], stdio: Stdio | None) -> tuple[int, int | None]:
-        """Starts a container's main process; returns its pidfd, and its terminal's master side if it has one.
+    async def run(
+        self, name: str, bundle: Path, config: dict[str, Any], stdio: Stdio | None
+    ) -> tuple[children.Child, int | None]:
+        """Starts a container's main process; returns it, and its terminal's master side if it has one.
 
         Raises:
             InvalidFailure: the program cannot be executed, with Docker's text.
@@ -57,7 +59,7 @@ class Crun:
 
     async def execute(
         self, name: str, bundle: Path, process: dict[str, Any], stdio: Stdio | None
-    ) -> tuple[int, int | None]:
+    ) -> tuple[children.Child, int | None]:
         """Starts a further process, as `run`."""
         path = bundle / f"process-{next(self._serial)}.json"
         path.write_text(json.dumps(process))
@@ -74,7 +76,7 @@ class Crun:
 
     async def _start(
         self, command: list[str], target: list[str], bundle: Path, arguments: list[str], stdio: Stdio | None
-    ) -> tuple[int, int | None]:
+    ) -> tuple[children.Child, int | None]:
         serial = next(self._serial)
         log, pid_file, console = (bundle / f"{kind}-{serial}" for kind in ("log", "pid", "console"))
         options = ["--pid-file", str(pid_file)]
@@ -96,9 +98,9 @@ class Crun:
                     )
                 if code:
                     raise _failure(log.read_text(errors="replace").strip() if log.exists() else "", arguments)
-                pidfd = os.pidfd_open(int(pid_file.read_text()))
+                child = children.adopt(int(pid_file.read_text()))
                 # crun has sent the terminal before it ended.
-                return pidfd, None if listener is None else _receive_terminal(listener)
+                return child, None if listener is None else _receive_terminal(listener)
         finally:
             for path in (log, pid_file, console):
                 path.unlink(missing_ok=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import signal
 from pathlib import Path
 
 import trio
 
+from lab.runtime import children
 from lab.runtime.agents import Zygote
 from lab.runtime.children import MachinePids
 from lab.runtime.containers import Containers
@@ -34,6 +37,7 @@ async def _serve(lab: Lab, machine_proc: int) -> None:
     service = RuntimeService(images)
     zygote = Zygote()
     async with trio.open_nursery() as nursery:
+        await nursery.start(_reap)
         await nursery.start(zygote.run)
         service.containers = Containers(
             lab.path / "containers",
@@ -51,9 +55,14 @@ async def _serve(lab: Lab, machine_proc: int) -> None:
         await Server([service]).serve(listener)
 
 
+async def _reap(*, task_status: trio.TaskStatus[None]) -> None:
+    with trio.open_signal_receiver(signal.SIGCHLD) as signals:
+        task_status.started()
+        async for _ in signals:
+            children.reap()
+
+
 def _empty(path: Path) -> Path:
     """crun's records of containers that the kernel has ended with the last runtime."""
-    import shutil
-
     shutil.rmtree(path, ignore_errors=True)
     return path
