@@ -40,6 +40,9 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 RETRY_DELAY = 1.0
+QUIET, LATEST = 0.01, 0.1
+"""Seconds without news after which the interfaces are looked at, and after which at any rate."""
+_GONE_POLL = 0.0003
 APPLY_ERRORS = (SpecError, NameTakenError, TapError, NetlinkError)
 """What applying an interface raises when it cannot be done."""
 
@@ -87,6 +90,7 @@ class Interfaces:
         self._lock = trio.Lock()
         self._thread = trio.CapacityLimiter(1)
         self._packets: socket.socket | None = None
+        self._nursery: trio.Nursery | None = None
 
     # -- calls --------------------------------------------------------------------------------------------------
 
@@ -220,11 +224,6 @@ class Interfaces:
 
     async def _create(self, spec: InterfaceSpec) -> None:
         tap, index = await self._run(self._kernel.create, spec)
-        try:
-            await self._run(self._kernel.converge_link, index, spec)
-        except BaseException:
-            await self._run(self._kernel.remove, tap, index)
-            raise
         self._managed[spec.endpoint_id] = _Managed(spec.endpoint_id, tap, index, spec)
         self._links.add(spec.endpoint_id, tap)
 
@@ -269,9 +268,26 @@ class Interfaces:
             tap, managed.tap = managed.tap, None
             if tap is not None:
                 await self._links.remove(managed.endpoint_id)
+                await self._take_away(tap, managed.index)
             # When this fails the endpoint stays known, so that the next try finds it.
-            await self._run(self._kernel.remove, tap, managed.index)
+            await self._run(self._kernel.remove, managed.index)
             del self._managed[managed.endpoint_id]
+
+    async def _take_away(self, tap: Tap, index: int) -> None:
+        """Removes a TAP's interface by closing the TAP.
+
+        The kernel takes the interface away at once and then waits for some 15 ms until no CPU can still be using it
+        (netdev_run_todo): nobody else has to wait for that.
+        """
+        with contextlib.suppress(OSError):
+            tap.set_persist(False)
+        if self._nursery is None:
+            await trio.to_thread.run_sync(tap.close)
+            return
+        closed = trio.Event()
+        self._nursery.start_soon(_close, tap, closed)
+        while not closed.is_set() and self._kernel.exists(index):  # noqa: ASYNC110 - the kernel sets no event
+            await trio.sleep(_GONE_POLL)
 
     async def _detach(self, managed: _Managed) -> None:
         """Lets go of the TAP of an interface that another program has removed."""
@@ -308,12 +324,17 @@ class Interfaces:
         notifications = trio.socket.from_stdlib_socket(open_watch_socket())
         with notifications:
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 nursery.start_soon(self._listen, notifications, changed)
                 delay: float | None = None
-                while True:
-                    with trio.move_on_after(math.inf if delay is None else delay):
-                        await nudge.receive()
-                    delay = await self._mend(limiter)
+                try:
+                    while True:
+                        with trio.move_on_after(math.inf if delay is None else delay):
+                            await nudge.receive()
+                            await _until_quiet(nudge)
+                        delay = await self._mend(limiter)
+                finally:
+                    self._nursery = None
 
     async def _listen(self, notifications: trio.socket.SocketType, changed: trio.MemorySendChannel[None]) -> None:
         while True:
@@ -420,6 +441,22 @@ class Interfaces:
     async def _run(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         # The limiter lets one call in at a time: the kernel's netlink socket is not for two threads at once.
         return await trio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=self._thread)
+
+
+async def _until_quiet(nudge: trio.MemoryReceiveChannel[None]) -> None:
+    """One change, also one of the agent's own, is told in many notifications: one look does for all of them."""
+    with trio.move_on_after(LATEST):
+        while True:
+            with trio.move_on_after(QUIET) as scope:
+                await nudge.receive()
+            if scope.cancelled_caught:
+                return
+
+
+async def _close(tap: Tap, closed: trio.Event) -> None:
+    with trio.CancelScope(shield=True):
+        await trio.to_thread.run_sync(tap.close)
+    closed.set()
 
 
 def observed(link: LinkState, state: KernelState) -> Interface:

@@ -57,10 +57,23 @@ class Kernel:
         return tap
 
     def create(self, spec: InterfaceSpec) -> tuple[Tap, int]:
-        """Creates the interface's TAP, marked as the agent's, or attaches to the one left for the same endpoint.
+        """Creates the interface as it is described; returns its TAP and its link's index.
 
-        Returns the TAP and its link's index. Raises NameTakenError, TapError, NetlinkError.
+        Raises SpecError, NameTakenError, TapError, NetlinkError, and has taken back what it did then.
         """
+        tap, index = self._open(spec)
+        try:
+            self.converge_link(index, spec)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                tap.set_persist(False)
+            tap.close()
+            self.remove(index)
+            raise
+        return tap, index
+
+    def _open(self, spec: InterfaceSpec) -> tuple[Tap, int]:
+        """Makes the interface's TAP, marked as the agent's, or attaches to the one left for the same endpoint."""
         links = self._netlink.links().values()
         for link in links:
             if link.endpoint_id == spec.endpoint_id and link.kind == "tun":
@@ -71,7 +84,7 @@ class Kernel:
                         raise
                     # Made by an agent that opened its TAPs with other flags: of no use to this one.
                     self._netlink.delete_link(link.index)
-                    return self.create(spec)
+                    return self._open(spec)
         for link in links:
             if link.name == spec.name:
                 owner = f"endpoint {link.endpoint_id}" if link.endpoint_id else "something that is not taploom's"
@@ -95,12 +108,8 @@ class Kernel:
             return False
         return True
 
-    def remove(self, tap: Tap | None, index: int) -> None:
-        """Removes the interface; its TAP is closed. It may be gone already."""
-        if tap is not None:
-            with contextlib.suppress(OSError):
-                tap.set_persist(False)
-            tap.close()
+    def remove(self, index: int) -> None:
+        """Removes an interface that nobody has open as a TAP. It may be gone already."""
         try:
             if self.exists(index):
                 self._netlink.delete_link(index)
