@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import trio
 
 from host_bridge.errors import BridgeError, InvalidError, MultipleSubnetsError
 from host_bridge.fabric import Fabric
-from host_bridge.ipam import Subnet, parse_address, parse_subnet
-from host_bridge.model import IPV6, EndpointOptions, NetworkOptions, SubnetOptions
+from host_bridge.ipam import parse_address, parse_subnet
+from host_bridge.model import IPV4, IPV6, EndpointOptions, NetworkOptions, SubnetOptions
 from host_bridge.status import StatusReader
 from taploom.contracts.taploom.bridge import v1 as bridge
 from taploom.contracts.taploom.bridge.v1.rpc import GuestServiceBase, NetworkServiceBase, StatusServiceBase
@@ -40,25 +40,50 @@ def _as_status() -> Iterator[None]:
 
 def network_options(request: bridge.CreateNetworkRequest) -> NetworkOptions:
     """What CreateNetwork asks for; raises InvalidError when its lists do not fit together."""
-    subnets: dict[int, tuple[Subnet, str]] = {}
+    subnets: dict[int, str] = {}
     for text in request.subnets:
-        subnet = parse_subnet(text)
-        if subnet.version in subnets:
-            raise MultipleSubnetsError(subnet.version)
-        subnets[subnet.version] = (subnet, text)
-    gateways: dict[int, str] = {}
-    for text in request.gateways:
-        family = parse_address(text).version
-        if family in gateways:
-            raise InvalidError(f"two IPv{family} gateways: give one per family")
+        family = parse_subnet(text).version
+        if family in subnets:
+            raise MultipleSubnetsError(family)
+        subnets[family] = text
+
+    def owner(what: str, text: str, address: str) -> int:
+        family = parse_address(address).version
         if family not in subnets:
-            raise InvalidError(f"gateway {text}: network {request.name} has no IPv{family} subnet; give one too")
-        gateways[family] = text
+            raise InvalidError(f"{what} {text}: network {request.name} has no IPv{family} subnet; give one too")
+        return family
+
+    def one_each(what: str, texts: Sequence[str]) -> dict[int, str]:
+        chosen: dict[int, str] = {}
+        for text in texts:
+            family = owner(what, text, text.partition("/")[0])
+            if family in chosen:
+                raise InvalidError(f"two IPv{family} {what}s: give one per subnet")
+            chosen[family] = text
+        return chosen
+
+    gateways, ranges = one_each("gateway", request.gateways), one_each("ip-range", request.ip_ranges)
+    auxiliary: dict[int, dict[str, str]] = {family: {} for family in subnets}
+    for name, address in request.auxiliary_addresses.items():
+        auxiliary[owner("auxiliary address", address, address)][name] = address
+    if request.disable_ipv4 and IPV4 in subnets:
+        raise InvalidError(f"network {request.name} has an IPv4 subnet: give none, or do not disable IPv4")
     return NetworkOptions(
-        subnets=[SubnetOptions(subnet=text, gateway=gateways.get(family, "")) for family, (_, text) in subnets.items()],
+        subnets=[
+            SubnetOptions(
+                subnet=text,
+                gateway=gateways.get(family, ""),
+                ip_range=ranges.get(family, ""),
+                auxiliary=auxiliary[family],
+            )
+            for family, text in subnets.items()
+        ],
         internal=request.internal,
         mtu=request.mtu,
+        enable_ipv4=not request.disable_ipv4,
         enable_ipv6=request.enable_ipv6 or IPV6 in subnets,
+        labels=request.labels,
+        options=request.options,
     )
 
 
@@ -105,6 +130,8 @@ class NetworkApi(NetworkServiceBase):
                     aliases=request.aliases,
                     gateway_priority=request.gateway_priority,
                     mac_address=request.mac_address,
+                    links=list(request.links.items()),
+                    driver_options=request.driver_options,
                 ),
             )
         return bridge.ConnectGuestResponse(endpoint=self._fabric.endpoint_message(record))

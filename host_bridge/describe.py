@@ -183,6 +183,8 @@ def bridge_endpoint(
         aliases=list(endpoint.aliases),
         gateway_priority=endpoint.gateway_priority,
         link_up=link_up,
+        links=dict(endpoint.links),
+        driver_options=dict(endpoint.driver_options),
     )
 
 
@@ -197,6 +199,13 @@ def bridge_network(network: NetworkRecord, endpoints: Iterable[bridge.Endpoint])
         mtu=network.mtu,
         created_at=network.created_at,
         endpoints=list(endpoints),
+        driver=network.driver,
+        predefined=network.predefined,
+        labels=dict(network.labels),
+        options=dict(network.options),
+        ip_ranges=[subnet.ip_range for subnet in network.subnets if subnet.ip_range],
+        auxiliary_addresses={name: address for subnet in network.subnets for name, address in subnet.auxiliary},
+        uplink_addresses=list(network.uplink_addresses),
     )
 
 

@@ -24,6 +24,8 @@ def plain(value: Any) -> Any:
             for field in dataclasses.fields(value)
             if not field.name.startswith("_")
         }
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in sorted(value.items())}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value

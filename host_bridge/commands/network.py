@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from host_bridge.client import unary
-from host_bridge.commands.options import bridge_options, complete_guest, complete_network, json_option
+from host_bridge.commands.options import Pairs, bridge_options, complete_guest, complete_network, json_option
 from host_bridge.output import plain, print_fields, print_json, print_table, short
 
 if TYPE_CHECKING:
@@ -31,9 +32,24 @@ def network() -> None:
 @click.option(
     "--gateway", "gateways", metavar="IP", multiple=True, help="A subnet's gateway; default: its lowest address."
 )
+@click.option(
+    "--ip-range", "ip_ranges", metavar="CIDR", multiple=True, help="Where in a subnet addresses are taken from."
+)
+@click.option(
+    "--aux-address",
+    "auxiliary",
+    type=Pairs("NAME=IP"),
+    multiple=True,
+    help="An address in a subnet that no guest gets; repeatable.",
+)
 @click.option("--internal", is_flag=True, help="No way out of the network.")
-@click.option("--ipv6", is_flag=True, help="Give the network IPv6 too.")
+@click.option("--ipv6/--no-ipv6", default=False, help="Give the network IPv6 too.")
+@click.option("--ipv4/--no-ipv4", default=True, help="Give the network IPv4; default: yes.")
 @click.option("--mtu", metavar="BYTES", type=click.IntRange(0, 65535), default=0, help="Default: 1500.")
+@click.option("--label", "labels", type=Pairs("KEY=VALUE", lone=True), multiple=True, help="A label; repeatable.")
+@click.option(
+    "-o", "--opt", "options", type=Pairs("KEY=VALUE"), multiple=True, help="One of Docker's driver options; repeatable."
+)
 @json_option
 @bridge_options
 def create(
@@ -42,9 +58,14 @@ def create(
     name: str,
     subnets: tuple[str, ...],
     gateways: tuple[str, ...],
+    ip_ranges: tuple[str, ...],
+    auxiliary: tuple[tuple[str, str], ...],
     internal: bool,
     ipv6: bool,
+    ipv4: bool,
     mtu: int,
+    labels: tuple[tuple[str, str], ...],
+    options: tuple[tuple[str, str], ...],
     as_json: bool,
 ) -> None:
     """Create a network; prints its id.
@@ -53,11 +74,22 @@ def create(
     Example:
         taploom network create app
         taploom network create back --internal --subnet 10.5.0.0/24 --gateway 10.5.0.1 --ipv6
+        taploom network create quiet -o com.docker.network.bridge.enable_icc=false --label tier=front
     """
     from taploom.contracts.taploom.bridge.v1 import CreateNetworkRequest, CreateNetworkResponse
 
     request = CreateNetworkRequest(
-        name=name, subnets=list(subnets), gateways=list(gateways), internal=internal, mtu=mtu, enable_ipv6=ipv6
+        name=name,
+        subnets=list(subnets),
+        gateways=list(gateways),
+        internal=internal,
+        mtu=mtu,
+        enable_ipv6=ipv6,
+        disable_ipv4=not ipv4,
+        ip_ranges=list(ip_ranges),
+        auxiliary_addresses=dict(auxiliary),
+        labels=dict(labels),
+        options=dict(options),
     )
 
     created = unary(bridge, "NetworkService/CreateNetwork", request, CreateNetworkResponse).network
@@ -82,12 +114,13 @@ def list_(bridge: str, as_json: bool) -> None:
         print_json(networks)
         return
     print_table(
-        ("NETWORK ID", "NAME", "SUBNETS", "INTERNAL", "MTU", "GUESTS"),
+        ("NETWORK ID", "NAME", "DRIVER", "SUBNETS", "INTERNAL", "MTU", "GUESTS"),
         [
             (
                 short(one.id),
                 one.name,
-                " ".join(one.subnets),
+                one.driver or "bridge",
+                " ".join(one.subnets) or "-",
                 "yes" if one.internal else "no",
                 str(one.mtu),
                 " ".join(endpoint.guest_name for endpoint in one.endpoints) or "-",
@@ -120,13 +153,27 @@ def inspect(bridge: str, network: str, as_json: bool) -> None:
             ("Name", found.name),
             ("Id", found.id),
             ("Created", plain(found.created_at)),
+            ("Driver", found.driver or "bridge"),
             ("Subnets", " ".join(found.subnets)),
             ("Gateways", " ".join(found.gateways)),
+            *_given("IP ranges", found.ip_ranges),
+            *_given("Reserved", _pairs(found.auxiliary_addresses)),
             ("Internal", "yes" if found.internal else "no"),
             ("MTU", str(found.mtu)),
+            *_given("Labels", _pairs(found.labels)),
+            *_given("Options", _pairs(found.options)),
         ]
     )
     print_endpoints(found.endpoints, of_guest=False)
+
+
+def _given(name: str, values: Sequence[str]) -> list[tuple[str, str]]:
+    """A line of `inspect`, unless there is nothing to show."""
+    return [(name, " ".join(values))] if values else []
+
+
+def _pairs(values: Mapping[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in sorted(values.items())]
 
 
 @network.command()
@@ -159,7 +206,15 @@ def rm(bridge: str, networks: tuple[str, ...], as_json: bool) -> None:
 @click.option("--ip", "addresses", metavar="IP", multiple=True, help="The address to have; one per family.")
 @click.option("--alias", "aliases", metavar="NAME", multiple=True, help="A further name of the guest; repeatable.")
 @click.option("--priority", metavar="N", type=int, default=0, help="The highest has the default route; default: 0.")
-@click.option("--mac", metavar="MAC", default="", help="The MAC address to have; default: a random one.")
+@click.option("--mac", metavar="MAC", default="", help="The MAC address to have; default: one of the IP address.")
+@click.option(
+    "--link",
+    "links",
+    type=Pairs("ALIAS=GUEST"),
+    multiple=True,
+    help="A name that only this guest has for another; repeatable.",
+)
+@click.option("--driver-opt", "options", type=Pairs("KEY=VALUE"), multiple=True, help="A driver option; repeatable.")
 @json_option
 @bridge_options
 def connect(
@@ -171,13 +226,16 @@ def connect(
     aliases: tuple[str, ...],
     priority: int,
     mac: str,
+    links: tuple[tuple[str, str], ...],
+    options: tuple[tuple[str, str], ...],
     as_json: bool,
 ) -> None:
     """Connect a guest to a network while it runs; returns once frames can pass.
 
     \b
     Example:
-        taploom network connect app db --alias postgres --ip 172.18.0.10
+        taploom network connect app db --alias postgres
+        taploom network connect back db --ip 10.5.0.10 --priority 1
     """
     from taploom.contracts.taploom.bridge.v1 import ConnectGuestRequest, ConnectGuestResponse
 
@@ -190,6 +248,8 @@ def connect(
         aliases=list(aliases),
         gateway_priority=priority,
         mac_address=mac,
+        links=dict(links),
+        driver_options=dict(options),
     )
 
     endpoint = unary(bridge, "NetworkService/ConnectGuest", request, ConnectGuestResponse).endpoint

@@ -29,6 +29,32 @@ def bridge_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+class Pairs(click.ParamType[tuple[str, str]]):
+    """KEY=VALUE; the command gets (key, value).
+
+    Args:
+        metavar: how to call it in the help.
+        lone: whether KEY alone is KEY with an empty value, as with Docker's labels.
+    """
+
+    name = "pair"
+
+    def __init__(self, metavar: str, *, lone: bool = False) -> None:
+        self._metavar = metavar
+        self._lone = lone
+
+    def get_metavar(self, *_args: Any, **_options: Any) -> str:
+        return self._metavar
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        key, equals, content = str(value).partition("=")
+        if not key or not (equals or self._lone):
+            self.fail(f"{value!r} is malformed: write it as {self._metavar}", param, ctx)
+        return key, content
+
+
 def complete_network(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
     """The networks' names, for the shell."""
     from taploom.contracts.taploom.bridge.v1 import ListNetworksRequest, ListNetworksResponse

@@ -11,8 +11,8 @@ import trio
 from bridge_support import FakeAgent, Rig, open_rig
 
 from host_bridge.errors import BridgeError
-from host_bridge.model import NetworkOptions
 from host_bridge.fabric import Timing
+from host_bridge.model import NetworkOptions
 from taploom.rpc import RpcError, StatusCode
 
 GUESTS = ("web", "db", "cache")
@@ -93,7 +93,7 @@ class Chaos:
         wanted = {endpoint.id for endpoint in endpoints}
         return (
             all(endpoint.active for endpoint in endpoints)
-            and {network.id for network in rig.store.networks()} == set(rig.helper.networks)
+            and {network.id for network in rig.store.networks() if network.switched} == set(rig.helper.networks)
             and wanted == set(rig.helper.endpoints) == set(rig.fabric.links) == set(rig.helper.links)
             and all(link.up for link in rig.fabric.links.values())
             and all(

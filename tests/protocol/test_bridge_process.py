@@ -69,6 +69,9 @@ class Bridge:
         return output.rstrip("\n")
 
 
+PREDEFINED = ["bridge", "host", "none"]
+
+
 @pytest.fixture
 async def helper(tmp_path: Path, nursery: trio.Nursery) -> FakeHelper:
     agent = FakeHelper(tmp_path / "helper")
@@ -103,7 +106,8 @@ async def test_a_day_with_the_command(bridge: Bridge, helper: FakeHelper, web: F
     assert await bridge.taploom(*command) == ""
     assert next(iter(web.interfaces.values())).addresses[0] == "10.1.0.7/24"
 
-    (network,) = json.loads(await bridge.taploom("network", "ls", "--json"))
+    network, *predefined = json.loads(await bridge.taploom("network", "ls", "--json"))
+    assert [one["name"] for one in predefined] == PREDEFINED
     assert (network["id"], network["name"], network["internal"]) == (network_id, "app", False)
     inspected = json.loads(await bridge.taploom("network", "inspect", network_id[:8], "--json"))
     assert inspected["endpoints"][0]["guest_name"] == "web"
@@ -354,7 +358,7 @@ async def test_garbage_on_the_api_socket(bridge: Bridge) -> None:
             while await stream.receive_some(65536):
                 pass
         await stream.aclose()
-    assert json.loads(await bridge.taploom("network", "ls", "--json")) == []
+    assert [one["name"] for one in json.loads(await bridge.taploom("network", "ls", "--json"))] == PREDEFINED
 
 
 async def test_socket_from_the_service_manager(tmp_path: Path, helper: FakeHelper) -> None:
@@ -369,7 +373,7 @@ async def test_socket_from_the_service_manager(tmp_path: Path, helper: FakeHelpe
         outputs: list[str] = []
 
         async def ask() -> None:
-            outputs.append(await bridge.taploom("network", "ls", "--json"))
+            outputs.append(await bridge.taploom("guest", "ls", "--json"))
 
         for _ in range(2):
             async with trio.open_nursery() as nursery:

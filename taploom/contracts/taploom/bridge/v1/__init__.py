@@ -155,7 +155,8 @@ class ConnectGuestRequest(betterproto2.Message):
 
     addresses: "list[str]" = betterproto2.field(3, betterproto2.TYPE_STRING, repeated=True)
     """
-    Addresses to have, without prefix length, at most one per family. None for a family: the lowest free one.
+    Addresses to have, without prefix length, at most one per family, on networks whose subnet was given. None for a
+    family: the lowest free one.
     """
 
     aliases: "list[str]" = betterproto2.field(4, betterproto2.TYPE_STRING, repeated=True)
@@ -171,6 +172,24 @@ class ConnectGuestRequest(betterproto2.Message):
     mac_address: "str" = betterproto2.field(6, betterproto2.TYPE_STRING)
     """
     The MAC address to have; empty: one is chosen.
+    """
+
+    links: "dict[str, str]" = betterproto2.field(
+        7,
+        betterproto2.TYPE_MAP,
+        map_meta=betterproto2.map_meta(betterproto2.TYPE_STRING, betterproto2.TYPE_STRING),
+    )
+    """
+    Names that only this guest has: alias to the other guest's name.
+    """
+
+    driver_options: "dict[str, str]" = betterproto2.field(
+        8,
+        betterproto2.TYPE_MAP,
+        map_meta=betterproto2.map_meta(betterproto2.TYPE_STRING, betterproto2.TYPE_STRING),
+    )
+    """
+    Driver options.
     """
 
 
@@ -226,6 +245,44 @@ class CreateNetworkRequest(betterproto2.Message):
     enable_ipv6: "bool" = betterproto2.field(6, betterproto2.TYPE_BOOL)
     """
     True: the network has IPv6; without an IPv6 subnet, the next free /64 of the host's ULA prefix.
+    """
+
+    disable_ipv4: "bool" = betterproto2.field(7, betterproto2.TYPE_BOOL)
+    """
+    True: the network has no IPv4.
+    """
+
+    ip_ranges: "list[str]" = betterproto2.field(8, betterproto2.TYPE_STRING, repeated=True)
+    """
+    Where addresses are taken from when none is asked for, in CIDR form, each in one of the subnets; at most one each.
+    """
+
+    auxiliary_addresses: "dict[str, str]" = betterproto2.field(
+        9,
+        betterproto2.TYPE_MAP,
+        map_meta=betterproto2.map_meta(betterproto2.TYPE_STRING, betterproto2.TYPE_STRING),
+    )
+    """
+    Addresses, each in one of the subnets, that no guest gets: name to address.
+    """
+
+    labels: "dict[str, str]" = betterproto2.field(
+        10,
+        betterproto2.TYPE_MAP,
+        map_meta=betterproto2.map_meta(betterproto2.TYPE_STRING, betterproto2.TYPE_STRING),
+    )
+    """
+    Labels.
+    """
+
+    options: "dict[str, str]" = betterproto2.field(
+        11,
+        betterproto2.TYPE_MAP,
+        map_meta=betterproto2.map_meta(betterproto2.TYPE_STRING, betterproto2.TYPE_STRING),
+    )
+    """
+    Docker's driver options; com.docker.network.driver.mtu, com.docker.network.bridge.enable_icc and
+    com.docker.network.bridge.enable_ip_masquerade change what the network does.
     """
 
 
@@ -368,6 +425,24 @@ class Endpoint(betterproto2.Message):
     link_up: "bool" = betterproto2.field(11, betterproto2.TYPE_BOOL)
     """
     True when frames can pass.
+    """
+
+    links: "dict[str, str]" = betterproto2.field(
+        12,
+        betterproto2.TYPE_MAP,
+        map_meta=betterproto2.map_meta(betterproto2.TYPE_STRING, betterproto2.TYPE_STRING),
+    )
+    """
+    Names that only this guest has: alias to the other guest's name.
+    """
+
+    driver_options: "dict[str, str]" = betterproto2.field(
+        13,
+        betterproto2.TYPE_MAP,
+        map_meta=betterproto2.map_meta(betterproto2.TYPE_STRING, betterproto2.TYPE_STRING),
+    )
+    """
+    Driver options, as they were given.
     """
 
 
@@ -668,6 +743,53 @@ class Network(betterproto2.Message):
     endpoints: "list[Endpoint]" = betterproto2.field(8, betterproto2.TYPE_MESSAGE, repeated=True)
     """
     Who is on it, in order of the guests' names.
+    """
+
+    driver: "str" = betterproto2.field(9, betterproto2.TYPE_STRING)
+    """
+    The driver: bridge, or host and null, which are names only.
+    """
+
+    predefined: "bool" = betterproto2.field(10, betterproto2.TYPE_BOOL)
+    """
+    True: bridge, host or none, which are always there.
+    """
+
+    labels: "dict[str, str]" = betterproto2.field(
+        11,
+        betterproto2.TYPE_MAP,
+        map_meta=betterproto2.map_meta(betterproto2.TYPE_STRING, betterproto2.TYPE_STRING),
+    )
+    """
+    Labels, as they were given.
+    """
+
+    options: "dict[str, str]" = betterproto2.field(
+        12,
+        betterproto2.TYPE_MAP,
+        map_meta=betterproto2.map_meta(betterproto2.TYPE_STRING, betterproto2.TYPE_STRING),
+    )
+    """
+    Docker's driver options, as they were given.
+    """
+
+    ip_ranges: "list[str]" = betterproto2.field(13, betterproto2.TYPE_STRING, repeated=True)
+    """
+    The parts of the subnets that addresses are taken from when none is asked for, in CIDR form; at most one per subnet.
+    """
+
+    auxiliary_addresses: "dict[str, str]" = betterproto2.field(
+        14,
+        betterproto2.TYPE_MAP,
+        map_meta=betterproto2.map_meta(betterproto2.TYPE_STRING, betterproto2.TYPE_STRING),
+    )
+    """
+    Addresses that no guest gets: name to address.
+    """
+
+    uplink_addresses: "list[str]" = betterproto2.field(15, betterproto2.TYPE_STRING, repeated=True)
+    """
+    Where the network's router hangs on the helper's uplink, in CIDR form; none: no way out.
     """
 
 

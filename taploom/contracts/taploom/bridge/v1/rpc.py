@@ -109,7 +109,8 @@ class NetworkServiceClient:
         metadata: MetadataLike | None = None,
     ) -> CreateNetworkResponse:
         """Creates a network and returns once the helper has it. ALREADY_EXISTS when the name is taken; INVALID_ARGUMENT when
-        a subnet, gateway or name is malformed; FAILED_PRECONDITION when a subnet overlaps another network's;
+        a subnet, gateway or name is malformed; FAILED_PRECONDITION when a subnet overlaps another network's or the name is
+        that of a predefined network;
         RESOURCE_EXHAUSTED when no default subnet is left; UNAVAILABLE when the helper does not answer (nothing is created).
         """
         return await self._channel.unary_unary(
@@ -147,7 +148,7 @@ class NetworkServiceClient:
         timeout: float | None = None,
         metadata: MetadataLike | None = None,
     ) -> DeleteNetworkResponse:
-        """Removes a network. NOT_FOUND; FAILED_PRECONDITION while guests are connected to it."""
+        """Removes a network. NOT_FOUND; FAILED_PRECONDITION while guests are connected to it, or when it is predefined."""
         return await self._channel.unary_unary(
             _NETWORK_DELETE_NETWORK, request, timeout=timeout, metadata=metadata
         )
@@ -192,7 +193,8 @@ class NetworkServiceBase(Service):
         context: ServerContext,
     ) -> CreateNetworkResponse:
         """Creates a network and returns once the helper has it. ALREADY_EXISTS when the name is taken; INVALID_ARGUMENT when
-        a subnet, gateway or name is malformed; FAILED_PRECONDITION when a subnet overlaps another network's;
+        a subnet, gateway or name is malformed; FAILED_PRECONDITION when a subnet overlaps another network's or the name is
+        that of a predefined network;
         RESOURCE_EXHAUSTED when no default subnet is left; UNAVAILABLE when the helper does not answer (nothing is created).
         """
 
@@ -218,7 +220,7 @@ class NetworkServiceBase(Service):
         request: DeleteNetworkRequest,
         context: ServerContext,
     ) -> DeleteNetworkResponse:
-        """Removes a network. NOT_FOUND; FAILED_PRECONDITION while guests are connected to it."""
+        """Removes a network. NOT_FOUND; FAILED_PRECONDITION while guests are connected to it, or when it is predefined."""
 
     @abc.abstractmethod
     async def connect_guest(
