@@ -15,7 +15,9 @@ from pathlib import Path
 import trio
 
 from host_bridge.api import GuestApi, NetworkApi, StatusApi
+from host_bridge.containers import ContainerManager, RuntimeClient
 from host_bridge.desired import DesiredState
+from host_bridge.docker_api import containers
 from host_bridge.docker_api.app import DockerApi
 from host_bridge.docker_api.server import serve_docker
 from host_bridge.errors import InvalidError, StateError
@@ -70,6 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--docker-group", metavar="GROUP", help="whose members may use it too; they can do what the bridge can"
     )
+    parser.add_argument(
+        "--runtime",
+        metavar="ADDR",
+        help="what runs containers for Docker's API: a process that serves taploom.runtime.v1; default: nothing",
+    )
     parser.add_argument("--log-level", default="info", choices=LEVELS, help="default: info")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
@@ -84,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         helper = _address(arguments.helper, HELPER_CONTROL_PORT)
         helper_data = _address(arguments.helper_data) if arguments.helper_data else data_address(helper)
         docker = _docker(arguments.docker_socket, arguments.docker_group)
+        runtime = _address(arguments.runtime) if arguments.runtime else None
         upstreams = [_upstream(text) for text in arguments.dns]
         if len(upstreams) > _MAX_UPSTREAMS:
             raise ValueError(f"{len(upstreams)} DNS servers are too many: give at most {_MAX_UPSTREAMS}")
@@ -92,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging("host_bridge", arguments.log_level)
     try:
         with Store(arguments.state_dir) as store:
-            trio.run(partial(serve, docker=docker), store, socket, helper, helper_data, upstreams)
+            trio.run(partial(serve, docker=docker, runtime=runtime), store, socket, helper, helper_data, upstreams)
     except (StateError, ListenError) as error:
         print(f"taploom-bridge: {error}", file=sys.stderr)  # noqa: T201
         return 1
@@ -119,6 +127,7 @@ async def serve(
     upstreams: Sequence[str],
     *,
     docker: DockerSocket | None = None,
+    runtime: Address | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then lets calls under way finish.
 
@@ -133,11 +142,14 @@ async def serve(
             docker_listener = None if docker is None else await _listen(docker.address, docker.gid)
             publisher = PortPublisher(fabric.helper, dataplane, is_gateway=partial(_is_gateway, fabric.desired))
             fabric.on_stream_wanted = publisher.stream_wanted
-            docker_api = DockerApi(fabric)
+            manager = ContainerManager(fabric, publisher, None if runtime is None else RuntimeClient(runtime))
+            docker_api = DockerApi(fabric, manager)
+            containers.register(docker_api, manager)
             server = Server([NetworkApi(fabric), GuestApi(fabric), StatusApi(fabric)])
             async with trio.open_nursery() as nursery:
                 await nursery.start(fabric.run)
                 await nursery.start(publisher.run)
+                await nursery.start(manager.run)
                 await nursery.start(server.serve, listener)
                 if docker_listener is not None:
                     await nursery.start(serve_docker, docker_listener, docker_api)

@@ -118,7 +118,7 @@ class _Images:
         if image.host:
             raise ContainerError(
                 409,
-                f'conflict: unable to remove image "{name}" (cannot be forced) - it is the root file system of the host',
+                f'conflict: unable to remove image "{name}" (cannot be forced) - it is the host root file system',
             )
         by_id = _names_id(name, image)
         users = [one for one in self._manager.containers() if one.config["Image"] == image.id]
