@@ -11,6 +11,7 @@ it stay in the stream.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 import struct
@@ -45,6 +46,7 @@ __all__ = [
     "encode_message",
     "negotiate",
     "ready",
+    "receive_encoded",
     "receive_message",
     "refused",
 ]
@@ -156,7 +158,12 @@ _KNOWN: Final = frozenset({LinkFeature.VNET_HDR, LinkFeature.TSO, LinkFeature.US
 
 def ready(version: int, features: Iterable[LinkFeature]) -> bytes:
     """The encoded reply that accepts a link."""
-    return encode_message(LinkReply(ready=LinkReady(version=version, features=sorted(features))))
+    return _ready(version, tuple(sorted(features)))
+
+
+@functools.cache
+def _ready(version: int, features: tuple[LinkFeature, ...]) -> bytes:
+    return encode_message(LinkReply(ready=LinkReady(version=version, features=list(features))))
 
 
 def refused(reason: LinkRefusal, message: str) -> bytes:
@@ -188,8 +195,13 @@ def check_reply(reply: LinkReply, wanted: Iterable[LinkFeature]) -> frozenset[Li
 
 async def receive_message(stream: trio.abc.ReceiveStream, message_type: type[M]) -> M:
     """Read exactly one message, and no byte beyond it. Raises HandshakeError, trio.BrokenResourceError."""
+    return decode_message(message_type, await receive_encoded(stream))
+
+
+async def receive_encoded(stream: trio.abc.ReceiveStream) -> bytes:
+    """Read exactly one message's bytes, without its length. Raises HandshakeError, trio.BrokenResourceError."""
     length = decode_length(await _receive_exactly(stream, _LENGTH.size))
-    return decode_message(message_type, await _receive_exactly(stream, length))
+    return await _receive_exactly(stream, length)
 
 
 async def _receive_exactly(stream: trio.abc.ReceiveStream, size: int) -> bytes:

@@ -21,9 +21,10 @@ from taploom.link.handshake import (
     MIN_SECRET,
     HandshakeError,
     check_hello,
+    decode_message,
     negotiate,
     ready,
-    receive_message,
+    receive_encoded,
     refused,
 )
 from taploom.link.tap import Tap, TapError
@@ -33,6 +34,7 @@ __all__ = ["LinkServer", "LinkStatus", "StreamHandler", "UnknownEndpointError"]
 logger = logging.getLogger("taploom.link.server")
 
 _MAX_HANDSHAKES: Final = 64
+_KNOWN_HELLOS: Final = 256
 _SERIAL: Final = itertools.count()
 
 StreamHandler = Callable[[LinkHello, trio.SocketStream], Awaitable[None]]
@@ -103,6 +105,7 @@ class LinkServer:
         self._endpoints: dict[str, _Endpoint] = {}
         self._authorizations: Final = Authorizations(trio.current_time)
         self._handshakes = 0
+        self._known_hellos: dict[bytes, LinkHello] = {}
 
     def add(self, endpoint_id: str, tap: Tap) -> None:
         """Serve links for ``endpoint_id`` with ``tap``, which stays the caller's. Raises ValueError for a known id."""
@@ -172,8 +175,7 @@ class LinkServer:
         try:
             try:
                 with trio.move_on_after(self._hello_timeout) as scope:
-                    hello = await receive_message(stream, LinkHello)
-                    check_hello(hello)
+                    hello = self._read_hello(await receive_encoded(stream))
                     if hello.stream is None:
                         await self._handshake(stream, hello)
             finally:
@@ -198,6 +200,19 @@ class LinkServer:
         finally:
             if stream.socket.fileno() != -1:
                 await trio.aclose_forcefully(stream)
+
+    def _read_hello(self, data: bytes) -> LinkHello:
+        """The checked hello. Raises HandshakeError."""
+        hello = self._known_hellos.get(data)
+        if hello is None:
+            hello = decode_message(LinkHello, data)
+            check_hello(hello)
+            if hello.stream is not None and not hello.stream.token:
+                # Connections come by the hundred to one target, and parsing takes longer than all the rest.
+                if len(self._known_hellos) >= _KNOWN_HELLOS:
+                    self._known_hellos.clear()
+                self._known_hellos[data] = hello
+        return hello
 
     async def _handshake(self, stream: trio.SocketStream, hello: LinkHello) -> None:
         # First, so that a secret is used up whatever comes of the link.

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import errno
+import functools
 from typing import Final
 
 import trio
 
 from taploom.address import Address, AddressError, connect
-from taploom.contracts.taploom.link.v1 import LinkHello, LinkRefusal, LinkReply, StreamTarget
+from taploom.contracts.taploom.link.v1 import LinkHello, LinkRefusal, LinkReply, StreamProtocol, StreamTarget
 from taploom.link.handshake import (
     LINK_VERSION,
     HandshakeError,
     RefusedError,
     check_reply,
+    decode_message,
     encode_message,
-    receive_message,
+    ready,
+    receive_encoded,
 )
 
 __all__ = [
@@ -74,7 +77,7 @@ async def open_stream(
     Raises StreamUnreachableError, StreamUnauthorizedError, StreamUnavailableError, or StreamError for an answer that
     makes no sense.
     """
-    hello = encode_message(LinkHello(version=LINK_VERSION, secret=secret, stream=target))
+    hello = _hello(target.protocol, target.address, target.port, target.token, secret)
     with trio.move_on_after(timeout):
         try:
             stream = await _connect(address)
@@ -82,7 +85,9 @@ async def open_stream(
             raise StreamUnavailableError(str(error)) from error
         try:
             await stream.send_all(hello)
-            check_reply(await receive_message(stream, LinkReply), ())
+            reply = await receive_encoded(stream)
+            if reply != _READY:
+                check_reply(decode_message(LinkReply, reply), ())
         except RefusedError as error:
             await trio.aclose_forcefully(stream)
             raise _ERRORS.get(error.refusal, StreamError)(str(error), error.refusal) from error
@@ -97,6 +102,17 @@ async def open_stream(
             raise
         return stream
     raise StreamUnavailableError(f"{address} did not answer within {timeout:g} s")
+
+
+# Connections come by the hundred to one target, and making a message takes longer than sending it.
+@functools.lru_cache(maxsize=256)
+def _hello(protocol: StreamProtocol, address: str, port: int, token: bytes, secret: bytes) -> bytes:
+    target = StreamTarget(protocol=protocol, address=address, port=port, token=token)
+    return encode_message(LinkHello(version=LINK_VERSION, secret=secret, stream=target))
+
+
+# What nearly every answer is.
+_READY: Final = ready(LINK_VERSION, ())[4:]
 
 
 async def _connect(address: Address) -> trio.SocketStream:
