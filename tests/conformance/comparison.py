@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -59,7 +59,7 @@ class Pair:
         names = os.environ.get("TAPLOOM_CONFORMANCE_SIDES", "dockerd,taploom").split(",")
         self.tally = Tally()
         self.stack = ExitStack()
-        self._pool = self.stack.enter_context(ThreadPoolExecutor(2))
+        self._pool = self.stack.enter_context(ThreadPoolExecutor(4))
         try:
             starting = [self._pool.submit(_SIDES[name]) for name in names]
             for future in starting:
@@ -74,9 +74,22 @@ class Pair:
         first, second = (self._pool.submit(do, engine) for engine in (self.real, self.ours))
         return first.result(), second.result()
 
+    def start(self, scenarios: Iterable[Scenario]) -> None:
+        """Starts those that run beside the others."""
+        self._background = {
+            scenario.name: [
+                self._pool.submit(perform, engine, scenario, clean=False) for engine in (self.real, self.ours)
+            ]
+            for scenario in scenarios
+            if scenario.background
+        }
+
     def compare(self, scenario: Scenario) -> list[Finding]:
         """Runs the scenario; returns what differs and is not listed."""
-        real, ours = self.both(lambda engine: perform(engine, scenario))
+        if scenario.background:
+            real, ours = (future.result() for future in self._background[scenario.name])
+        else:
+            real, ours = self.both(lambda engine: perform(engine, scenario))
         findings: list[Finding] = []
         self.tally.scenarios.add(scenario.name)
         report = os.environ.get("TAPLOOM_CONFORMANCE_REPORT")
@@ -112,7 +125,7 @@ class Pair:
         self.stack.close()
 
 
-def perform(engine: Engine, scenario: Scenario) -> list[Any]:
+def perform(engine: Engine, scenario: Scenario, clean: bool = True) -> list[Any]:
     """Runs the scenario on one side and removes what it made; returns the normalised answers."""
     performer = Performer(engine)
     answers = []
@@ -126,5 +139,6 @@ def perform(engine: Engine, scenario: Scenario) -> list[Any]:
             answers.append(normalise(step, result, performer.symbols))
     finally:
         performer.close()
-        engine.clean()
+        if clean:
+            engine.clean()
     return answers

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 from comparison import Pair
+from script import Scenario
 
 
 @pytest.fixture(scope="session")
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     sides = Pair()
     try:
+        wanted = [item.callspec.params.get("scenario") for item in request.session.items if hasattr(item, "callspec")]
+        sides.start(scenario for scenario in wanted if isinstance(scenario, Scenario))
         yield sides
     finally:
         sides.close()

@@ -122,9 +122,10 @@ class Engine:
         """Removes every container and network that a scenario made."""
         for container in self.api("GET", "/containers/json?all=1"):
             self.request("DELETE", f"/containers/{container['Id']}?force=1")
-        for network in self.api("GET", "/networks"):
-            if network["Name"] not in ("bridge", "host", "none"):
-                self.request("DELETE", f"/networks/{network['Id']}")
+        for _ in range(2):  # a network whose configuration others use goes after them
+            for network in self.api("GET", "/networks"):
+                if network["Name"] not in ("bridge", "host", "none"):
+                    self.request("DELETE", f"/networks/{network['Id']}")
 
     def logs(self) -> str:
         """The end of every log, for a failing assertion."""

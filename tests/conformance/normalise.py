@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -13,6 +14,7 @@ _REPLACEMENTS = [
     (re.compile(r"\b[0-9a-f]{64}\b"), "<id>"),
     (re.compile(r"\b(?=[0-9a-f]*[a-f])(?=[0-9a-f]*\d)[0-9a-f]{12}\b"), "<id>"),
     (re.compile(r"\b(Less than a|About an?|\d+) (second|minute|hour)s?( ago)?"), "<duration>"),
+    (re.compile(r"\b(endpoint|name|container) \"?/?[a-z]+_[a-z]+[0-9]?\b"), r"\1 <random name>"),
     (re.compile(r"/tmp/tlt[^\s/\"]+"), "<directory>"),
 ]
 _MAC = re.compile(r"\b[0-9a-f]{2}(:[0-9a-f]{2}){5}\b")
@@ -25,13 +27,17 @@ def normalise(step: Step, result: Result, symbols: dict[str, str]) -> Any:
     """The answer as a document to compare."""
     kept = {match.group() for word in (*step.argv, (step.body or b"").decode("latin-1")) for match in _MAC.finditer(word)}
     captured = {value: name for name, value in symbols.items() if len(value) == 64}
-    fixed = {value: name for name, value in symbols.items() if len(value) != 64 and len(value) > 6}
+    fixed = [
+        (re.compile(rf"(?<![\d.]){re.escape(value)}(?!\d)"), f"<{name}>")
+        for name, value in symbols.items()
+        if len(value) != 64 and len(value) > 6
+    ]
 
     def text(value: str) -> str:
         for identifier, name in captured.items():
             value = value.replace(identifier, f"<{name}>").replace(identifier[:12], f"<{name}>")
-        for identifier, name in fixed.items():
-            value = value.replace(identifier, f"<{name}>")
+        for fixed_value, name in fixed:
+            value = fixed_value.sub(name, value)
         for pattern, replacement in _REPLACEMENTS:
             value = pattern.sub(replacement, value)
         return _MAC.sub(lambda match: match.group() if match.group() in kept | _STATIC_MACS else "<mac>", value)
@@ -73,6 +79,8 @@ def _lines(text: str, unordered: bool) -> str:
 
 def _order(item: dict[str, Any]) -> str:
     """Lists of objects come in any order from Docker: by name here, as far as they have one."""
+    if "PrivatePort" in item:
+        return json.dumps(item, sort_keys=True)
     names = item.get("Name") or item.get("Names") or item.get("name") or ""
     return str(names)
 

@@ -1,7 +1,8 @@
 """The language that the steps are written in.
 
 A scenario is a list of steps that starts from nothing and ends with everything removed. Words in angle brackets are
-symbols: given by the side (`<host>`, `<internet>`), or captured by an earlier step. In what a step answers, captured
+symbols: given by the side (`<host>`, `<internet>`), or captured by an earlier step; `<pool:NETWORK>` is the first three numbers of
+the subnet that a network was given, because which pool is the next free one depends on what was there before. In what a step answers, captured
 values are written as their symbols again, so that "the id that create printed is the one that inspect shows" is compared.
 """
 
@@ -13,9 +14,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import quote
 
 from engines import IMAGE, Engine
 from machine import run
+
+_POOLS = tuple([f"172.{number}." for number in range(18, 32)] + ["192.168."])
 
 Kind = Literal["cli", "api", "inside", "host", "internet", "mark", "serve"]
 
@@ -58,6 +62,8 @@ class Scenario:
 
     name: str
     steps: list[Step] = field(default_factory=list)
+    # True: slow, and leaves nothing behind. It runs beside the others.
+    background: bool = False
 
     def cli(self, command: str | Sequence[str], **options: Any) -> None:
         """`docker COMMAND`: exit code, standard output (as JSON when it is), standard error."""
@@ -128,7 +134,18 @@ class Performer:
             time.sleep(0.05)
         if step.capture and step.kind != "mark":
             self.symbols[step.capture] = _captured(result, step.capture_path)
+        if step.kind == "cli" and step.argv[:2] == ("network", "create") and result.exit == 0:
+            self._learn_pool(step.argv[-1])
         return result
+
+    def _learn_pool(self, network: str) -> None:
+        answer = self._engine.request("GET", f"/networks/{quote(self.substitute(network), safe='')}")
+        if answer.status == 200:
+            for config in answer.json()["IPAM"]["Config"] or ():
+                pool = config["Subnet"].rpartition(".")[0]
+                if pool.startswith(_POOLS):
+                    self.symbols = {symbol: value for symbol, value in self.symbols.items() if value != pool}
+                    self.symbols[f"pool:{network}"] = pool
 
     def close(self) -> None:
         """Ends the scenario's servers."""

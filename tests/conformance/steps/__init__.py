@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from script import Scenario
 
-from steps import connect, containers, networks, ports
+from steps import api, connect, containers, names, networks, ports, reach
 
 SCENARIOS: list[Scenario] = [
     *networks.SCENARIOS,
     *connect.SCENARIOS,
+    *api.SCENARIOS,
     *containers.SCENARIOS,
+    *names.SCENARIOS,
     *ports.SCENARIOS,
+    *reach.SCENARIOS,
 ]
+# What is slow is asked for last.
+SCENARIOS.sort(key=lambda scenario: scenario.background)

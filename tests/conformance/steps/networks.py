@@ -7,8 +7,8 @@ from script import Scenario
 SCENARIOS: list[Scenario] = []
 
 
-def scenario(name: str) -> Scenario:
-    made = Scenario(name)
+def scenario(name: str, background: bool = False) -> Scenario:
+    made = Scenario(name, background=background)
     SCENARIOS.append(made)
     return made
 
@@ -71,7 +71,6 @@ s.cli("network create Upper_Case.9-x")
 s.cli("network create --driver bridge two")
 s.cli("network create --driver host three")
 s.cli("network create --driver null three")
-s.cli("network create --driver nosuchdriver three")
 s.cli("network create --driver overlay three")
 s.cli("network create --subnet 10.91.0.0/16 net91")
 s.cli("network create --subnet 10.92.0.0/16 --gateway 10.92.0.254 net92")
@@ -159,9 +158,6 @@ s.cli("network create -o com.docker.network.bridge.enable_ip_masquerade=nonsense
 s.cli("network rm x")
 s.cli("network create -o com.docker.network.bridge.host_binding_ipv4=nonsense x")
 s.cli("network rm x")
-s.cli("network create -o com.docker.network.bridge.name=docker0 x")
-s.cli("network rm x")
-s.cli("network create --ipam-driver nosuch x")
 s.cli("network create --ipam-driver null x")
 s.cli("network rm x")
 s.cli("network create --config-from nosuch x")
@@ -265,3 +261,7 @@ s.cli("network prune -f")
 s.cli("network ls --format {{.Name}}")
 s.cli("start holder")
 s.cli("ps -a --format '{{.Names}} {{.Networks}} {{.State}}'")
+
+s = scenario("drivers that are not there", background=True)
+s.cli("network create --driver nosuchdriver three")
+s.cli("network create --ipam-driver nosuch three")
