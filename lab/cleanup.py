@@ -16,17 +16,29 @@ _MNT_DETACH = 2
 
 
 def processes(lab: Lab) -> list[int]:
-    """The pids of every process of the lab, found by the marker in its environment."""
+    """The pids of every process of the lab.
+
+    They are found by the marker in their environment, and those of containers, whose environment is their own, by
+    the lab's files that are mounted where they are.
+    """
     marker = f"{MARKER}={lab.path}".encode()
+    mounted = f"upperdir={lab.containers}/".encode()
+    own = Path("/proc/self/ns/mnt").stat().st_ino
+    of_lab = {own: False}  # by mount namespace
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            environment = (entry / "environ").read_bytes()
+            if marker in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+                continue
+            namespace = (entry / "ns/mnt").stat().st_ino
+            if namespace not in of_lab:
+                of_lab[namespace] = mounted in (entry / "mountinfo").read_bytes()
         except OSError:  # it has just ended
             continue
-        if marker in environment.split(b"\0"):
+        if of_lab[namespace]:
             found.append(int(entry.name))
     return found
 

@@ -82,6 +82,8 @@ def up(lab: Lab, guests: tuple[str, ...], as_json: bool) -> None:
     _say(f"lab {lab.name} is up with {_guests(wanted)} after {time.monotonic() - began:.1f} s")
     if as_json:
         click.echo(json.dumps(_status(lab), indent=2))
+    else:
+        click.echo(f"export DOCKER_HOST={lab.docker_host}")
 
 
 @lab.command()
@@ -122,25 +124,40 @@ def rm(lab: Lab, name: str) -> None:
     "exec",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
     short_help="Run in a guest.",
+    options_metavar="[OPTIONS]",
 )
-@click.argument("name")
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("--internet", is_flag=True, help="Run in the namespace that plays the internet; takes no NAME.")
+@click.argument("words", metavar="NAME COMMAND...", nargs=-1, type=click.UNPROCESSED)
 @_lab_option
-def execute(lab: Lab, name: str, command: tuple[str, ...]) -> None:
+def execute(lab: Lab, internet: bool, words: tuple[str, ...]) -> None:
     """Run a command in a guest, with this terminal; exits with the command's exit code.
+
+    With --internet it runs where the lab's networks reach the outside: 198.51.100.1 and 2001:db8:1::1 are there.
 
     \b
     Example:
         taploom lab exec web -- ping -c1 db
+        taploom lab exec --internet -- tcpdump -ni eth0
     """
-    _known(lab, name)
-    if not (lab.guest_directory(name) / "holder").exists():
-        raise LabError(f"guest {name!r} is not running; see 'taploom lab status{lab.option}'")
+    if internet:
+        name, command = "", words
+    else:
+        if not words or words[0] == "--":
+            raise click.UsageError("Missing argument 'NAME'.")
+        name, command = words[0], words[1:]
     # click hands over the `--` that ends our own options.
-    command = command[1:] if command[0] == "--" else command
+    command = command[1:] if command[:1] == ("--",) else command
     if not command:
         raise click.UsageError("Missing argument 'COMMAND...'.")
-    argv = [*enter_guest(lab, name), *command]
+    if internet:
+        lab.guests()
+        prefix = ["nsenter", f"--net=/run/netns/{lab.internet_netns}", "--"]
+    else:
+        _known(lab, name)
+        if not (lab.guest_directory(name) / "holder").exists():
+            raise LabError(f"guest {name!r} is not running; see 'taploom lab status{lab.option}'")
+        prefix = enter_guest(lab, name)
+    argv = [*prefix, *command]
     sys.stdout.flush()
     os.execvpe(argv[0], argv, lab.environment())  # noqa: S606 -- the command is what was asked for
 
@@ -212,6 +229,7 @@ def _check_programs() -> None:
         "dnsmasq": "dnsmasq-base",
         "ip": "iproute2",
         "nsenter": "util-linux",
+        "crun": "crun",
     }
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     missing = sorted({package for program, package in packages.items() if not shutil.which(program, path=path)})
@@ -280,7 +298,7 @@ async def _until_ready(lab: Lab, guests: list[str]) -> None:
     with trio.fail_after(_READY_TIMEOUT):
         while True:
             status = await _fabric(lab)
-            waiting = _waiting_for(status, guests)
+            waiting = [*_waiting_for(status, guests), *await _silent(lab)]
             if sys.stderr.isatty():
                 click.echo(
                     f"\r\033[Kwaiting for {', '.join(waiting[:4])}" if waiting else "\r\033[K", err=True, nl=False
@@ -308,6 +326,49 @@ def _waiting_for(status: Status | None, guests: list[str]) -> list[str]:
         *(name for name in wanted if states.get(name) != ComponentState.OK),
         *(name for name in states if name.startswith("guest/") and name not in wanted),  # on its way out
     ]
+
+
+async def _silent(lab: Lab) -> list[str]:
+    """Those of the lab's further services that do not take connections yet."""
+    import trio
+
+    from taploom.address import connect, parse_address
+
+    silent = []
+    for name, address in (("containers", lab.runtime_address), ("Docker's API", lab.docker_socket)):
+        try:
+            await trio.aclose_forcefully(await connect(parse_address(address)))
+        except OSError:
+            silent.append(name)
+    return silent
+
+
+async def _containers(lab: Lab) -> list[dict[str, Any]]:
+    """The containers that the runtime has, or had when it does not answer."""
+    from taploom.address import connect, parse_address
+    from taploom.contracts.taploom.runtime.v1 import ListContainersRequest
+    from taploom.contracts.taploom.runtime.v1.rpc import RuntimeServiceClient
+    from taploom.rpc import RpcError, open_channel
+
+    rows = {}
+    for path in sorted(lab.containers.glob("*/container.json")):
+        try:
+            record = json.loads(path.read_bytes())
+        except FileNotFoundError:  # removed meanwhile
+            continue
+        rows[record["id"]] = {"id": record["id"], "name": record["name"], "state": "unknown", "pid": 0}
+    try:
+        stream = await connect(parse_address(lab.runtime_address))
+        async with open_channel(stream) as channel:
+            listed = (
+                await RuntimeServiceClient(channel).list_containers(ListContainersRequest(), timeout=5)
+            ).containers
+    except (OSError, RpcError):
+        return list(rows.values())
+    for container in listed:
+        if container.container_id in rows:
+            rows[container.container_id].update(state=(container.state.name or "").lower(), pid=container.pid)
+    return list(rows.values())
 
 
 async def _fabric(lab: Lab) -> Status | None:
@@ -343,11 +404,15 @@ def _status(lab: Lab) -> dict[str, Any]:
         "state_directory": str(lab.path),
         "bridge": lab.bridge_address,
         "supervisor_pid": lab.supervisor_pid(),
+        "docker_host": lab.docker_host,
+        "runtime": lab.runtime_address,
         "helper_netns": lab.helper_netns,
+        "internet_netns": lab.internet_netns,
         "guests": [
             {"name": name, "netns": lab.guest_netns(name), "directory": str(lab.guest_directory(name))}
             for name in lab.guests()
         ],
+        "containers": trio.run(_containers, lab),
         "processes": _processes(lab),
         "fabric": fabric.to_dict() if fabric is not None else None,
     }

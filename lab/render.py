@@ -27,6 +27,18 @@ def print_status(report: dict[str, Any]) -> None:
             process["last_exit"] or "-",
         )
     console.print(table)
+    if report["containers"]:
+        containers = Table("container", "name", "pid", "state", box=None, header_style="dim")
+        for container in report["containers"]:
+            state = container["state"]
+            containers.add_row(
+                container["id"][:12],
+                container["name"],
+                str(container["pid"] or "-"),
+                f"[{_COLOURS.get(state, 'white')}]{state}[/]",
+            )
+        console.print(containers)
+    console.print(f"for docker: export DOCKER_HOST={report['docker_host']}", soft_wrap=True)
     fabric = report["fabric"]
     if fabric is None:
         console.print("[red]the bridge does not answer[/red]")

@@ -73,12 +73,20 @@ class Lab:
         return f"unix:{self.path}/docker.sock"
 
     @property
+    def containers(self) -> Path:
+        return self.path / "containers"
+
+    @property
     def helper_directory(self) -> Path:
         return self.path / "helper"
 
     @property
     def helper_netns(self) -> str:
         return self.netns_prefix + "helper"
+
+    @property
+    def internet_netns(self) -> str:
+        return self.netns_prefix + "internet"
 
     @property
     def netns_prefix(self) -> str:
@@ -94,6 +102,11 @@ class Lab:
 
     def guest_netns(self, guest: str) -> str:
         return f"{self.netns_prefix}guest.{guest}"
+
+    @property
+    def docker_host(self) -> str:
+        """What the docker command takes as DOCKER_HOST."""
+        return "unix://" + self.docker_socket.removeprefix("unix:")
 
     def environment(self) -> dict[str, str]:
         """The environment of the lab's processes."""

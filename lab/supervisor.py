@@ -19,6 +19,7 @@ from typing import Any
 
 import trio
 
+from lab import internet
 from lab.cleanup import NETNS, remove_netns
 from lab.state import Lab, enter_guest, replace_json
 from taploom.address import connect, parse_address
@@ -58,6 +59,8 @@ class Supervisor:
         """Runs the lab until cancelled."""
         async with trio.open_nursery() as nursery:
             _add_netns(self._lab.helper_netns)
+            _add_netns(self._lab.internet_netns)
+            internet.connect(self._lab.helper_netns, self._lab.internet_netns)
             nursery.start_soon(self._process("helper", self._helper()).run)
             nursery.start_soon(self._process("runtime", self._runtime()).run)
             nursery.start_soon(self._process("bridge", self._bridge()).run)
@@ -89,6 +92,8 @@ class Supervisor:
                 *_python("host_bridge"),
                 *("--socket", self._lab.bridge_address, "--state-dir", str(self._lab.path / "bridge")),
                 *("--helper", f"unix:{self._lab.helper_directory}/control.sock"),
+                *("--docker-socket", self._lab.docker_socket),
+                *_if_known("--runtime", self._lab.runtime_address),
             ],
             env=self._lab.environment(),
             log=self._lab.logs / "bridge.log",
@@ -226,6 +231,15 @@ class Supervisor:
 
 def _python(module: str) -> list[str]:
     return [sys.executable, "-m", module]
+
+
+def _if_known(option: str, value: str) -> list[str]:
+    """An option of the bridge, when this bridge has it."""
+    import importlib.util
+
+    found = importlib.util.find_spec("host_bridge.__main__")
+    known = found is not None and found.origin is not None and f'"{option}"' in Path(found.origin).read_text()
+    return [option, value] if known else []
 
 
 def _add_netns(name: str) -> None:

@@ -40,7 +40,7 @@ async def _serve(lab: Lab, machine_proc: int) -> None:
         await nursery.start(_reap)
         await nursery.start(zygote.run)
         service.containers = Containers(
-            lab.path / "containers",
+            lab.containers,
             crun=Crun(_empty(lab.path / "crun")),
             zygote=zygote,
             pids=MachinePids(machine_proc),
