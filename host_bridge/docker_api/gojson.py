@@ -326,20 +326,22 @@ class _Scanner:
             at = self.skip_space(at)
             byte = self._byte(at)
             value: Any
+            if byte in b"{[" and len(stack) >= _MAX_DEPTH:
+                raise GoJsonError("exceeded max depth")
             if byte == ord("{"):
                 at = self.skip_space(at + 1)
                 if self._byte(at) == ord("}"):
                     value, at = _Object(()), at + 1
                 else:
                     key, at = self._key(at)
-                    self._push(stack, key)
+                    stack.append(([], key))
                     continue
             elif byte == ord("["):
                 at = self.skip_space(at + 1)
                 if self._byte(at) == ord("]"):
                     value, at = [], at + 1
                 else:
-                    self._push(stack, None)
+                    stack.append(([], None))
                     continue
             else:
                 value, at = self._scalar(at, byte)
@@ -368,12 +370,6 @@ class _Scanner:
                 stack.pop()
             else:
                 return value, at
-
-    @staticmethod
-    def _push(stack: list[tuple[list[Any], str | None]], key: str | None) -> None:
-        if len(stack) >= _MAX_DEPTH:
-            raise GoJsonError("exceeded max depth")
-        stack.append(([], key))
 
     def _key(self, at: int) -> tuple[str, int]:
         if self._byte(at) != ord('"'):

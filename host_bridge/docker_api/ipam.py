@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from host_bridge.docker_api import refusals
-from host_bridge.docker_api.errors import bad_request
+from host_bridge.docker_api.errors import bad_request, forbidden
 from host_bridge.model import SubnetOptions
 
 Prefix = ipaddress.IPv4Interface | ipaddress.IPv6Interface
@@ -20,6 +20,14 @@ def check(configs: Sequence[Mapping[str, Any]], *, ipv6: bool) -> None:
         reasons += _check_one(config, ipv6=ipv6)
     if reasons:
         raise bad_request("invalid network config:\n" + refusals.joined(reasons))
+    enabled = [
+        network
+        for config in configs
+        if (network := ipaddress.ip_interface(config["Subnet"]).network).version == 4 or ipv6
+    ]
+    for number, one in enumerate(enabled):
+        if any(one.version == other.version and one.overlaps(other) for other in enabled[:number]):
+            raise forbidden(refusals.OVERLAP)
 
 
 def subnets(configs: Sequence[Mapping[str, Any]]) -> tuple[SubnetOptions, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from host_bridge.docker_api.gojson import ANY, BOOL, STRING, List, Map, Optional
 from host_bridge.docker_api.http import Request, Response, Version, json_response
 from host_bridge.docker_api.system import timestamp
 from host_bridge.docker_api.times import TimeError, parse_moment
-from host_bridge.errors import InvalidSubnetError, NetworkNotFoundError, NotConnectedError
+from host_bridge.errors import InvalidSubnetError, NetworkNotFoundError, NetworkOptionError, NotConnectedError
 from host_bridge.model import (
     BRIDGE_DRIVER,
     HOST_DRIVER,
@@ -69,6 +70,7 @@ _NO_SWARM = (
     "and try again."
 )
 _LOCAL = "local"
+_BRIDGE_NAME = "com.docker.network.bridge.name"
 
 
 def register(api: DockerApi) -> None:
@@ -244,6 +246,8 @@ class Networks:
             raise forbidden("cannot create a swarm scoped network when swarm is not active")
         elif wanted["Scope"] not in ("", _LOCAL):
             raise forbidden(_NO_SWARM)
+        else:
+            self._check_bridge(options)
         ipam_driver = given["Driver"] or "default"
         if not wanted["ConfigOnly"] and ipam_driver == "null":
             raise bad_request(
@@ -264,6 +268,19 @@ class Networks:
             ipam_driver=ipam_driver,
             ipam_options=given["Options"],
         )
+
+    def _check_bridge(self, options: Mapping[str, str]) -> None:
+        """Options that mean nothing here but are checked by dockerd."""
+        for key in ("com.docker.network.bridge.default_bridge", "com.docker.network.bridge.inhibit_ipv4"):
+            if key in options and parse_bool(options[key]) is None:
+                raise refusals.as_docker_error(NetworkOptionError(key, options[key], "bool"))
+        name = options.get(_BRIDGE_NAME)
+        for network in self._fabric.desired.networks() if name else ():
+            if network.switched and network.options.get(_BRIDGE_NAME) == name:
+                raise forbidden(
+                    f"cannot create network {secrets.token_hex(32)} ({name}): conflicts with network "
+                    f"{network.id} ({name}): networks have same bridge name"
+                )
 
     @staticmethod
     def _check_configuration(

@@ -8,7 +8,7 @@ from typing import Any
 from host_bridge import errors
 from host_bridge.docker_api.errors import DockerError
 
-_OVERLAP = "invalid pool request: Pool overlaps with other one on this address space"
+OVERLAP = "invalid pool request: Pool overlaps with other one on this address space"
 _OPERATOR_FIELDS = (
     "configuration network can only contain network specific fields. Network operator fields like "
     "[ ingress | internal | attachable | scope ] are not supported."
@@ -146,7 +146,7 @@ _TRANSLATIONS: dict[type[errors.BridgeError], Callable[[Any], DockerError]] = {
     errors.InvalidSubnetError: _subnet,
     errors.MultipleSubnetsError: lambda _: DockerError(403, "bridge driver doesn't support multiple subnets"),
     errors.NoFamilyError: lambda _: DockerError(400, "IPv4 or IPv6 must be enabled"),
-    errors.PoolOverlapError: lambda _: DockerError(403, _OVERLAP),
+    errors.PoolOverlapError: lambda _: DockerError(403, OVERLAP),
     errors.NoPoolLeftError: lambda _: DockerError(400, "all predefined address pools have been fully subnetted"),
     errors.ActiveEndpointsError: _active,
     errors.InvalidAddressError: lambda e: endpoint_settings(f"invalid {_family(e.address)} address: {e.address}"),
