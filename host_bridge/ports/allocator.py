@@ -28,6 +28,7 @@ from host_bridge.ports.model import (
     ProtocolError,
     PublishedPort,
 )
+from taploom.link.datagrams import tell_destinations
 
 __all__ = ["BoundPort", "PortAllocator", "ephemeral_range"]
 
@@ -167,6 +168,8 @@ def _bind(address: str, protocol: Protocol, port: int) -> socket.socket:
             if protocol == "tcp":
                 # Connections that have ended need not be waited for; a listener still excludes others.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            else:
+                tell_destinations(sock)
             sock.bind((address, port))
             if protocol == "tcp":
                 sock.listen(_BACKLOG)

@@ -17,7 +17,15 @@ from typing import Any, Final
 from taploom.link.loop import READ, WRITE, Loop
 from taploom.link.pump import write_limit
 
-__all__ = ["MAX_DATAGRAM", "DatagramError", "DatagramPump", "DatagramScanner", "DatagramServer", "Flow"]
+__all__ = [
+    "MAX_DATAGRAM",
+    "DatagramError",
+    "DatagramPump",
+    "DatagramScanner",
+    "DatagramServer",
+    "Flow",
+    "tell_destinations",
+]
 
 MAX_DATAGRAM: Final = 65_507
 """Bytes of the largest UDP payload over IPv4."""
@@ -219,8 +227,18 @@ class Flow:
         self.pending_bytes = 0
 
 
+def tell_destinations(udp: socket.socket) -> None:
+    """Have the system tell where each datagram was sent to. Before bind: it does not know of those that came earlier."""
+    if udp.family == socket.AF_INET6:
+        udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+    else:
+        udp.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+
+
 class DatagramServer:
     """Moves datagrams between a bound UDP socket and a stream per peer; all are closed with the server.
+
+    The socket was given to ``tell_destinations`` before it was bound.
 
     ``on_flow(flow)`` is called, on the thread, at a new peer's first datagram: whoever is called opens a stream and
     hands it to ``join``, or calls ``drop``. Replies leave from the address that the peer sent to.
@@ -244,11 +262,6 @@ class DatagramServer:
         self._v6: Final = udp.family == socket.AF_INET6
         name = udp.getsockname()[0]
         self._any: Final = name in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
-        if self._any:
-            if self._v6:
-                udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-            else:
-                udp.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
 
     def start(self) -> None:
         """Register with the loop."""
