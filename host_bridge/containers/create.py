@@ -74,10 +74,12 @@ def prepare_host(host: JSON, config: JSON) -> list[str]:
     return warnings
 
 
-def check(config: JSON, host: JSON, networking: JSON) -> None:
+def check(config: JSON, host: JSON, networking: JSON, version: tuple[int, ...]) -> None:
     """Raises ContainerError where dockerd would refuse before it looks for the image."""
     _check_mode(config, host, networking)
     _check_config(config)
+    if config["MacAddress"] and version >= (1, 44):
+        _check_mac(config["MacAddress"])
     _check_host(host)
     _check_networking(networking)
 
@@ -95,8 +97,6 @@ def _check_config(config: JSON) -> None:
     directory = config["WorkingDir"]
     if directory and not directory.startswith("/"):
         raise invalid(f"the working directory '{directory}' is invalid, it needs to be an absolute path")
-    if config["MacAddress"]:
-        _check_mac(config["MacAddress"])
 
 
 def _check_mac(mac: str) -> None:
@@ -281,7 +281,7 @@ def merged_environment(base: list[str], overrides: list[str]) -> list[str]:
 def mounts(host: JSON) -> list[JSON]:
     """What a container mounts, as Docker's inspect lists it; raises ContainerError.
 
-    Sources of binds that are missing are created when the container is, as dockerd does.
+    Sources of binds that are missing are made when the container is started: see `make_source`.
     """
     found: dict[str, JSON] = {}
 
@@ -334,11 +334,12 @@ def _bind(text: str) -> JSON:
         )
     if kind == "volume":
         raise _no_volumes(source or target)
-    _create_source(source)
     return _described("bind", posixpath.normpath(source), target, "ro" not in options, mode)
 
 
-def _create_source(source: str) -> None:
+def make_source(mount: JSON) -> None:
+    """Makes the directory that a bind mounts when it is not there, as dockerd does at a start."""
+    source = mount["Source"]
     path = Path(source)
     try:
         if not path.exists():
@@ -373,7 +374,6 @@ def _mount(mount: JSON) -> JSON:
         options = mount.get("BindOptions") or {}
         if not options.get("CreateMountpoint"):
             raise wrong(f"bind source path does not exist: {source}")
-        _create_source(source)
     return _described("bind", posixpath.normpath(source), posixpath.normpath(target), not mount["ReadOnly"], "")
 
 

@@ -360,7 +360,7 @@ class ContainerManager:
         container_id = secrets.token_hex(32)
         if name:
             name = check_name(name)
-        create.check(config, host, networking)
+        create.check(config, host, networking, version)
         warnings = create.prepare_host(host, config)
         image = await self._image(config["Image"])
         create.merge_image(config, image)
@@ -567,8 +567,23 @@ class ContainerManager:
             container.state["ManuallyStopped"] = False
             container.state["RestartCount"] = 0
             container.restart_delay = 0.0
-            await self._start(container)
+            try:
+                await self._start(container)
+            except BaseException:
+                if container.host["AutoRemove"]:
+                    with trio.CancelScope(shield=True, deadline=trio.current_time() + _UNDO_TIMEOUT):
+                        await self._remove_failed(container)
+                raise
         self.tell(container, "start")
+
+    async def _remove_failed(self, container: Container) -> None:
+        """Removes a container that was not started and is to be removed when it ends; the lock is held."""
+        try:
+            container.state["Phase"] = REMOVING
+            self._save(container)
+            await self._remove_rest(container)
+        except (BridgeError, RpcError) as error:
+            logger.error("container %s is not removed: %s", container.name, error)
 
     async def _start(self, container: Container) -> None:
         """Starts the container, or leaves it as it was with the error in its state; the lock is held."""
@@ -593,8 +608,6 @@ class ContainerManager:
             }
             container.exits += 1
             self._save(container)
-            if container.host["AutoRemove"]:
-                self._spawn(self._auto_remove, container)
             raise
 
     async def _try_start(self, container: Container) -> None:
@@ -605,6 +618,9 @@ class ContainerManager:
         settings = self.networks.settings(container)
         if hosts:
             settings = _with_hosts(settings, hosts)
+        for mount in container.config["Mounts"]:
+            if mount["Type"] == "bind":
+                create.make_source(mount)
         # Ports first: what is taken is an error before anything is changed.
         self.networks.publish(container)
         container.state["Phase"] = STARTING

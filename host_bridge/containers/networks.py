@@ -123,7 +123,9 @@ class ContainerNetworks:
         if published:
             bindings = [_again(entry) for entry in published]
         else:
-            bindings = ports.wanted(container.docker, container.host, network.host_binding)
+            # The default bridge says 0.0.0.0 and means what it means with Docker: every address of both families.
+            default = "" if network.host_binding == "0.0.0.0" else network.host_binding  # noqa: S104
+            bindings = ports.wanted(container.docker, container.host, default)
         if not bindings:
             return
         try:
