@@ -19,7 +19,8 @@ if [ "$(id -u)" != 0 ]; then
 fi
 before=$(leftovers)
 began=$(date +%s)
-python -m pytest tests "$@"
+# Files run side by side, one lab or more each: they mostly wait, so there are more of them than cores.
+python -m pytest tests --numprocesses 3 --dist loadfile "$@"
 result=$?
 after=$(leftovers)
 if [ "$before" != "$after" ]; then
