@@ -228,7 +228,7 @@ class Flow:
 
 
 def tell_destinations(udp: socket.socket) -> None:
-    """Have the system tell where each datagram was sent to. Before bind: it does not know of those that came earlier."""
+    """Have the system tell where each datagram was sent to. Before bind: of earlier ones it does not know."""
     if udp.family == socket.AF_INET6:
         udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
     else:
