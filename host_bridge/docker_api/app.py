@@ -6,7 +6,7 @@ import logging
 import platform
 import sqlite3
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -21,6 +21,9 @@ from host_bridge.events import FabricEvent
 from host_bridge.fabric import Fabric
 from host_bridge.waiting import Signal
 from taploom import __version__
+
+if TYPE_CHECKING:
+    from host_bridge.containers.manager import ContainerManager
 
 logger = logging.getLogger("taploom.bridge.docker")
 
@@ -68,7 +71,9 @@ class DockerApi:
         events: what /events tells; `events.log` adds one.
     """
 
-    def __init__(self, fabric: Fabric, manager: Any = None, *, version: VersionInfo | None = None) -> None:
+    def __init__(
+        self, fabric: Fabric, manager: ContainerManager | None = None, *, version: VersionInfo | None = None
+    ) -> None:
         self.fabric = fabric
         self.manager = manager
         self.version = version or VersionInfo()

@@ -178,7 +178,7 @@ def endpoints(manager: ContainerManager, container: Container, version: Version,
         result[name] = endpoint_settings(container.id, name, wanted, live.get(name), version)
         network = None if name in live else manager.networks.network(name)
         if container.alive and network is not None and not network.switched:
-            result[name] |= {"NetworkID": network.id, "EndpointID": _endpoint_id(container, name)}
+            result[name] |= {"NetworkID": network.id, "EndpointID": endpoint_id(container, name)}
         elif not container.running and network is not None and container.state["SandboxID"] and wanted.get("Named"):
             result[name]["NetworkID"] = network.id
         if version >= _DNS_NAMES and not summary:
@@ -189,7 +189,7 @@ def endpoints(manager: ContainerManager, container: Container, version: Version,
     return result
 
 
-def _endpoint_id(container: Container, name: str) -> str:
+def endpoint_id(container: Container, name: str) -> str:
     """An id for a place that has no endpoint: in the networks host and none."""
     return hashlib.sha256(f"{container.state['SandboxID']} {name}".encode()).hexdigest()
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from host_bridge.describe import with_prefixes
-from host_bridge.docker_api import endpoints, ipam, refusals
+from host_bridge.docker_api import container_views, endpoints, ipam, refusals
 from host_bridge.docker_api.errors import DockerError, bad_request, conflict, forbidden, not_found
 from host_bridge.docker_api.filters import Filters
 from host_bridge.docker_api.gojson import ANY, BOOL, STRING, List, Map, Optional, Struct
 from host_bridge.docker_api.http import Request, Response, Version, json_response
 from host_bridge.docker_api.system import timestamp
 from host_bridge.docker_api.times import TimeError, parse_moment
-from host_bridge.errors import InvalidSubnetError, NetworkNotFoundError, NetworkOptionError, NotConnectedError
+from host_bridge.errors import InvalidSubnetError, NetworkNotFoundError, NetworkOptionError
 from host_bridge.model import (
     BRIDGE_DRIVER,
     HOST_DRIVER,
@@ -70,6 +70,7 @@ _NO_SWARM = (
     "and try again."
 )
 _LOCAL = "local"
+_NO_INTERFACE = {"MacAddress": "", "IPv4Address": "", "IPv6Address": ""}
 _BRIDGE_NAME = "com.docker.network.bridge.name"
 
 
@@ -198,6 +199,11 @@ class Networks:
                 "IPv4Address": addresses.get(4, ""),
                 "IPv6Address": addresses.get(6, ""),
             }
+        if not network.switched and self._api.manager is not None:
+            for container in self._api.manager.users_of(network.name):
+                if container.alive:
+                    endpoint_id = container_views.endpoint_id(container, network.name)
+                    result[container.id] = {"Name": container.name, "EndpointID": endpoint_id} | _NO_INTERFACE
         return dict(sorted(result.items()))
 
     # Changing
@@ -369,10 +375,7 @@ class Networks:
                 raise
             guest = self._fabric.desired.find_guest(container)
             raise DockerError(500, f"container {guest.id} is not connected to the network {error.name}") from None
-        try:
-            await self._fabric.disconnect(network.id, container)
-        except NotConnectedError as error:
-            raise DockerError(500, f"container {error.guest_id} is not connected to network {error.network}") from None
+        await self._fabric.disconnect(network.id, container)
         return Response(200)
 
     async def prune(self, request: Request) -> Response:

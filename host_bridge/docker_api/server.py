@@ -189,7 +189,7 @@ class _Connection:
             if close:
                 headers.append(("Connection", "close"))
             data = self._send(h11.Response(status_code=answer.status, headers=headers, reason=_reason(answer.status)))
-            if answer.body and request.method != "HEAD":
+            if answer.body and request.method != "HEAD" and answer.status not in (204, 304):
                 data += self._send(h11.Data(data=answer.body))
             data += self._send(h11.EndOfMessage())
             await self._stream.send_all(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import datetime
 import functools
 import os
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from host_bridge.docker_api.http import Request, Response, json_response
+from host_bridge.errors import BridgeError
+from taploom.rpc import RpcError
 
 if TYPE_CHECKING:
     from host_bridge.docker_api.app import DockerApi
@@ -91,15 +94,14 @@ class System:
     async def info(self, request: Request) -> Response:
         """GET /info: what is true here; what a bridge has nothing of is empty."""
         api = self._api
-        await trio.lowlevel.checkpoint()
-        running = len(api.fabric.desired.guests())
+        states = collections.Counter(self._states())
         value: dict[str, Any] = {
             "ID": api.fabric.desired.store.host_id(),
-            "Containers": running,
-            "ContainersRunning": running,
-            "ContainersPaused": 0,
-            "ContainersStopped": 0,
-            "Images": 0,
+            "Containers": states.total(),
+            "ContainersRunning": states["running"],
+            "ContainersPaused": states["paused"],
+            "ContainersStopped": states.total() - states["running"] - states["paused"],
+            "Images": await self._image_count(),
             "Driver": "taploom",
             "DriverStatus": [],
             "Plugins": {
@@ -167,6 +169,24 @@ class System:
         if request.version < (1, 50):
             value |= {"BridgeNfIptables": False, "BridgeNfIp6tables": False}
         return json_response(value)
+
+    def _states(self) -> list[str]:
+        """The state of every container; guests of other runtimes are containers that run."""
+        manager = self._api.manager
+        if manager is None:
+            return ["running"] * len(self._api.fabric.desired.guests())
+        return [one.status for one in manager.containers()] + ["running"] * len(manager.guests())
+
+    async def _image_count(self) -> int:
+        """How many images the runtime has; 0 when it cannot be asked."""
+        manager = self._api.manager
+        try:
+            if manager is None or manager.runtime is None or not manager.runtime.connected:
+                await trio.lowlevel.checkpoint()
+                return 0
+            return len(await manager.runtime.images())
+        except (BridgeError, RpcError):
+            return 0
 
     async def disk_usage(self, request: Request) -> Response:
         """GET /system/df: the bridge stores nothing that could be removed."""

@@ -15,9 +15,13 @@ import h11
 import trio
 from bridge_support import Rig, open_rig
 
+from host_bridge.containers import ContainerManager
+from host_bridge.docker_api import containers
 from host_bridge.docker_api.app import DockerApi
 from host_bridge.docker_api.server import serve_docker
+from host_bridge.ports import PortPublisher
 from taploom.address import UnixAddress, open_listener
+from taploom.link import open_dataplane
 
 CLI = "/usr/local/bin/docker"
 
@@ -119,10 +123,14 @@ class DockerRig:
 @contextlib.asynccontextmanager
 async def open_docker(directory: Path) -> AsyncIterator[DockerRig]:
     """Everything of a bridge but its process: a helper, a fabric and the API on a socket."""
-    async with open_rig(directory) as rig:
-        api = DockerApi(rig.fabric)
+    async with open_dataplane() as dataplane, open_rig(directory) as rig:
+        publisher = PortPublisher(rig.fabric.helper, dataplane, is_gateway=lambda _: False)
+        manager = ContainerManager(rig.fabric, publisher, None)
+        api = DockerApi(rig.fabric, manager)
+        containers.register(api, manager)
         listener = await open_listener(UnixAddress(f"{directory}/docker.sock"))
         async with trio.open_nursery() as nursery:
+            await nursery.start(manager.run)
             await nursery.start(serve_docker, listener, api)
             yield DockerRig(rig, api, Client(directory / "docker.sock"))
             nursery.cancel_scope.cancel()
