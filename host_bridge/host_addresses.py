@@ -21,6 +21,7 @@ import trio
 
 _IFF_UP = 0x1
 _IFF_LOOPBACK = 0x8
+_RTMGRP_LINK = 0x1
 _RTMGRP_IPV4_IFADDR = 0x10
 _RTMGRP_IPV6_IFADDR = 0x100
 _CHUNK = 65_536
@@ -141,7 +142,7 @@ def _texts() -> tuple[str, ...]:
 def _routing_socket() -> socket.socket:
     if sys.platform == "linux":
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-        sock.bind((0, _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR))
+        sock.bind((0, _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR))
     else:
         sock = socket.socket(socket.AF_ROUTE, socket.SOCK_RAW, 0)
     sock.setblocking(False)

@@ -16,6 +16,7 @@ import trio
 from host_bridge.api import GuestApi, NetworkApi, StatusApi
 from host_bridge.desired import DesiredState
 from host_bridge.fabric import Fabric, Timing
+from host_bridge.host_addresses import HostAddresses
 from host_bridge.store import Store
 from taploom.address import UnixAddress, connect, open_listener
 from taploom.contracts.taploom.bridge.v1.rpc import GuestServiceClient as GuestApiClient
@@ -480,6 +481,7 @@ async def open_rig(
     timing: Timing | None = None,
     run_helper: bool = True,
     upstreams: tuple[str, ...] = (),
+    host_addresses: HostAddresses | None = None,
 ) -> AsyncIterator[Rig]:
     """A running bridge with a fake helper, its API on a Unix socket, and connected clients."""
     async with open_dataplane() as dataplane:
@@ -495,6 +497,7 @@ async def open_rig(
                     UnixAddress(f"{rig.helper.directory}/data.sock"),
                     timing=timing or Timing(deadline=5.0, grace=0.2, settle=1.0),
                     upstreams=upstreams,
+                    host_addresses=host_addresses,
                 )
                 socket = UnixAddress(f"{directory}/bridge/api.sock")
                 server = Server([NetworkApi(rig.fabric), GuestApi(rig.fabric), StatusApi(rig.fabric)])
