@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import pytest
 from comparison import Pair
 from script import Scenario
+from setup_cache import conformance_setup
 
 
 @pytest.fixture(scope="session")
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    conformance_setup()
     sides = Pair()
     try:
         wanted = [item.callspec.params.get("scenario") for item in request.session.items if hasattr(item, "callspec")]

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,12 +17,17 @@ from typing import Any
 
 import image
 from machine import HOST_ADDRESS, HOST_ADDRESS6, INTERNET_ADDRESS, INTERNET_ADDRESS6, Machine, check, run, until
+from setup_cache import CACHE
 
 IMAGE = "box"
-CLI = "docker"
-_DAEMON = "/usr/sbin/dockerd"
+# The newest client: what is in front of the distribution's in PATH, or trixie's.
+CLI = found if (found := shutil.which("docker")) not in (None, "/usr/bin/docker") else f"{CACHE}/trixie/usr/bin/docker"
+COMPOSE = f"{CACHE}/trixie/usr/libexec/docker/cli-plugins/docker-compose"
+# Where another dockerd, its containerd and docker-proxy are, to see what a later version does; else Debian's.
+_PROGRAMS = os.environ.get("TAPLOOM_CONFORMANCE_DOCKER", "/usr/sbin")
 _CGROUPS = Path("/sys/fs/cgroup")
 TAPLOOM = str(Path(sys.executable).with_name("taploom"))
+_POOLS = ("172.17.0.0/16", "172.18.0.0/15", "172.20.0.0/14", "172.24.0.0/13", "10.128.0.0/9")
 
 
 @dataclass(frozen=True)
@@ -168,10 +174,14 @@ class Dockerd(Engine):
             # A tmpfs over /run hides a containerd of the machine, which dockerd would use. As the first process of its
             # PID namespace, dockerd would have to reap what its shims leave.
             *("sh", "-c", 'mount -t tmpfs tmpfs /run && exec tini -s -- "$@"', "sh"),
-            *(_DAEMON, "--host", f"unix://{self.socket}", "--cgroup-parent", f"/{self.machine.name}"),
+            *(f"{_PROGRAMS}/dockerd", "--host", f"unix://{self.socket}", "--cgroup-parent", f"/{self.machine.name}"),
             *("--data-root", str(directory / "data"), "--exec-root", str(directory / "run")),
             *("--pidfile", str(directory / "docker.pid")),
+            # Docker's own default pools with more after them. It takes the next one, whether or not an earlier one is free
+            # again, and its own run out and become smaller ones.
+            *(f"--default-address-pool=base={base},size=16" for base in _POOLS),
             log="dockerd.log",
+            env={**os.environ, "PATH": f"{_PROGRAMS}:/usr/sbin:/usr/bin:/sbin:/bin"},
         )
         self._ready()
 

@@ -32,15 +32,17 @@ exec sleep infinity
 """
 
 
-def until(condition: Callable[[], T], what: str, timeout: float = 60) -> T:
-    """Waits for a condition and returns its first true value; fails with `what` after `timeout` seconds."""
+def until(
+    condition: Callable[[], T], what: str, timeout: float = 60, details: Callable[[], str] = lambda: ""
+) -> T:
+    """Waits for a condition and returns its first true value; fails with `what` and details after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > deadline:
-            raise AssertionError(f"still waiting after {timeout:.0f} s: {what}")
+            raise AssertionError(f"still waiting after {timeout:.0f} s: {what} {details()}")
         time.sleep(0.02)
 
 

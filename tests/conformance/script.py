@@ -9,19 +9,23 @@ values are written as their symbols again, so that "the id that create printed i
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-from engines import IMAGE, Engine
+from engines import COMPOSE, IMAGE, Engine
 from machine import run
 
-_POOLS = tuple([f"172.{number}." for number in range(18, 32)] + ["192.168."])
+COMPOSE_FILES = Path(__file__).parent / "compose"
+# What either side takes from its pools; steps that name a subnet name others.
+_POOL = re.compile(r"(172\.(1[89]|2\d|3[01])|10\.(12[89]|1[3-9]\d|2\d\d))\.0\.0/16$")
 
-Kind = Literal["cli", "api", "inside", "host", "internet", "mark", "serve"]
+Kind = Literal["cli", "compose", "api", "inside", "host", "internet", "mark", "serve"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,11 @@ class Scenario:
             title += f" {headers}"
         self.steps.append(Step("api", title, (), method, full, data, tuple(given.items()), **options))
 
+    def compose(self, file: str, command: str, **options: Any) -> None:
+        """`docker compose -f FILE COMMAND`; the files are in compose/."""
+        argv = ("-f", str(COMPOSE_FILES / file), "--ansi", "never", "--progress", "quiet", *shlex.split(command))
+        self.steps.append(Step("compose", f"docker compose -f {file} {command}", argv, **options))
+
     def inside(self, container: str, command: str, **options: Any) -> None:
         """A command in a container."""
         argv = ("exec", container, *shlex.split(command))
@@ -136,16 +145,20 @@ class Performer:
             self.symbols[step.capture] = _captured(result, step.capture_path)
         if step.kind == "cli" and step.argv[:2] == ("network", "create") and result.exit == 0:
             self._learn_pool(step.argv[-1])
+        elif step.path.endswith("/networks/create") and result.exit == 201:
+            self._learn_pool(self._engine.api("GET", f"/networks/{result.document['Id']}")["Name"])
         return result
 
     def _learn_pool(self, network: str) -> None:
         answer = self._engine.request("GET", f"/networks/{quote(self.substitute(network), safe='')}")
-        if answer.status == 200:
-            for config in answer.json()["IPAM"]["Config"] or ():
-                pool = config["Subnet"].rpartition(".")[0]
-                if pool.startswith(_POOLS):
-                    self.symbols = {symbol: value for symbol, value in self.symbols.items() if value != pool}
-                    self.symbols[f"pool:{network}"] = pool
+        if answer.status != 200:
+            return
+        for config in answer.json()["IPAM"]["Config"] or ():
+            subnet = config["Subnet"]
+            if _POOL.match(subnet):
+                pool = subnet.rpartition(".")[0]
+                self.symbols = {symbol: value for symbol, value in self.symbols.items() if value != pool}
+                self.symbols[f"pool:{network}"] = pool
 
     def close(self) -> None:
         """Ends the scenario's servers."""
@@ -179,6 +192,8 @@ class Performer:
         if step.kind in ("host", "internet"):
             enter = self._engine.on_host if step.kind == "host" else self._engine.on_internet
             done = run(enter(*argv), timeout=20)
+        elif step.kind == "compose":
+            done = run([COMPOSE, *argv], environment=self._engine.environment(DOCKER_API_VERSION="1.41"), timeout=90)
         else:
             version = {} if step.newest else {"DOCKER_API_VERSION": "1.41"}
             done = self._engine.cli(*argv, input=step.input, **version)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from script import Scenario
 
-from steps import api, connect, containers, names, networks, ports, reach
+from steps import api, compose, connect, containers, names, networks, ports, reach
 
 SCENARIOS: list[Scenario] = [
     *networks.SCENARIOS,
@@ -14,6 +14,7 @@ SCENARIOS: list[Scenario] = [
     *names.SCENARIOS,
     *ports.SCENARIOS,
     *reach.SCENARIOS,
+    *compose.SCENARIOS,
 ]
 # What is slow is asked for last.
 SCENARIOS.sort(key=lambda scenario: scenario.background)

@@ -128,6 +128,7 @@ for number, (key, value) in enumerate([
 ]):
     s.api("POST", "/networks/create", {"Name": f"field{number}", key: value})
     s.api("GET", f"/networks/field{number}")
+    s.api("DELETE", f"/networks/field{number}", silent=True)
 
 s = scenario("network delete and prune, raw")
 s.api("POST", "/networks/create", {"Name": "n1"}, silent=True)
