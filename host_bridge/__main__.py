@@ -22,6 +22,7 @@ from host_bridge.docker_api.app import DockerApi
 from host_bridge.docker_api.server import serve_docker
 from host_bridge.errors import InvalidError, StateError
 from host_bridge.fabric import Fabric
+from host_bridge.host_addresses import HostAddresses
 from host_bridge.ipam import parse_address as parse_ip
 from host_bridge.notify import notify_ready
 from host_bridge.ports import PortPublisher
@@ -137,7 +138,14 @@ async def serve(
     # First: whoever sees the socket may already send SIGTERM.
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with open_dataplane() as dataplane:
-            fabric = Fabric(DesiredState(store), dataplane, helper, helper_data, upstreams=upstreams)
+            fabric = Fabric(
+                DesiredState(store),
+                dataplane,
+                helper,
+                helper_data,
+                upstreams=upstreams,
+                host_addresses=HostAddresses(),
+            )
             listener = await _listen(socket)
             docker_listener = None if docker is None else await _listen(docker.address, docker.gid)
             publisher = PortPublisher(fabric.helper, dataplane, is_gateway=partial(_is_gateway, fabric.desired))
