@@ -36,7 +36,7 @@ _IPAM_CONFIG = Struct(
     "network.IPAMConfig",
     {"Subnet": STRING, "IPRange": STRING, "Gateway": STRING, "AuxiliaryAddresses": Map(STRING)},
 )
-_CREATE = Struct(
+CREATE = Struct(
     "types.NetworkCreateRequest",
     {
         "Name": STRING,
@@ -57,10 +57,8 @@ _CREATE = Struct(
         "Labels": Map(STRING),
     },
 )
-_CONNECT = Struct(
-    "types.NetworkConnect", {"Container": STRING, "EndpointConfig": Optional(endpoints.ENDPOINT_SETTINGS)}
-)
-_DISCONNECT = Struct("types.NetworkDisconnect", {"Container": STRING, "Force": BOOL})
+CONNECT = Struct("types.NetworkConnect", {"Container": STRING, "EndpointConfig": Optional(endpoints.ENDPOINT_SETTINGS)})
+DISCONNECT = Struct("types.NetworkDisconnect", {"Container": STRING, "Force": BOOL})
 
 _LIST_FILTERS = frozenset({"dangling", "driver", "id", "label", "name", "scope", "type"})
 _PRUNE_FILTERS = frozenset({"label", "label!", "until"})
@@ -210,7 +208,7 @@ class Networks:
 
     async def create(self, request: Request) -> Response:
         """POST /networks/create."""
-        wanted = await request.json(_CREATE)
+        wanted = await request.json(CREATE)
         if request.version < (1, 48):
             wanted["EnableIPv4"] = None
         name = wanted["Name"]
@@ -321,7 +319,7 @@ class Networks:
 
     async def connect(self, request: Request) -> Response:
         """POST /networks/{id}/connect."""
-        wanted = await request.json(_CONNECT)
+        wanted = await request.json(CONNECT)
         container = wanted["Container"]
         self._check_container(container)
         settings = wanted["EndpointConfig"]
@@ -352,7 +350,7 @@ class Networks:
 
     async def disconnect(self, request: Request) -> Response:
         """POST /networks/{id}/disconnect."""
-        wanted = await request.json(_DISCONNECT)
+        wanted = await request.json(DISCONNECT)
         container, force = wanted["Container"], wanted["Force"]
         text = request.params["id"]
         try:

@@ -1,0 +1,270 @@
+"""Any request gets an answer of Docker's: never an error of the server's own, never a hang, never half a change."""
+
+from __future__ import annotations
+
+import json
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+from docker_support import DockerRig, open_docker
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from host_bridge.docker_api import container_shapes, networks
+from host_bridge.docker_api.gojson import Map, Optional, Scalar, Shape, Struct
+
+# What dockerd answers with 500, where its code has no better status for the error.
+_DOCKERS_OWN = (
+    "bad format for links: ",
+    "container ",
+    "empty string specified for links",
+    "failed to allocate gateway (",
+    "failed to allocate secondary ip address (",
+    "invalid filter: 'type'=",
+    "strconv.ParseInt: parsing ",
+    "Multiple IDs found with provided prefix",
+)
+
+ADDRESSES = st.sampled_from(
+    [
+        "",
+        "10.1.0.1",
+        "10.1.0.9",
+        "10.1.0.0",
+        "172.17.0.5",
+        "fd00:1::5",
+        "::",
+        "0.0.0.0",
+        "x",
+        "10.1.0.300",
+        "fe80::1%eth0",
+    ]
+)
+SUBNETS = st.sampled_from(
+    [
+        "",
+        "10.1.0.0/24",
+        "10.1.0.0/30",
+        "10.1.0.128/25",
+        "10.1.0.5/24",
+        "10.1.0.0/32",
+        "172.17.0.0/16",
+        "fd00:1::/64",
+        "fd00:1::/128",
+        "::/0",
+        "0.0.0.0/0",
+        "x/y",
+        "10.1.0.0/024",
+    ]
+)
+NAMES = st.sampled_from(
+    ["", " ", "app", "web", "db", "bridge", "host", "none", "nope", "a/b", "\u00fc", "0", "f" * 64, "x" * 300]
+)
+TEXTS = (
+    NAMES
+    | ADDRESSES
+    | SUBNETS
+    | st.text(max_size=12)
+    | st.sampled_from(["true", "0", "-1", "1500", "default", "null", "local"])
+)
+OPTIONS = st.dictionaries(
+    st.sampled_from(
+        [
+            *(
+                f"com.docker.network.bridge.{key}"
+                for key in ("name", "enable_icc", "enable_ip_masquerade", "host_binding_ipv4")
+            ),
+            *(f"com.docker.network.{key}" for key in ("driver.mtu", "enable_ipv4", "enable_ipv6", "endpoint.sysctls")),
+            "other",
+        ]
+    ),
+    TEXTS,
+    max_size=3,
+)
+_BY_KEY: dict[str, st.SearchStrategy[Any]] = {
+    "Name": NAMES,
+    "Container": NAMES,
+    "Driver": st.sampled_from(["", "bridge", "bridge", "bridge", "default", "host", "null", "overlay", "foo"]),
+    "Scope": st.sampled_from(["", "", "local", "swarm", "x"]),
+    "Subnet": SUBNETS,
+    "IPRange": SUBNETS,
+    "Gateway": ADDRESSES,
+    "AuxiliaryAddresses": st.dictionaries(st.text(max_size=3), ADDRESSES, max_size=2),
+    "IPv4Address": ADDRESSES,
+    "IPv6Address": ADDRESSES,
+    "Options": OPTIONS,
+    "DriverOpts": OPTIONS,
+    "MacAddress": st.sampled_from(["", "", "02:42:00:00:00:01", "x"]),
+    "GwPriority": st.integers(-(2**31), 2**31) | st.integers(),
+    "Network": NAMES,
+}
+
+
+def values(shape: Shape, key: str = "") -> st.SearchStrategy[Any]:
+    """Values of a type, most of them such as people send."""
+    right: st.SearchStrategy[Any]
+    match shape:
+        case _ if key in _BY_KEY:
+            right = _BY_KEY[key]
+        case Struct():
+            right = st.fixed_dictionaries(
+                {}, optional={name: values(inner, name) for name, inner in shape.fields.items()}
+            )
+        case Map():
+            right = st.dictionaries(TEXTS, values(shape.element), max_size=3)
+        case Optional():
+            right = values(shape.element)
+        case Scalar("bool"):
+            right = st.booleans()
+        case Scalar("string"):
+            right = TEXTS
+        case Scalar():
+            right = st.integers()
+        case _:
+            right = st.lists(values(shape.element), max_size=3)
+    wrong = st.none() | st.integers() | st.text(max_size=5) | st.lists(st.integers(), max_size=2) | st.just({})
+    return st.integers(0, 19).flatmap(lambda dice: wrong if dice == 0 else right)
+
+
+FILTERS = st.dictionaries(
+    st.sampled_from(["name", "id", "driver", "label", "label!", "scope", "type", "dangling", "until", "event", "x"]),
+    st.lists(TEXTS | st.sampled_from(["custom", "builtin", "1h", "[", "a=b", "^app$"]), max_size=2)
+    | st.dictionaries(TEXTS, st.booleans(), max_size=2),
+    max_size=3,
+)
+VERSIONS = st.sampled_from(["", "/v1.24", "/v1.41", "/v1.48", "/v1.51", "/v1.2", "/v9.9", "/v"])
+QUERIES = st.one_of(
+    st.just(""),
+    FILTERS.map(lambda value: "?" + urllib.parse.urlencode({"filters": json.dumps(value)})),
+    st.text(alphabet='abfilters=&;%2{}[]":0', max_size=20).map(lambda text: f"?{text}"),
+)
+NETWORK = NAMES.map(lambda name: urllib.parse.quote(name, safe=""))
+BODIES: tuple[tuple[str, Shape], ...] = (
+    ("/networks/create", networks.CREATE),
+    ("/networks/{}/connect", networks.CONNECT),
+    ("/networks/{}/disconnect", networks.DISCONNECT),
+)
+REQUESTS = st.one_of(
+    *(st.tuples(st.just("POST"), VERSIONS, NETWORK.map(path.format), QUERIES, values(shape)) for path, shape in BODIES),
+    st.tuples(
+        st.sampled_from(["GET", "HEAD", "POST", "DELETE", "PUT"]),
+        VERSIONS,
+        st.one_of(
+            st.sampled_from(
+                ["/networks", "/networks/", "/networks/prune", "/_ping", "/version", "/info", "/system/df"]
+            ),
+            NETWORK.map("/networks/{}".format),
+            st.text(alphabet="/.abnetworks%20", max_size=15).map(lambda text: f"/{text}"),
+        ),
+        QUERIES,
+        st.none() | st.integers() | st.just({}),
+    ),
+)
+EXAMPLES = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+async def asked(rig: DockerRig, method: str, target: str, body: object) -> None:
+    """Sends a request and checks all that must hold of every answer."""
+    store = rig.rig.store
+    before = store.dump()
+    answer = await rig.docker(method, target, body)
+    assert 200 <= answer.status < 600
+    if answer.status >= 400 and method != "HEAD":
+        if answer.headers["content-type"] == "application/json":
+            assert isinstance(answer.message, str)
+        assert answer.status < 500 or answer.message.startswith(_DOCKERS_OWN), (method, target, body, answer)
+    if answer.status >= 400 or method in ("GET", "HEAD"):
+        assert store.dump() == before, (method, target, body, answer)
+
+
+def runs(directory: Path, use: Callable[[DockerRig], Any]) -> None:
+    """A fresh fabric with two guests and a network for each example would take too long: they share one."""
+
+    async def main() -> None:
+        async with open_docker(directory) as rig:
+            for name in ("web", "db"):
+                await rig.rig.guest(name)
+            await rig.docker(
+                "POST", "/networks/create", {"Name": "app", "IPAM": {"Config": [{"Subnet": "10.9.0.0/24"}]}}
+            )
+            portal = trio.lowlevel.current_trio_token()
+
+            def ask(*request: Any) -> None:
+                trio.from_thread.run(asked, rig, *request, trio_token=portal)
+
+            await trio.to_thread.run_sync(use, ask)
+            # What the fabric holds in the end is what the helper was told.
+            assert (await rig.docker("GET", "/networks")).status == 200
+            wanted = {network.id for network in rig.rig.fabric.desired.networks() if network.switched}
+            await rig.rig.until(lambda: rig.rig.helper.networks.keys() == wanted)
+            endpoints = {endpoint.id for endpoint in rig.rig.store.endpoints()}
+            await rig.rig.until(lambda: rig.rig.helper.endpoints.keys() == endpoints)
+
+    trio.run(main)
+
+
+def test_any_request(tmp_path: Path) -> None:
+    def use(ask: Callable[..., None]) -> None:
+        @EXAMPLES
+        @given(REQUESTS)
+        def check(request: tuple[str, str, str, str, object]) -> None:
+            method, version, path, query, body = request
+            ask(method, f"{version}{path}{query}", body)
+
+        check()
+
+    runs(tmp_path, use)
+
+
+def test_any_container(tmp_path: Path) -> None:
+    """Without a runtime nothing is created, whatever is asked for."""
+
+    def use(ask: Callable[..., None]) -> None:
+        @settings(EXAMPLES, max_examples=60)
+        @given(values(container_shapes.CREATE), NETWORK)
+        def check(body: object, name: str) -> None:
+            ask("POST", f"/containers/create?name={name}", body)
+
+        check()
+
+    runs(tmp_path, use)
+
+
+PIECES = st.binary(max_size=40) | st.sampled_from(
+    [
+        b"GET /_ping HTTP/1.1\r\nHost: d\r\n",
+        b"POST /networks/create HTTP/1.1\r\n",
+        b"Host: d\r\n",
+        b"\r\n",
+        b"Content-Length: 5\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+        b"5\r\n",
+        b"Upgrade: tcp\r\n",
+        b"Connection: close\r\n",
+        b"Expect: 100-continue\r\n",
+    ]
+)
+
+
+def test_any_bytes(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with open_docker(tmp_path) as rig:
+            portal = trio.lowlevel.current_trio_token()
+
+            def send() -> None:
+                @EXAMPLES
+                @given(st.lists(PIECES, max_size=8).map(b"".join))
+                def check(data: bytes) -> None:
+                    answer = trio.from_thread.run(lambda: rig.docker.raw(data, eof=True), trio_token=portal)
+                    assert not answer or answer.startswith(b"HTTP/1.1 ")
+                    assert b"HTTP/1.1 5" not in answer.replace(b"HTTP/1.1 501", b"")
+
+                check()
+
+            await trio.to_thread.run_sync(send)
+            assert (await rig.docker("GET", "/_ping")).status == 200
+
+    trio.run(main)
