@@ -457,24 +457,47 @@ class Fabric:
         for endpoint in endpoints:
             await self._ports.remove(endpoint.spec.endpoint_id)
             endpoint.linked = False
-        await _together(
-            partial(self._stack.nb.transact, partial(northbound.remove_endpoints, ports=ports)),
-            partial(self._unplug, [tap.name for tap in taps]),
-        )
+        names, wanted = [tap.name for tap in taps], 0
+
+        async def unplug() -> None:
+            nonlocal wanted
+            wanted = await self._take_out(names)
+
+        await _together(partial(self._stack.nb.transact, partial(northbound.remove_endpoints, ports=ports)), unplug)
         for endpoint in endpoints:
             endpoint.tap = None
-        await _close_all(taps)
+
+        async def clear_away() -> None:
+            try:
+                await self._let_go(names, wanted)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await _close_all(taps)
+
+        # Nothing uses the TAPs any more. That vswitchd lets go of them, and then the kernel, takes its time, which is
+        # nobody's who waits for the endpoint to be gone.
+        if self._nursery is None:
+            await clear_away()
+        elif taps:
+            self._nursery.start_soon(clear_away)
 
     async def _unplug(self, names: Sequence[str]) -> None:
         """Unplugs interfaces and waits until vswitchd has let go of them, so that they can be deleted."""
+        if names:
+            await self._let_go(names, await self._take_out(names))
+
+    async def _take_out(self, names: Sequence[str]) -> int:
+        """Takes interfaces out of vswitchd's database; returns the configuration's number that `_let_go` waits for."""
         if not names:
-            return
-        conf = self._stack.conf
+            return 0
         self._to_unplug.update(names)  # until it has succeeded: the next attempt takes along what this one left
         unplugged = sorted(self._to_unplug)
-        _, wanted = await conf.transact_counted(partial(vswitch.unplug, names=unplugged))
+        _, wanted = await self._stack.conf.transact_counted(partial(vswitch.unplug, names=unplugged))
         self._to_unplug.difference_update(unplugged)
-        mirror = conf.mirrors["Open_vSwitch"]
+        return wanted
+
+    async def _let_go(self, names: Sequence[str], wanted: int) -> None:
+        mirror = self._stack.conf.mirrors["Open_vSwitch"]
         with trio.move_on_after(_UNPLUG_TIMEOUT) as scope:
             while not any(row["cur_cfg"] >= wanted for row in mirror.rows.values()):
                 key = next(iter(mirror.rows), "")
@@ -507,7 +530,8 @@ class Fabric:
                     f"the port of endpoint {endpoint.spec.endpoint_id} was not programmed within {_UP_TIMEOUT:.0f} s "
                     f"({error}); look at GetHealth and apply it again"
                 )
-            await self._stack.enlarge_packet_sockets()
+            if self._nursery is not None:  # for bursts: nobody has to wait for it
+                self._nursery.start_soon(self._stack.enlarge_packet_sockets)
 
         async def known() -> None:
             if dns is not None and not await dns.knows(endpoint.spec, within=_NAMES_TIMEOUT):
