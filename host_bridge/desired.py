@@ -183,9 +183,9 @@ class DesiredState:
         if options.ipam_driver != "default":
             raise UnsupportedDriverError("ipam", options.ipam_driver)
         with self._store.change(durable=False):
-            for network in self._store.networks():
-                if network.name == name:
-                    raise NetworkNameTakenError(name, network.id)
+            holder = self._store.network_id_of(name)
+            if holder is not None:
+                raise NetworkNameTakenError(name, holder)
             if options.config_from:
                 options = self._from_configuration(name, options)
             record = self._described(name, options)
@@ -272,7 +272,7 @@ class DesiredState:
             return record
 
         existing = self._store.networks()
-        taken = [(ipaddress.ip_network(s.subnet), network.name) for network in existing for s in network.subnets]
+        taken = [(ipam.network_of(s.subnet), network.name) for network in existing for s in network.subnets]
         for subnet, _ in given.values():
             ipam.check_overlap(subnet, taken)
             ipam.check_special(subnet)
@@ -338,7 +338,7 @@ class DesiredState:
 
     def find_network(self, text: str) -> NetworkRecord:
         """The network of a full id, a name or a unique prefix of an id, tried in this order."""
-        return _find("network", text, self.networks())
+        return _only("network", text, self._store.find_networks(text))
 
     # Guests
 
@@ -428,7 +428,7 @@ class DesiredState:
 
     def find_guest(self, text: str) -> GuestRecord:
         """The guest of a full id, a name or a unique prefix of an id, tried in this order."""
-        return _find("guest", text, self.guests())
+        return _only("guest", text, self._store.find_guests(text))
 
     def guest_name(self, guest_id: str) -> str:
         """The guest's name, or its short id when it is gone."""
@@ -485,9 +485,9 @@ class DesiredState:
             for record in network.subnets:
                 asked = wanted.get(record.family)
                 if asked is None:
-                    within = ipaddress.ip_network(record.ip_range) if record.ip_range else None
+                    within = ipam.network_of(record.ip_range) if record.ip_range else None
                     taken = [ipaddress.ip_address(holder) for holder in holders]
-                    chosen.append(str(ipam.lowest_free(ipaddress.ip_network(record.subnet), taken, within)))
+                    chosen.append(str(ipam.lowest_free(ipam.network_of(record.subnet), taken, within)))
                 else:
                     ipam.check_free(asked, holders, network.name)
                     chosen.append(str(asked))
@@ -577,21 +577,13 @@ def _dialled(what: str, text: str, default_port: int | None) -> Address:
     return address
 
 
-def _find(kind: str, text: str, records: list[Record]) -> Record:
+def _only(kind: str, text: str, found: list[Record]) -> Record:
     if not text:
         raise InvalidError(f"name a {kind}: its id, its name or a unique prefix of its id")
-    for record in records:
-        if record.id == text:
-            return record
-    for record in records:
-        if record.name == text:
-            return record
-    # Prefixes are hexadecimal; an upper-case one is somebody's misspelt name.
-    matches = [record for record in records if record.id.startswith(text)]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        raise AmbiguousIdError(kind, text, [record.name for record in matches])
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise AmbiguousIdError(kind, text, [record.name for record in found])
     raise NetworkNotFoundError(text) if kind == "network" else GuestNotFoundError(text)
 
 
@@ -675,7 +667,7 @@ def _check_wanted(network: NetworkRecord, address: ipam.Address) -> None:
         )
     if not subnet.configured:
         raise StaticAddressError(str(address), network.name, address.version)
-    ipam.check_static(ipaddress.ip_network(subnet.subnet), address, network.name)
+    ipam.check_static(ipam.network_of(subnet.subnet), address, network.name)
 
 
 def _new_id() -> str:

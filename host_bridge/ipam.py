@@ -5,6 +5,7 @@ The rules are Docker's (`docker network create` on a fresh Docker 28) where it h
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import ipaddress
 from collections.abc import Iterable, Iterator
@@ -49,6 +50,11 @@ _SPECIAL: tuple[tuple[Subnet, str], ...] = (
 )
 
 _LONGEST_PREFIX = {IPV4: 30, IPV6: 126}
+
+
+# The same few texts are read for every network that is created.
+network_of = functools.lru_cache(4096)(ipaddress.ip_network)
+_interface_of = functools.lru_cache(4096)(ipaddress.ip_interface)
 
 
 def overlaps(one: Subnet, other: Subnet) -> bool:
@@ -291,13 +297,13 @@ def next_uplink(subnet: Subnet, taken: Iterable[str]) -> str:
         subnet: `UPLINK_RANGE` or `uplink_ula`.
         taken: the other routers' addresses, in CIDR form, of any family.
     """
-    holders = [ipaddress.ip_interface(text).ip for text in taken]
+    holders = [_interface_of(text).ip for text in taken]
     return f"{lowest_free(subnet, [*holders, subnet[1]])}/{subnet.prefixlen}"
 
 
 def next_dns_server(taken: Iterable[str]) -> str:
     """The lowest free address for a network's DNS server; raises NoAddressLeftError."""
-    return str(lowest_free(DNS_SERVER_RANGE, [ipaddress.IPv4Address(address) for address in taken]))
+    return str(lowest_free(DNS_SERVER_RANGE, [_interface_of(address).ip for address in taken]))
 
 
 def check_free(address: Address, holders: dict[str, str], network: str) -> None:

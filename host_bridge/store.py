@@ -221,6 +221,8 @@ class Store:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        # Networks are read much more often than they change: by id, as they are in the database.
+        self._networks: dict[str, NetworkRecord] = {}
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -329,6 +331,7 @@ class Store:
             # Inside, so that a COMMIT that fails (disk full) rolls back.
             self._connection.execute("COMMIT")
         except BaseException:
+            self._networks.clear()
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
@@ -401,16 +404,19 @@ class Store:
 
     def insert_uplink(self, network_id: str, addresses: tuple[str, ...], mac: str) -> None:
         """Gives a network that has none its place on the uplink."""
+        self._networks.pop(network_id, None)
         for address in addresses:
             self._run("INSERT INTO uplinks VALUES (?, ?, ?)", address, network_id, 6 if ":" in address else 4)
         self._run("INSERT INTO macs VALUES (?, ?, 'uplink', NULL)", network_id, mac)
 
     def rename_network(self, network_id: str, name: str) -> None:
         """Gives the network another name."""
+        self._networks.pop(network_id, None)
         self._run("UPDATE networks SET name = ? WHERE id = ?", name, network_id)
 
     def activate_network(self, network_id: str) -> None:
         """Marks the network as created."""
+        self._networks.pop(network_id, None)
         self._run("UPDATE networks SET active = 1 WHERE id = ?", network_id)
 
     def delete_network(self, network_id: str) -> None:
@@ -418,17 +424,45 @@ class Store:
         self._delete_network(network_id)
 
     def _delete_network(self, network_id: str) -> None:
+        self._networks.pop(network_id, None)
         self._run("DELETE FROM subnets WHERE network_id = ?", network_id)
         self._run("DELETE FROM networks WHERE id = ?", network_id)
 
     def networks(self) -> list[NetworkRecord]:
         """All networks, pending ones too, in order of their names."""
-        return [self._network(row) for row in self._all("SELECT * FROM networks ORDER BY name")]
+        return self._networks_of(self._all("SELECT id FROM networks ORDER BY name"))
 
     def network(self, network_id: str) -> NetworkRecord | None:
         """The network of a full id."""
+        known = self._networks.get(network_id)
+        if known is not None:
+            return known
         row = self._first("SELECT * FROM networks WHERE id = ?", network_id)
-        return None if row is None else self._network(row)
+        if row is None:
+            return None
+        network = self._networks[network_id] = self._network(row)
+        return network
+
+    def network_id_of(self, name: str) -> str | None:
+        """The id of the network of a name, also of a pending one."""
+        row = self._first("SELECT id FROM networks WHERE name = ?", name)
+        return None if row is None else str(row[0])
+
+    def find_networks(self, text: str) -> list[NetworkRecord]:
+        """The created network of this id, or else of this name, or else those whose id begins so, in order of names."""
+        return self._networks_of(self._find("networks WHERE active = 1", text))
+
+    def _find(self, where: str, text: str) -> list[tuple[Any, ...]]:
+        if not text or not text.isascii():
+            return []  # nothing is called so, and SQLite does not take every text
+        for condition in ("id = ?1", "name = ?1", "substr(id, 1, length(?1)) = ?1"):
+            rows = self._all(f"SELECT id FROM {where} AND {condition} ORDER BY name", text)  # noqa: S608 (constants)
+            if rows:
+                return rows
+        return []
+
+    def _networks_of(self, rows: list[tuple[Any, ...]]) -> list[NetworkRecord]:
+        return [network for (network_id,) in rows if (network := self.network(network_id)) is not None]
 
     def _network(self, row: tuple[Any, ...]) -> NetworkRecord:
         subnets = self._all(
@@ -500,6 +534,11 @@ class Store:
         """The guest of a full id."""
         row = self._first("SELECT * FROM guests WHERE id = ?", guest_id)
         return None if row is None else _guest(row)
+
+    def find_guests(self, text: str) -> list[GuestRecord]:
+        """The guest of this id, or else of this name, or else those whose id begins so, in order of names."""
+        rows = self._find("guests WHERE true", text)
+        return [guest for (guest_id,) in rows if (guest := self.guest(guest_id)) is not None]
 
     # Endpoints
 
