@@ -12,10 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 
-from bench.paths import HotConnect, How, Link, Path
+from bench.paths import IPERF_PORT, PROBE_PORT, HotConnect, How, Link, Path, Published
 from bench.run import BenchError, Netns, Run, wait_for
 
-PROBE_PORT, IPERF_PORT = "7007", "5201"
 UDP_PAYLOAD = 64
 LOSS_LIMIT = 0.01
 
@@ -33,6 +32,8 @@ class Plan:
         flood_trials: trials that search the highest rate with less than 1 % loss.
         idle_seconds: seconds for the idle machine's CPU use.
         connects: hot connects per path and way.
+        callers: clients that connect to a published port at once, each again and again.
+        rate_ms: milliseconds for which they do.
     """
 
     rounds: int
@@ -44,10 +45,12 @@ class Plan:
     flood_trials: int
     idle_seconds: float
     connects: int
+    callers: int
+    rate_ms: int
 
 
-FULL = Plan(5, 4, 1, 2_000_000_000, 1000, 500, 8, 2.0, 20)
-QUICK = Plan(1, 1, 0, 100_000_000, 200, 150, 4, 0.5, 3)
+FULL = Plan(5, 4, 1, 2_000_000_000, 1000, 500, 8, 2.0, 20, 8, 2000)
+QUICK = Plan(1, 1, 0, 100_000_000, 200, 150, 4, 0.5, 3, 8, 500)
 
 
 @dataclass
@@ -89,6 +92,24 @@ class HotResult:
 
 
 @dataclass
+class PublishedResult:
+    """A published port's figures, connected to on the host's loopback; a list has one per round.
+
+    Attributes:
+        tcp_gbps: Gb/s into the container that iperf3's receiver got in one stream.
+        reverse_gbps: as much out of it.
+        connections: connections per second, each with a request and an answer.
+        failed: connections that failed, of all rounds.
+    """
+
+    path: str
+    tcp_gbps: list[float] = field(default_factory=list)
+    reverse_gbps: list[float] = field(default_factory=list)
+    connections: list[float] = field(default_factory=list)
+    failed: int = 0
+
+
+@dataclass
 class MemoryResult:
     """A process's memory after the load, in bytes: VmRSS, its proportional share (PSS) and VmHWM; proc(5)."""
 
@@ -111,6 +132,7 @@ class Results:
 
     links: list[LinkResult] = field(default_factory=list)
     hot: list[HotResult] = field(default_factory=list)
+    published: list[PublishedResult] = field(default_factory=list)
     memory: list[MemoryResult] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     idle_cpus: list[float] = field(default_factory=list)
@@ -125,13 +147,17 @@ class Bench:
         """`progress(step, outcome)` is called before a step with no outcome, and after it with one."""
         self._run, self._plan, self._paths, self._progress = run, plan, paths, progress
         self._links = [link for path in paths for link in path.links]
-        self._results = Results([LinkResult(link.path, link.mtu) for link in self._links])
+        self._published = [(path.published, PublishedResult(path.name)) for path in paths if path.published]
+        self._results = Results(
+            [LinkResult(link.path, link.mtu) for link in self._links],
+            published=[result for _, result in self._published],
+        )
 
     @property
     def steps(self) -> int:
         """How many steps `measure` reports."""
         full = [link for link in self._links if _is_first(link, self._paths)]
-        per_round = 2 * len(self._links) + 3 * len(full)
+        per_round = 2 * len(self._links) + 3 * len(full) + 3 * len(self._published)
         return per_round * self._plan.rounds + 2 * len([path for path in self._paths if path.hot])
 
     def measure(self) -> Results:
@@ -141,7 +167,8 @@ class Bench:
             BenchError: a link does not work from the start. What fails later is in `Results.failures`.
         """
         began, busy = time.monotonic(), _cpu_times()
-        for netns in {link.server: None for link in self._links}:
+        servers = [link.server for link in self._links] + [published.server for published, _ in self._published]
+        for netns in dict.fromkeys(servers):
             self._run.spawn_ready(*netns.command(*self._run.netprobe("serve", PROBE_PORT)), name="netprobe")
             self._run.spawn(*netns.command("iperf3", "--server", "--port", IPERF_PORT), name="iperf3-server")
             wait_for(lambda netns=netns: self._listens(netns), "iperf3 listens")  # type: ignore[misc]
@@ -182,6 +209,11 @@ class Bench:
             self._step(f"{prefix}: ICMP round trip {link.name}", lambda: self._icmp_rtt(link, result))  # noqa: B023
         for link, result in first:
             self._step(f"{prefix}: UDP packets {link.name}", lambda: self._packets(link, result))  # noqa: B023
+        for published, figures in self._published:
+            name = f"published by {figures.path}"
+            self._step(f"{prefix}: TCP into {name}", lambda: self._into(published, figures))  # noqa: B023
+            self._step(f"{prefix}: TCP out of {name}", lambda: self._out_of(published, figures))  # noqa: B023
+            self._step(f"{prefix}: connections {name}", lambda: self._rate(published, figures))  # noqa: B023
 
     def _step(self, name: str, action: Callable[[], str]) -> None:
         self._progress(name, "")
@@ -197,14 +229,34 @@ class Bench:
         return answer
 
     def _tcp(self, link: Link, result: LinkResult) -> str:
+        result.tcp_gbps.append(self._iperf(link.client, link.address, IPERF_PORT))
+        return f"{result.tcp_gbps[-1]:.2f} Gb/s"
+
+    def _iperf(self, netns: Netns, address: str, port: str, *options: str) -> float:
+        """Gb/s that iperf3's receiver got."""
         report = json.loads(
             self._run.check(
-                *link.client.command("iperf3", "--client", link.address, "--port", IPERF_PORT, "--json"),
+                *netns.command("iperf3", "--client", address, "--port", port, "--json", *options),
                 *("--time", str(self._plan.tcp_seconds), "--omit", str(self._plan.tcp_omit)),
             )
         )
-        result.tcp_gbps.append(report["end"]["sum_received"]["bits_per_second"] / 1e9)
+        return float(report["end"]["sum_received"]["bits_per_second"]) / 1e9
+
+    def _into(self, published: Published, result: PublishedResult) -> str:
+        result.tcp_gbps.append(self._iperf(published.client, "127.0.0.1", published.ports[IPERF_PORT]))
         return f"{result.tcp_gbps[-1]:.2f} Gb/s"
+
+    def _out_of(self, published: Published, result: PublishedResult) -> str:
+        port = published.ports[IPERF_PORT]
+        result.reverse_gbps.append(self._iperf(published.client, "127.0.0.1", port, "--reverse"))
+        return f"{result.reverse_gbps[-1]:.2f} Gb/s"
+
+    def _rate(self, published: Published, result: PublishedResult) -> str:
+        plan = (str(self._plan.callers), str(self._plan.rate_ms))
+        answer = self._probe(published.client, "rate", "127.0.0.1", published.ports[PROBE_PORT], *plan)
+        result.connections.append(answer["connections"] / (answer["elapsed_ns"] / 1e9))
+        result.failed += int(answer["failed"])
+        return f"{result.connections[-1]:.0f} connections/s, {answer['failed']:.0f} failed"
 
     def _bulk(self, link: Link, result: LinkResult, idle: float) -> str:
         answer = self._probe(link.client, "bulk", link.address, PROBE_PORT, str(self._plan.bulk_bytes))

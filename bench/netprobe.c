@@ -4,6 +4,7 @@
  *   netprobe rtt HOST PORT COUNT INTERVAL_US             UDP request and response, one at a time
  *   netprobe flood HOST PORT PAYLOAD RATE MILLISECONDS   UDP packets at RATE per second (0: as fast as it goes)
  *   netprobe bulk HOST PORT BYTES                        TCP transfer with the whole machine's CPU time beside it
+ *   netprobe rate HOST PORT CLIENTS MILLISECONDS         TCP connections, each with a request and its answer, by CLIENTS at once
  *   netprobe first HOST PORT TIMEOUT_MS INTERVAL_US      prints "ready", then waits for the first reply of a peer that
  *                                                        cannot be reached yet
  *
@@ -321,6 +322,54 @@ static void bulk(const char *host, const char *port, uint64_t bytes)
 	       bytes, elapsed, busy[1] - busy[0], stolen[1] - stolen[0]);
 }
 
+/* ---- rate ---- */
+
+struct caller {
+	pthread_t thread;
+	struct sockaddr_in address;
+	uint64_t deadline, done, failed;
+};
+
+static void *call(void *argument)
+{
+	struct caller *caller = argument;
+	char request[64] = "request", answer;
+	while (now_ns() < caller->deadline) {
+		int fd = socket(AF_INET, SOCK_STREAM, 0);
+		if (fd < 0)
+			die("socket");
+		if (connect(fd, (void *)&caller->address, sizeof caller->address) == 0 &&
+		    write(fd, request, sizeof request) == (ssize_t)sizeof request && shutdown(fd, SHUT_WR) == 0 &&
+		    read(fd, &answer, 1) == 1)
+			caller->done++;
+		else
+			caller->failed++;
+		close(fd);
+	}
+	return NULL;
+}
+
+static void rate(const char *host, const char *port, size_t clients, uint64_t milliseconds)
+{
+	struct caller *callers = calloc(clients, sizeof *callers);
+	uint64_t start = now_ns(), done = 0, failed = 0;
+	if (!callers)
+		die("calloc");
+	for (size_t i = 0; i < clients; i++) {
+		callers[i].address = parse(host, port);
+		callers[i].deadline = start + milliseconds * 1000000u;
+		if ((errno = pthread_create(&callers[i].thread, NULL, call, &callers[i])) != 0)
+			die("pthread_create");
+	}
+	for (size_t i = 0; i < clients; i++) {
+		pthread_join(callers[i].thread, NULL);
+		done += callers[i].done;
+		failed += callers[i].failed;
+	}
+	printf("{\"connections\": %" PRIu64 ", \"failed\": %" PRIu64 ", \"elapsed_ns\": %" PRIu64 "}\n", done, failed,
+	       now_ns() - start);
+}
+
 static void first(const char *host, const char *port, long timeout_ms, long interval_us)
 {
 	/* Not connected: every packet asks the routing table again, which changes while this runs. */
@@ -361,6 +410,8 @@ int main(int argc, char **argv)
 		flood(argv[2], argv[3], (size_t)atol(argv[4]), strtoull(argv[5], NULL, 10), strtoull(argv[6], NULL, 10));
 	else if (argc == 5 && !strcmp(argv[1], "bulk"))
 		bulk(argv[2], argv[3], strtoull(argv[4], NULL, 10));
+	else if (argc == 6 && !strcmp(argv[1], "rate"))
+		rate(argv[2], argv[3], (size_t)atol(argv[4]), strtoull(argv[5], NULL, 10));
 	else if (argc == 6 && !strcmp(argv[1], "first"))
 		first(argv[2], argv[3], atol(argv[4]), atol(argv[5]));
 	else {

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.measure import HotResult, LinkResult, Results, hot_median
+from bench.measure import HotResult, LinkResult, PublishedResult, Results, hot_median
 
 GUEST_AGENT_BYTES = 35_000_000
 
@@ -130,6 +130,11 @@ def grids(machine: dict[str, str], results: Results) -> list[Grid]:
             [_hot_row(hot) for hot in results.hot],
         ),
         Grid(
+            "Published port, from the host's loopback (Docker's is carried by docker-proxy): median (least to most)",
+            ("path", "TCP Gb/s in", "TCP Gb/s out", "connections/s", "failed"),
+            [_published_row(published) for published in results.published],
+        ),
+        Grid(
             "Memory after the load, MB (10^6 bytes)",
             ("path", "process", "RSS", "PSS", "most RSS"),
             [
@@ -185,6 +190,16 @@ def _hot_row(hot: HotResult) -> tuple[str, ...]:
     )
 
 
+def _published_row(published: PublishedResult) -> tuple[str, ...]:
+    return (
+        published.path,
+        _spread(published.tcp_gbps, 2),
+        _spread(published.reverse_gbps, 2),
+        _spread(published.connections, 0),
+        str(published.failed),
+    )
+
+
 def print_tables(console: Console, tables: list[Grid]) -> None:
     """Prints the tables."""
     for grid in tables:
@@ -227,6 +242,7 @@ def as_json(machine: dict[str, str], settings: dict[str, Any], results: Results)
         "stolen": results.stolen,
         "idle_cpus": results.idle_cpus,
         "links": links,
+        "published": [dataclasses.asdict(published) for published in results.published],
         "hot_connect": [dataclasses.asdict(hot) for hot in results.hot],
         "failures": results.failures,
         "memory": [dataclasses.asdict(row) for row in results.memory],

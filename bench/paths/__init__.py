@@ -10,6 +10,9 @@ from bench.run import Netns
 
 How = Literal["API", "CLI"]
 
+PROBE_PORT, IPERF_PORT = "7007", "5201"
+"""Where netprobe and iperf3 listen in every server."""
+
 
 @dataclass(frozen=True)
 class Link:
@@ -24,6 +27,21 @@ class Link:
     @property
     def name(self) -> str:
         return f"{self.path}-{self.mtu}"
+
+
+@dataclass(frozen=True)
+class Published:
+    """Ports of a container that are published on its host's 127.0.0.1.
+
+    Attributes:
+        client: the host: where the ports are connected to.
+        server: the container.
+        ports: the host's port by the container's.
+    """
+
+    client: Netns
+    server: Netns
+    ports: dict[str, str]
 
 
 class HotConnect(Protocol):
@@ -56,4 +74,5 @@ class Path:
     links: list[Link]
     versions: dict[str, str] = field(default_factory=dict)
     hot: HotConnect | None = None
+    published: Published | None = None
     processes: Callable[[], list[Process]] = list

@@ -14,11 +14,12 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-from bench.paths import How, Link, Path, Process
+from bench.paths import IPERF_PORT, PROBE_PORT, How, Link, Path, Process, Published
 from bench.processes import children, program, with_descendants
 from bench.run import BenchError, Netns, Run, wait_for
 
@@ -142,7 +143,7 @@ def build(run: Run, mtus: list[int]) -> Path:
     wait_for(answers, "dockerd answers", timeout=60)
     engine = _Engine(run, path)
     image = f"{run.name}:latest"
-    _import_image(run, engine, directory, image)
+    engine.cli("import", image_archive(run, directory), image)
     networks = [f"mtu{mtu}" for mtu in mtus]
     for network, mtu in zip(networks, mtus, strict=True):
         engine.cli("network", "create", "-o", f"com.docker.network.driver.mtu={mtu}", network)
@@ -153,6 +154,7 @@ def build(run: Run, mtus: list[int]) -> Path:
             engine.cli("network", "connect", network, container)
     engine.cli("network", "connect", "hot", "server")
 
+    ports = publish(engine.cli, networks[0], image)
     client, server = (_netns(engine, outer.pid, container) for container in ("client", "server"))
     addresses = engine.api("GET", "/containers/server/json")["NetworkSettings"]["Networks"]
     version = engine.api("GET", "/version")
@@ -164,19 +166,27 @@ def build(run: Run, mtus: list[int]) -> Path:
         ],
         {"Docker Engine": version["Version"]},
         _Hot(engine, client, server, addresses["hot"]["IPAddress"], "hot", "client"),
+        Published(Netns(f"/proc/{children(outer.pid)[0]}/ns/net"), _netns(engine, outer.pid, "published"), ports),
         lambda: _processes(outer.pid),
     )
 
 
-def _import_image(run: Run, engine: _Engine, directory: FilePath, image: str) -> None:
-    """An image of busybox alone."""
+def publish(cli: Callable[..., str], network: str, image: str) -> dict[str, str]:
+    """Runs a container with its probes' ports published on the loopback; the host's ports by the container's."""
+    wanted = [option for port in (PROBE_PORT, IPERF_PORT) for option in ("--publish", f"127.0.0.1::{port}")]
+    cli("run", "--detach", "--name", "published", "--network", network, *wanted, image, "sleep", "86400")
+    return {port: cli("port", "published", port).rpartition(":")[2].strip() for port in (PROBE_PORT, IPERF_PORT)}
+
+
+def image_archive(run: Run, directory: FilePath) -> str:
+    """An image of busybox alone, as `docker import` takes it; its path."""
     root = directory / "image"
     (root / "bin").mkdir(parents=True)
     shutil.copy(_BUSYBOX, root / "bin/busybox")
     (root / "bin/sleep").symlink_to("busybox")
     archive = directory / "image.tar"
     run.check("tar", "-C", str(root), "-cf", str(archive), ".")
-    engine.cli("import", str(archive), image)
+    return str(archive)
 
 
 def _netns(engine: _Engine, outer: int, container: str) -> Netns:

@@ -16,7 +16,8 @@ from typing import Any
 
 import trio
 
-from bench.paths import How, Link, Path, Process
+from bench.paths import How, Link, Path, Process, Published
+from bench.paths import docker as docker_engine
 from bench.processes import program, with_descendants
 from bench.run import BenchError, Netns, Run
 from taploom import __version__
@@ -110,6 +111,7 @@ def build(run: Run, mtus: list[int]) -> Path:
             lab.command("network", "connect", name, guest)
         network = json.loads(lab.command("network", "inspect", name, "--json"))
         addresses[name] = _address(network, "server")
+    published = _publish(run, lab, f"mtu{mtus[0]}")
     status = lab.status()
     client, server = (
         Netns(f"/run/netns/{guest['netns']}")
@@ -122,8 +124,27 @@ def build(run: Run, mtus: list[int]) -> Path:
         [Link("taploom", mtu, client, server, addresses[f"mtu{mtu}"]) for mtu in mtus],
         {"taploom": __version__},
         _Hot(lab, status["bridge"], client, server, addresses["hot"], "hot", "client"),
+        published,
         lambda: _processes(lab),
     )
+
+
+def _publish(run: Run, lab: _Lab, network: str) -> Published:
+    """Runs a container as with Docker, over the lab's socket of Docker's API."""
+    directory = run.directory / "lab"
+    directory.mkdir()
+
+    def cli(*argv: str) -> str:
+        host = f"unix://{_LABS / lab.name / 'docker.sock'}"
+        environment = {"DOCKER_CONFIG": str(directory), "DOCKER_CONTEXT": ""}
+        return run.check(docker_engine.CLIENT, "--host", host, *argv, env=environment).strip()
+
+    image = f"{run.name}:latest"
+    cli("import", docker_engine.image_archive(run, directory), image)
+    ports = docker_engine.publish(cli, network, image)
+    pid = cli("inspect", "--format", "{{.State.Pid}}", "published")
+    # The host's side is this process's own namespace.
+    return Published(Netns("/proc/self/ns/net"), Netns(f"/proc/{pid}/ns/net"), ports)
 
 
 def _address(network: dict[str, Any], guest: str) -> str:
@@ -144,7 +165,9 @@ def _processes(lab: _Lab) -> list[Process]:
         for pid in with_descendants(names)
         if not names.get(pid, "").endswith("/holder")  # stands for the container's own first process
     ]
-    return sorted((process for process in found if process.label), key=lambda process: process.label)
+    return sorted(
+        (process for process in found if process.label not in ("", "sleep")), key=lambda process: process.label
+    )
 
 
 def _sweep(run: Run) -> None:

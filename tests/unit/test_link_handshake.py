@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import pytest
 import trio.testing
@@ -16,6 +17,8 @@ from taploom.contracts.taploom.link.v1 import (
     LinkRefusal,
     LinkRefused,
     LinkReply,
+    StreamProtocol,
+    StreamTarget,
 )
 from taploom.link.handshake import (
     MAX_MESSAGE,
@@ -43,6 +46,93 @@ def test_bytes_on_the_wire() -> None:
         "0000001c 0801 12026531 1a10 000102030405060708090a0b0c0d0e0f 22020102"
     )
     assert ready(1, {TSO, VNET}) == bytes.fromhex("00000008 0a06 0801 12020102")
+
+
+def test_bytes_of_a_stream_on_the_wire() -> None:
+    """The example of protos/README.md."""
+    target = StreamTarget(protocol=StreamProtocol.TCP, address="172.18.0.2", port=80)
+    assert encode_message(LinkHello(version=1, secret=SECRET, stream=target)) == bytes.fromhex(
+        "00000026 0801 1a10 000102030405060708090a0b0c0d0e0f 2a10 0801 120a 3137322e31382e302e32 1850"
+    )
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        StreamTarget(protocol=StreamProtocol.TCP, address="172.18.0.2", port=80),
+        StreamTarget(protocol=StreamProtocol.UDP, address="fd00::2", port=65535),
+        StreamTarget(protocol=StreamProtocol.UDP, token=SECRET),
+    ],
+)
+def test_valid_streams(target: StreamTarget) -> None:
+    check_hello(LinkHello(version=1, secret=SECRET, stream=target))
+
+
+@pytest.mark.parametrize(
+    ("fields", "refusal"),
+    [
+        ({"endpoint_id": "e1"}, LinkRefusal.MALFORMED),
+        ({"features": [VNET]}, LinkRefusal.MALFORMED),
+        ({"secret": b"short"}, LinkRefusal.MALFORMED),
+        ({"version": 0}, LinkRefusal.VERSION),
+        ({"stream": StreamTarget()}, LinkRefusal.MALFORMED),
+        ({"stream": StreamTarget(address="10.0.0.1", port=80)}, LinkRefusal.MALFORMED),
+    ],
+)
+def test_streams_that_are_not_valid(fields: dict[str, Any], refusal: LinkRefusal) -> None:
+    target = StreamTarget(protocol=StreamProtocol.TCP, address="10.0.0.1", port=80)
+    with pytest.raises(HandshakeError) as caught:
+        check_hello(LinkHello(**({"version": 1, "secret": SECRET, "stream": target} | fields)))
+    assert caught.value.refusal == refusal
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"address": "", "port": 80},
+        {"address": "10.0.0.1", "port": 0},
+        {"address": "10.0.0.1", "port": 65536},
+        {"address": "10.0.0.1/24", "port": 80},
+        {"address": "localhost", "port": 80},
+        {"address": "0.0.0.0", "port": 80},
+        {"address": "::", "port": 80},
+        {"address": "224.0.0.1", "port": 80},
+        {"address": "fe80::1%eth0", "port": 80},
+        {"address": "10.0.0.1", "port": 80, "token": SECRET},
+        {"token": b"short"},
+        {"token": bytes(65)},
+        {"token": SECRET, "port": 80},
+    ],
+)
+def test_targets_that_are_not_valid(fields: dict[str, Any]) -> None:
+    target = StreamTarget(protocol=StreamProtocol.TCP, **fields)
+    with pytest.raises(HandshakeError) as caught:
+        check_hello(LinkHello(version=1, secret=SECRET, stream=target))
+    assert caught.value.refusal == LinkRefusal.MALFORMED
+
+
+def test_protocol_of_a_newer_host() -> None:
+    hello = decode_message(
+        LinkHello,
+        bytes.fromhex("0801 1a10 000102030405060708090a0b0c0d0e0f 2a10 0803 120a")
+        + b"172.18.0.2"
+        + bytes.fromhex("1850"),
+    )
+    with pytest.raises(HandshakeError, match="protocol 3") as caught:
+        check_hello(hello)
+    assert caught.value.refusal == LinkRefusal.UNAVAILABLE
+
+
+@given(st.text(max_size=50), st.integers(0, 2**32 - 1), st.binary(max_size=70), st.integers(0, 2))
+def test_any_target_is_valid_or_refused(address: str, port: int, token: bytes, protocol: int) -> None:
+    target = StreamTarget(protocol=StreamProtocol(protocol), address=address, port=port, token=token)
+    try:
+        check_hello(LinkHello(version=1, secret=SECRET, stream=target))
+    except HandshakeError as error:
+        assert str(error)
+    else:
+        assert bool(address) != bool(token)
+        assert protocol
 
 
 @given(st.binary(max_size=200))
