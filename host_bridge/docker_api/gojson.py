@@ -78,10 +78,12 @@ class Struct:
     Attributes:
         name: as Go prints the type, with its package: `network.IPAM`.
         fields: shape by JSON key.
+        embedded: an embedded struct whose fields some of the keys are: its name, which errors tell, and the keys.
     """
 
     name: str
     fields: Mapping[str, Shape] = field(hash=False)
+    embedded: tuple[str, frozenset[str]] = ("", frozenset())
 
     @property
     def short_name(self) -> str:
@@ -219,7 +221,8 @@ def _struct(value: _Object, shape: Struct, current: dict[str, Any], context: _Co
         key = name if name in shape.fields else folded.get(name.casefold())
         if key is None:
             continue
-        inner = _Context(shape.short_name, (*context.path, key))
+        owner, keys = shape.embedded
+        inner = _Context(shape.short_name, (*context.path, owner, key) if key in keys else (*context.path, key))
         result[key] = _into(member, shape.fields[key], result[key], inner, errors)
     return result
 

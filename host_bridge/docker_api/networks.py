@@ -13,7 +13,7 @@ from host_bridge.describe import with_prefixes
 from host_bridge.docker_api import container_views, endpoints, ipam, refusals
 from host_bridge.docker_api.errors import DockerError, bad_request, conflict, forbidden, not_found
 from host_bridge.docker_api.filters import Filters
-from host_bridge.docker_api.gojson import ANY, BOOL, STRING, List, Map, Optional, Struct
+from host_bridge.docker_api.gojson import BOOL, STRING, List, Map, Optional, Shape, Struct
 from host_bridge.docker_api.http import Request, Response, Version, json_response
 from host_bridge.docker_api.system import timestamp
 from host_bridge.docker_api.times import TimeError, parse_moment
@@ -36,29 +36,29 @@ _IPAM_CONFIG = Struct(
     "network.IPAMConfig",
     {"Subnet": STRING, "IPRange": STRING, "Gateway": STRING, "AuxiliaryAddresses": Map(STRING)},
 )
+_OPTIONS: dict[str, Shape] = {
+    "Driver": STRING,
+    "Scope": STRING,
+    "EnableIPv4": Optional(BOOL),
+    "EnableIPv6": Optional(BOOL),
+    "IPAM": Optional(Struct("network.IPAM", {"Driver": STRING, "Options": Map(STRING), "Config": List(_IPAM_CONFIG)})),
+    "Internal": BOOL,
+    "Attachable": BOOL,
+    "Ingress": BOOL,
+    "ConfigOnly": BOOL,
+    "ConfigFrom": Optional(Struct("network.ConfigReference", {"Network": STRING})),
+    "Options": Map(STRING),
+    "Labels": Map(STRING),
+}
 CREATE = Struct(
-    "types.NetworkCreateRequest",
-    {
-        "Name": STRING,
-        "CheckDuplicate": ANY,
-        "Driver": STRING,
-        "Scope": STRING,
-        "EnableIPv4": Optional(BOOL),
-        "EnableIPv6": Optional(BOOL),
-        "IPAM": Optional(
-            Struct("network.IPAM", {"Driver": STRING, "Options": Map(STRING), "Config": List(_IPAM_CONFIG)})
-        ),
-        "Internal": BOOL,
-        "Attachable": BOOL,
-        "Ingress": BOOL,
-        "ConfigOnly": BOOL,
-        "ConfigFrom": Optional(Struct("network.ConfigReference", {"Network": STRING})),
-        "Options": Map(STRING),
-        "Labels": Map(STRING),
-    },
+    "network.CreateRequest",
+    {"Name": STRING, "CheckDuplicate": Optional(BOOL), **_OPTIONS},
+    embedded=("CreateOptions", frozenset(_OPTIONS)),
 )
-CONNECT = Struct("types.NetworkConnect", {"Container": STRING, "EndpointConfig": Optional(endpoints.ENDPOINT_SETTINGS)})
-DISCONNECT = Struct("types.NetworkDisconnect", {"Container": STRING, "Force": BOOL})
+CONNECT = Struct(
+    "network.ConnectOptions", {"Container": STRING, "EndpointConfig": Optional(endpoints.ENDPOINT_SETTINGS)}
+)
+DISCONNECT = Struct("network.DisconnectOptions", {"Container": STRING, "Force": BOOL})
 
 _LIST_FILTERS = frozenset({"dangling", "driver", "id", "label", "name", "scope", "type"})
 _PRUNE_FILTERS = frozenset({"label", "label!", "until"})

@@ -434,19 +434,50 @@ async def test_prune(tmp_path: Path) -> None:
         assert await names(rig, {"type": ["custom"]}) == ["used"]
 
 
-@pytest.mark.parametrize("path", ["/networks/create", "/networks/bridge/connect", "/networks/bridge/disconnect"])
-async def test_bodies(tmp_path: Path, path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [
+        ("/networks/create", "network.CreateRequest"),
+        ("/networks/bridge/connect", "network.ConnectOptions"),
+        ("/networks/bridge/disconnect", "network.DisconnectOptions"),
+    ],
+)
+async def test_bodies(tmp_path: Path, path: str, shape: str) -> None:
     async with open_docker(tmp_path) as rig:
         with unchanged(rig.rig):
             for raw, content_type, message in (
                 (b"{}", "text/plain", "unsupported Content-Type header (text/plain): must be 'application/json'"),
                 (b"{", "application/json", "invalid JSON: unexpected EOF"),
+                (
+                    b"[]",
+                    "application/json",
+                    f"invalid JSON: json: cannot unmarshal array into Go value of type {shape}",
+                ),
                 (b"{} x", "application/json; charset=utf-8", "unexpected content after JSON"),
                 (b" ", "application/json", "invalid JSON: got EOF while reading request body"),
             ):
                 answer = await rig.docker("POST", path, raw=raw, headers={"Content-Type": content_type})
                 assert (answer.status, answer.message) == (400, message)
             assert (await rig.docker("POST", path, raw=b"")).status == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "where"),
+    [
+        ({"Name": 5}, "number into Go struct field CreateRequest.Name of type string"),
+        ({"CheckDuplicate": "x"}, "string into Go struct field CreateRequest.CheckDuplicate of type bool"),
+        ({"EnableIPv6": "x"}, "string into Go struct field CreateRequest.CreateOptions.EnableIPv6 of type bool"),
+        ({"IPAM": 5}, "number into Go struct field CreateRequest.CreateOptions.IPAM of type network.IPAM"),
+        (
+            {"IPAM": {"Config": [{"Subnet": 5}]}},
+            "number into Go struct field IPAMConfig.CreateOptions.IPAM.Config.Subnet of type string",
+        ),
+    ],
+)
+async def test_wrong_types(tmp_path: Path, body: object, where: str) -> None:
+    async with open_docker(tmp_path) as rig:
+        answer = await rig.docker("POST", "/networks/create", body)
+        assert (answer.status, answer.message) == (400, f"invalid JSON: json: cannot unmarshal {where}")
 
 
 async def test_the_real_cli(tmp_path: Path) -> None:
