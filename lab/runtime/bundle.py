@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,10 @@ def process_config(spec: ProcessSpec, user: User) -> dict[str, Any]:
 
 
 def capability_names(spec: ProcessSpec) -> list[str]:
-    """The capabilities of a process, without CAP_, in order of their numbers."""
+    """The capabilities of a process, without CAP_, in order of their numbers; none that this machine does not give."""
+    ours = _bounding_set()
     if spec.privileged:
-        return list(_ALL_CAPABILITIES)
+        return [name for number, name in enumerate(_ALL_CAPABILITIES) if ours & 1 << number]
     added, dropped = (
         {_capability(name) for name in names} for names in (spec.add_capabilities, spec.drop_capabilities)
     )
@@ -100,7 +102,17 @@ def capability_names(spec: ProcessSpec) -> list[str]:
         chosen = added
     else:
         chosen = (set(_DEFAULT_CAPABILITIES) - dropped) | added
-    return [name for name in _ALL_CAPABILITIES if name in chosen]
+    return [name for number, name in enumerate(_ALL_CAPABILITIES) if name in chosen and ours & 1 << number]
+
+
+@cache
+def _bounding_set() -> int:
+    """The capabilities that this process could pass on: the machine may be a container itself, or an older kernel."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "CapBnd":
+            return int(value, 16)
+    return (1 << len(_ALL_CAPABILITIES)) - 1
 
 
 def _capability(name: str) -> str:

@@ -30,10 +30,10 @@ import trio
 from lab.runtime import children, kernel
 from lab.runtime.agents import Agent, Zygote
 from lab.runtime.bundle import MountSpec, ProcessSpec, container_config, process_config
-from lab.runtime.crun import BrokenProgramFailure, Crun, Stdio
+from lab.runtime.crun import Crun, Stdio
 from lab.runtime.errors import InvalidFailure, NotFoundFailure, StateFailure
 from lab.runtime.log import Log
-from lab.runtime.streams import DRAIN_TIMEOUT, STDERR, Streams, pipe
+from lab.runtime.streams import DRAIN_TIMEOUT, Streams, pipe
 from lab.runtime.users import find_user
 from lab.state import replace_json
 
@@ -51,8 +51,6 @@ ff00::0\tip6-mcastprefix
 ff02::1\tip6-allnodes
 ff02::2\tip6-allrouters
 """
-# What a shell says of a program that is there and that the kernel does not execute; dockerd 20.10 has it too.
-_BROKEN_PROGRAM = 1
 _KILLED = 128 + signal.SIGKILL
 
 
@@ -399,28 +397,23 @@ class Containers:
         if not process.id:
             config = self._container_config(container, config, privileged=spec.privileged)
         run = self._crun.execute if process.id else self._crun.run
-        if not process.id:
-            await self._crun.delete(container.name) if container.record.started_at else None
-        try:
-            with _pipes(spec) as (stdio, ours):
-                child, master = await run(container.name, container.directory, config, stdio)
-                if master is not None:
-                    process.streams.open_terminal(master, stdin=spec.stdin)
-                elif ours is not None:
-                    process.streams.open_pipes(*ours)
-        except BrokenProgramFailure as error:
-            # It runs, and all that it does is to say why it cannot.
-            process.streams.put(STDERR, f"{error}\n".encode())
-            self._started(container, process)
-            process.end(_BROKEN_PROGRAM)
-            process.streams.close()
-            self._ended(container, process)
-            return 0
+        with _pipes(spec) as (stdio, ours):
+            child, master = await run(container.name, container.directory, config, stdio)
+            if master is not None:
+                process.streams.open_terminal(master, stdin=spec.stdin)
+            elif ours is not None:
+                process.streams.open_pipes(*ours)
         process.start(child)
         self._started(container, process)
         pid = self._pids.pid(child)
-        self._nursery.start_soon(process.run, lambda ended: self._ended(container, ended))
+        self._nursery.start_soon(self._run, container, process)
         return pid
+
+    async def _run(self, container: Container, process: Process) -> None:
+        try:
+            await process.run(lambda ended: self._ended(container, ended))
+        except Exception:  # such as a full disk under its log: no other container is to suffer from that
+            logger.exception("a process of container %s has no one to carry its output any more", container.id)
 
     def _container_config(self, container: Container, process: dict[str, Any], *, privileged: bool) -> dict[str, Any]:
         directory = container.directory
@@ -491,7 +484,8 @@ class Containers:
                 container.deleted = True
                 container.next_main.fail("the container was removed")
                 for process in list(container.processes.values()):
-                    process.streams.close()
+                    if not process.started:
+                        process.fail("the container was removed")
                 await trio.to_thread.run_sync(shutil.rmtree, container.directory)
                 self._containers.pop(container.id, None)
 

@@ -16,15 +16,10 @@ from typing import Any
 import trio
 
 from lab.runtime import children
-from lab.runtime.errors import InvalidFailure, RuntimeFailure
+from lab.runtime.errors import InvalidFailure
 
 _NOT_FOUND = re.compile(r"executable file `(.*)` not found in \$PATH")
-_BROKEN = re.compile(r"exec container process (?:\(missing dynamic library\?\) )?`(.*)`: (.*)")
 _CHDIR = re.compile(r"chdir `(.*)`: (.*)")
-
-
-class BrokenProgramFailure(RuntimeFailure):
-    """The kernel does not execute the program; the message is what Docker's runtime prints in its place."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,6 @@ class Crun:
 
         Raises:
             InvalidFailure: the program cannot be executed, with Docker's text.
-            BrokenProgramFailure: nor can its content.
         """
         (bundle / "config.json").write_text(json.dumps(config))
         arguments = config["process"]["args"]
@@ -121,7 +115,7 @@ def _receive_terminal(listener: socket.socket) -> int:
     return descriptors[0]
 
 
-def _failure(text: str, arguments: list[str]) -> RuntimeFailure:
+def _failure(text: str, arguments: list[str]) -> InvalidFailure:
     """What Docker's runtime says where crun says `text`."""
     # The last line is the error; warnings may stand before it, each after its time.
     text = re.sub(r"^\d{4}-\d\d-\d\dT\S+ ", "", text.splitlines()[-1]) if text else "crun failed without a word"
@@ -133,8 +127,6 @@ def _failure(text: str, arguments: list[str]) -> RuntimeFailure:
         if text.startswith("open executable"):
             return InvalidFailure(f"exec: {quoted}: permission denied")
         return InvalidFailure(f"exec: {quoted}: stat {program}: no such file or directory")
-    if match := _BROKEN.search(text):
-        return BrokenProgramFailure(f"exec {match[1]}: {match[2][:1].lower()}{match[2][1:]}")
     if match := _CHDIR.search(text):
         reason = match[2][:1].lower() + match[2][1:]
         return InvalidFailure(f'chdir to cwd ("{match[1]}") set in config.json failed: {reason}')

@@ -321,8 +321,9 @@ async def _send_output(
             await responses.send(v1.AttachProcessResponse(stdout=data))
         else:
             await responses.send(v1.AttachProcessResponse(stderr=data))
-    if process.ended is None:
-        raise RpcError(StatusCode.FAILED_PRECONDITION, process.failure or "the process did not run")
+    if process.failure:
+        raise RpcError(StatusCode.FAILED_PRECONDITION, process.failure)
+    await process.exited.wait()  # it may have closed its streams before
     await responses.send(v1.AttachProcessResponse(exited=_exited(process)))
 
 

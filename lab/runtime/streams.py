@@ -37,10 +37,6 @@ class Attachment:
         """Adds output; waits while too much is waiting already."""
         while stream in self._streams and self._size > _MAX_WAITING and not self._ended:
             await self._writable.park()
-        self.put_now(stream, data)
-
-    def put_now(self, stream: Stream, data: bytes) -> None:
-        """Adds output, however much is waiting already."""
         if stream in self._streams and not self._ended:
             self._waiting.append((stream, data))
             self._size += len(data)
@@ -154,14 +150,6 @@ class Streams:
         self._exited_at = trio.current_time()
         for scope in self._reads:
             scope.deadline = self._exited_at + DRAIN_TIMEOUT
-
-    def put(self, stream: Stream, data: bytes) -> None:
-        """Adds to the log what the runtime itself has to say in a process's place."""
-        if self._log is not None:
-            self._log.start()
-            self._log.write(stream, data)
-        for attachment in self._attachments:
-            attachment.put_now(stream, data)
 
     def close(self) -> None:
         """Ends the attachments and closes what is ours."""
