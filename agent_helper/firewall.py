@@ -36,6 +36,7 @@ class Rules:
     Attributes:
         interface: the kernel's end of the uplink.
         deaf: interfaces of the data path, as nft patterns (`tl*`): the kernel sees their frames and must not.
+        mtu: the uplink's: TCP segments through it are made to fit.
         subnets: the uplink's own, one per family: what leaves with such a source is masqueraded.
         own: for what networks' routers have sent to the stand-in: by source, the gateway that it was meant for.
         stand_ins: the stand-ins, one per family.
@@ -45,6 +46,7 @@ class Rules:
 
     interface: str
     deaf: tuple[str, ...]
+    mtu: int
     subnets: tuple[IPNetwork, ...]
     own: Mapping[IPNetwork, Address]
     stand_ins: tuple[Address, ...]
@@ -96,6 +98,12 @@ def ruleset(rules: Rules) -> str:
             "filter hook forward priority filter",
             f"iifname {uplink} oifname {uplink} drop",
             f"oifname {uplink} ct state != {{ established, related }} drop",
+            *(
+                f"meta nfproto ipv{version} {side}ifname {uplink} tcp flags syn tcp option maxseg size > {fits} "
+                f"tcp option maxseg size set {fits}"
+                for version, fits in ((4, rules.mtu - 40), (6, rules.mtu - 60))
+                for side in "io"
+            ),
         ),
         # The kernel takes a packet that returns where it came from for a wrong turn of the sender's.
         *_chain(

@@ -59,17 +59,19 @@ def ensure_network(txn: Txn, spec: NetworkSpec, uplink: UplinkSpec | None) -> No
         _ensure_port(txn, switch, dns_port(spec.network_id), "localport", [addresses], security=[addresses])
     else:
         _remove_port(txn, switch, dns_port(spec.network_id))
-    _ensure_legs(txn, router, spec, legs(spec, uplink))
+    _ensure_legs(txn, router, spec, legs(spec, uplink), uplink.mtu if uplink else 0)
     _ensure_isolation(txn, switch, router, spec)
 
 
-def _ensure_legs(txn: Txn, router: Row, spec: NetworkSpec, network_legs: tuple[Leg, ...]) -> None:
+def _ensure_legs(txn: Txn, router: Row, spec: NetworkSpec, network_legs: tuple[Leg, ...], mtu: int) -> None:
     """The router's port on the uplink, its default routes and its address translation.
 
     - Connections to the outside leave with the router's address on the uplink, unless masquerading is off.
     - Connections that the kernel makes into the network come from the network's gateway, as docker-proxy's do.
     - What is for the gateway itself goes to the kernel, as for the stand-in. Echo requests do not get that far: the
       router answers them before it translates (ovn-northd(8), "Ingress Table 3: IP Input").
+    - What is too large for the uplink is answered with the MTU that fits, but for TCP, whose segments may be on their
+      way together; the kernel has told its peers what fits.
     """
     outside, at_switch = f"up-{spec.network_id}", f"to-up-{spec.network_id}"
     uplink = txn.find("Logical_Switch", UPLINK_SWITCH)
@@ -84,7 +86,8 @@ def _ensure_legs(txn: Txn, router: Row, spec: NetworkSpec, network_legs: tuple[L
             txn.delete("Logical_Router_Port", port)
     else:
         networks = [str(leg.address) for leg in network_legs]
-        port, new = txn.ensure("Logical_Router_Port", outside, mac=spec.uplink_mac, networks=networks)
+        options = {"gateway_mtu": str(mtu), "gateway_mtu_bypass": "tcp"} if spec.mtu > mtu else {}
+        port, new = txn.ensure("Logical_Router_Port", outside, mac=spec.uplink_mac, networks=networks, options=options)
         if new:
             router.addvalue("ports", port)
         _ensure_port(txn, uplink, at_switch, "router", ["router"], options={"router-port": outside})

@@ -46,11 +46,15 @@ class NetworkSpec:
 
 @dataclass(frozen=True)
 class UplinkSpec:
-    """The network on which the helper's kernel and the networks' routers meet. `addresses` are the kernel's."""
+    """The network on which the helper's kernel and the networks' routers meet. `addresses` are the kernel's.
+
+    `mtu` is that of the way on from there, in bytes.
+    """
 
     addresses: tuple[Interface, ...]
     mac_address: str
     host_addresses: tuple[Address, ...]
+    mtu: int = 1500
 
     @property
     def stand_ins(self) -> tuple[Address, ...]:

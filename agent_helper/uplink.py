@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +32,7 @@ IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 INTERFACE = "tlup"
 _DEAF = ("tl*", "br-int", "ovs-netdev", "ovs-system")
-_LEAST_MTU = 1500
+_USUAL_MTU, _LEAST_MTU = 1500, 1280
 # Local delivery of what is marked: ip-rule(8). Numbers that nobody else is likely to use.
 _RULE_PRIORITY, _RULE_TABLE = 29804, 29804
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
@@ -61,7 +62,6 @@ class KernelEnd:
         self._redirect: Redirect | None = None
         self._there: dict[str, Route | Neighbour] = {}  # by destination
         self._rules: Rules | None = None
-        self._mtu = 0
         self._lock = trio.Lock()
         self._asked = self._done = 0
 
@@ -74,7 +74,7 @@ class KernelEnd:
         present = self._spec
         if present is None or spec is None:
             return present is spec
-        return (present.addresses, present.mac_address) == (spec.addresses, spec.mac_address)
+        return replace(present, host_addresses=()) == replace(spec, host_addresses=())
 
     async def open(self, spec: UplinkSpec) -> None:
         """Makes the interface, unless it is there, with no way for any packet through it yet. `outer` is to be plugged.
@@ -150,11 +150,11 @@ class KernelEnd:
     def _open(self, spec: UplinkSpec) -> None:
         outer = links.free_name(f"{INTERFACE}o", self._numbers)
         # The rules first: no moment without them.
-        self._load(Rules(INTERFACE, _DEAF, _subnets(spec), {}, (), frozenset(), None))
+        self._load(Rules(INTERFACE, _DEAF, spec.mtu, _subnets(spec), {}, (), frozenset(), None))
         try:
             with IPRoute() as ipr:
-                peer = {"ifname": INTERFACE, "address": spec.mac_address, "mtu": _LEAST_MTU}
-                ipr.link("add", ifname=outer, kind="veth", mtu=_LEAST_MTU, peer=peer)
+                peer = {"ifname": INTERFACE, "address": spec.mac_address, "mtu": spec.mtu}
+                ipr.link("add", ifname=outer, kind="veth", mtu=spec.mtu, peer=peer)
                 links.mark(outer)
                 links.harden(outer)
                 _forward()
@@ -174,7 +174,7 @@ class KernelEnd:
         except NetlinkError as exc:
             self._close(outer)
             raise OSError(exc.code, f"cannot set up the uplink {INTERFACE}: {os.strerror(exc.code)}") from exc
-        self.outer, self._spec, self._mtu = outer, spec, _LEAST_MTU
+        self.outer, self._spec = outer, spec
 
     def _close(self, outer: str = "") -> None:
         links.delete_link(outer or self.outer)  # its addresses, routes and neighbours go with it
@@ -187,27 +187,22 @@ class KernelEnd:
         wanted: dict[str, Route | Neighbour] = {}
         own: dict[IPNetwork, Address] = {}
         taken: set[Address] = set(spec.host_addresses)
-        mtu = _LEAST_MTU
         for network_id, found in network_legs.items():
             network = networks[network_id]
             for leg in found:
                 # The MTU of the network, so that what is larger is refused or cut here, as on a bridge of Docker's.
+                mtu = min(network.mtu, spec.mtu)
                 address = str(leg.address.ip)
                 itself = f"{address}/{leg.address.max_prefixlen}"
                 wanted[address] = (address, network.uplink_mac)
-                wanted[itself] = (itself, "", network.mtu)
-                wanted[str(leg.subnet)] = (str(leg.subnet), address, network.mtu)
-                mtu = max(mtu, network.mtu)
+                wanted[itself] = (itself, "", mtu)
+                wanted[str(leg.subnet)] = (str(leg.subnet), address, mtu)
                 own |= dict.fromkeys(_sources(network, leg), leg.gateway)
             taken.update(network.gateways)
         subnets = _subnets(spec)
-        self._load(Rules(INTERFACE, _DEAF, subnets, own, spec.stand_ins, frozenset(taken), self._redirect))
+        self._load(Rules(INTERFACE, _DEAF, spec.mtu, subnets, own, spec.stand_ins, frozenset(taken), self._redirect))
         with IPRoute() as ipr:
             index = socket.if_nametoindex(INTERFACE)
-            if mtu != self._mtu:
-                for interface in (self.outer, INTERFACE):
-                    links.set_mtu(interface, mtu)
-                self._mtu = mtu
             gone = [key for key in self._there if key not in wanted]
             # Routes over a next hop need the next hop's own first, and go before it.
             for key in sorted(gone, key=lambda key: _order(self._there[key]), reverse=True):
@@ -222,6 +217,22 @@ class KernelEnd:
         if rules != self._rules:
             firewall.load(self._nft, firewall.ruleset(rules))
             self._rules = rules
+
+
+def outside_mtu() -> int:
+    """The MTU of the interfaces of the machine's default routes, the smallest, in bytes; blocks for a millisecond.
+
+    The uplink must not have a larger one: ovs-vswitchd up to 3.2 cuts TCP segments anew, to the MTU of the port that
+    they leave by (netdev_linux_prepend_vnet_hdr), and nothing on the way makes them smaller again.
+    """
+    found: list[int] = []
+    with IPRoute() as ipr:
+        for family in _FAMILIES:
+            for route in ipr.get_default_routes(family=family):
+                index = route.get_attr("RTA_OIF")
+                if index:
+                    found += [link.get_attr("IFLA_MTU") for link in ipr.get_links(index)]
+    return max(min(found, default=_USUAL_MTU), _LEAST_MTU)
 
 
 def _subnets(spec: UplinkSpec) -> tuple[IPNetwork, ...]:
