@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 
 import trio
 
+from host_bridge.desired import RESERVED
 from host_bridge.errors import BridgeError, InvalidError, MultipleSubnetsError
 from host_bridge.fabric import Fabric
 from host_bridge.ipam import parse_address, parse_subnet
 from host_bridge.model import IPV4, IPV6, EndpointOptions, NetworkOptions, SubnetOptions
+from host_bridge.names import check_name
 from host_bridge.status import StatusReader
 from taploom.contracts.taploom.bridge import v1 as bridge
 from taploom.contracts.taploom.bridge.v1.rpc import GuestServiceBase, NetworkServiceBase, StatusServiceBase
@@ -40,6 +42,8 @@ def _as_status() -> Iterator[None]:
 
 def network_options(request: bridge.CreateNetworkRequest) -> NetworkOptions:
     """What CreateNetwork asks for; raises InvalidError when its lists do not fit together."""
+    if request.name not in RESERVED:
+        check_name("network", request.name)
     subnets: dict[int, str] = {}
     for text in request.subnets:
         family = parse_subnet(text).version

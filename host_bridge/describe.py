@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from host_bridge.ipam import ula_prefix, uplink_kernel
 from host_bridge.model import EndpointRecord, GuestRecord, NetworkRecord, SubnetRecord
+from host_bridge.names import dns_name
 from host_bridge.store import Store
 from taploom.contracts.taploom.bridge import v1 as bridge
 from taploom.contracts.taploom.guest import v1 as guest
@@ -44,8 +45,8 @@ def guest_interface(endpoint: EndpointRecord, network: NetworkRecord) -> guest.I
         gateways=[] if network.internal else [_way_out(subnet) for subnet in network.subnets],
         gateway_priority=guest_priority(endpoint, network),
         mtu=network.mtu,
-        network_name=network.name,
-        dns_servers=[network.dns_server] if named else [],
+        network_name=_suffix(network),
+        dns_servers=[network.dns_server] if network.dns_server else [],
         name_links=[guest.NameLink(alias=alias, target=target) for alias, target in endpoint.links] if named else [],
     )
 
@@ -55,6 +56,11 @@ def guest_priority(endpoint: EndpointRecord, network: NetworkRecord) -> int:
     one with one of the same priority. Exact for priorities of up to 30 bits; larger ones are all the same."""
     value = endpoint.gateway_priority * 2 + (len(network.subnets) > 1)
     return max(-(2**31), min(value, 2**31 - 1))
+
+
+def _suffix(network: NetworkRecord) -> str:
+    """Under which name the agents know the network; Docker's may be one that DNS cannot carry."""
+    return network.name if dns_name(network.name) else network.id[:_SHORT_ID]
 
 
 def _way_out(subnet: SubnetRecord) -> str:
@@ -119,13 +125,13 @@ def helper_network(network: NetworkRecord) -> helper.Network:
     """What the helper is to make of a network."""
     return helper.Network(
         network_id=network.id,
-        name=network.name,
+        name=_suffix(network),
         subnets=[subnet.subnet for subnet in network.subnets],
         gateways=[subnet.gateway for subnet in network.subnets],
         gateway_mac=network.gateway_mac,
         internal=network.internal,
         mtu=network.mtu,
-        dns_servers=[network.dns_server],
+        dns_servers=[network.dns_server] if network.dns_server else [],
         dns_mac=network.dns_mac,
         uplink_addresses=list(network.uplink_addresses),
         uplink_mac=network.uplink_mac,

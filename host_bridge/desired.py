@@ -64,10 +64,13 @@ from host_bridge.model import (
 )
 from host_bridge.names import (
     DEFAULT_MTU,
+    MAX_LONG_NAME,
     MAX_MTU,
+    MAX_NAME,
     MIN_MTU,
     MIN_MTU_IPV6,
     check_aliases,
+    check_any_name,
     check_links,
     check_mac,
     check_mtu,
@@ -86,7 +89,7 @@ _INT32 = range(-(2**31), 2**31)
 _GUEST_ID = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}", re.ASCII)
 # `default` is what `--network default` says, so no network may be called that.
-_RESERVED = frozenset({*PREDEFINED, "default"})
+RESERVED = frozenset({*PREDEFINED, "default"})
 # What `docker network inspect bridge` says of the default bridge; docker0 is its name for people only here.
 _DEFAULT_OPTIONS = {
     "com.docker.network.bridge.default_bridge": "true",
@@ -167,7 +170,7 @@ class DesiredState:
         """Reserves a network as pending and returns it.
 
         Args:
-            name: see `names.check_name`.
+            name: see `names.check_any_name`.
             options: see there.
 
         Raises:
@@ -175,9 +178,9 @@ class DesiredState:
             those about networks.
         """
         options = options or NetworkOptions()
-        if name in _RESERVED:
+        if name in RESERVED:
             raise PredefinedNetworkError(name, "create")
-        check_name("network", name)
+        check_any_name("network", name)
         if options.driver != BRIDGE_DRIVER and not (options.config_only and options.driver == NULL_DRIVER):
             raise UnsupportedDriverError("network", options.driver)
         if options.ipam_driver != "default":
@@ -292,9 +295,10 @@ class DesiredState:
         dns_mac = _new_mac(macs | {gateway_mac})
         return dataclasses.replace(
             record,
-            dns_server=ipam.next_dns_server(network.dns_server for network in existing if network.dns_server),
+            # On the default bridge nobody has a name, so nobody answers for names.
+            dns_server="" if predefined else ipam.next_dns_server(n.dns_server for n in existing if n.dns_server),
             gateway_mac=gateway_mac,
-            dns_mac=dns_mac,
+            dns_mac="" if predefined else dns_mac,
             subnets=tuple(subnets),
             uplink_addresses=() if options.internal else self._uplink(sorted(enabled)),
             uplink_mac="" if options.internal else _new_mac(macs | {gateway_mac, dns_mac}),
@@ -363,7 +367,7 @@ class DesiredState:
         Raises:
             InvalidError, TakenError
         """
-        check_name("guest", name, shortest=2)
+        check_name("guest", name, shortest=2, longest=MAX_LONG_NAME if guest_id else MAX_NAME)
         if guest_id and not _GUEST_ID.fullmatch(guest_id):
             raise InvalidError(f"guest id {shown(guest_id)} is malformed: use 64 characters of 0-9 and a-f")
         control = _dialled("guest address", address, GUEST_CONTROL_PORT)
@@ -396,7 +400,7 @@ class DesiredState:
         Raises:
             InvalidError, NotFoundError, NameInUseError
         """
-        check_name("guest", name, shortest=2)
+        check_name("guest", name, shortest=2, longest=MAX_LONG_NAME)
         with self._store.change():
             before = self.find_guest(text)
             holder = self._store.holder_of_name(name, before.id)

@@ -56,6 +56,7 @@ class NetworkRecord:
     """A network. `subnets` are ordered IPv4 first; `mtu` is in bytes; `active` is False until the helper has it.
 
     Attributes:
+        dns_server, dns_mac: where its names are answered; empty where nobody has a name.
         driver: `bridge`; `host` and `null` are names only: the helper never hears of them.
         predefined: bridge, host or none.
         labels, options, ipam_driver, ipam_options, attachable, ingress: as they were given.

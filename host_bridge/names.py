@@ -9,9 +9,12 @@ from host_bridge.errors import InvalidAliasError, InvalidError, InvalidMacError,
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*", re.ASCII)
 _LABEL = re.compile(r"[a-zA-Z0-9_]([a-zA-Z0-9_-]*[a-zA-Z0-9_])?", re.ASCII)
+_PART = re.compile(r"[a-zA-Z0-9_-]+", re.ASCII)
 _MAC = re.compile(r"[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}", re.ASCII)
 
 MAX_NAME = 63
+# Of networks and containers that come from Docker, which has no limit.
+MAX_LONG_NAME = 255
 MAX_ALIAS = 253
 MAX_ALIASES = 128
 DEFAULT_MTU = 1500
@@ -36,13 +39,13 @@ def clean_text(text: str, limit: int = 300) -> str:
     return head if len(head) <= limit else head[:limit] + "..."
 
 
-def check_name(kind: str, name: str, *, shortest: int = 1) -> str:
+def check_name(kind: str, name: str, *, shortest: int = 1, longest: int = MAX_NAME) -> str:
     """Returns `name` when it may name a network or guest; raises InvalidNameError otherwise."""
     message = ""
     if not name:
         message = f"a {kind} needs a name"
-    elif len(name) > MAX_NAME:
-        message = f"{kind} name {shown(name, 20)} has {len(name)} characters: use at most {MAX_NAME}"
+    elif len(name) > longest:
+        message = f"{kind} name {shown(name, 20)} has {len(name)} characters: use at most {longest}"
     elif len(name) < shortest:
         message = f"{kind} name {shown(name)} is too short: use at least {shortest} characters"
     elif not _NAME.fullmatch(name):
@@ -53,6 +56,25 @@ def check_name(kind: str, name: str, *, shortest: int = 1) -> str:
     if message:
         raise InvalidNameError(message, kind=kind, name=name)
     return name
+
+
+def check_any_name(kind: str, name: str) -> str:
+    """Returns `name` when Docker lets a network have it: any text that is not blank, here one that can be printed."""
+    message = ""
+    if not name.strip():
+        message = f"a {kind} needs a name"
+    elif len(name) > MAX_LONG_NAME:
+        message = f"{kind} name {shown(name, 20)} has {len(name)} characters: use at most {MAX_LONG_NAME}"
+    elif not name.isprintable():
+        message = f"{kind} name {shown(name)} is not allowed: use printable characters"
+    if message:
+        raise InvalidNameError(message, kind=kind, name=name)
+    return name
+
+
+def dns_name(name: str) -> bool:
+    """True when DNS can carry the name (RFC 1035 section 2.3.4; `_` is allowed as in container names)."""
+    return len(name) <= MAX_ALIAS and all(len(part) <= MAX_NAME and _PART.fullmatch(part) for part in name.split("."))
 
 
 def check_aliases(aliases: list[str]) -> tuple[str, ...]:

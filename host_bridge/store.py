@@ -453,8 +453,8 @@ class Store:
         return self._networks_of(self._find("networks WHERE active = 1", text))
 
     def _find(self, where: str, text: str) -> list[tuple[Any, ...]]:
-        if not text or not text.isascii():
-            return []  # nothing is called so, and SQLite does not take every text
+        if not text or not text.isprintable():
+            return []  # nothing is called so, and SQLite takes no lone surrogates
         for condition in ("id = ?1", "name = ?1", "substr(id, 1, length(?1)) = ?1"):
             rows = self._all(f"SELECT id FROM {where} AND {condition} ORDER BY name", text)  # noqa: S608 (constants)
             if rows:

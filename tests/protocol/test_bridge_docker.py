@@ -74,6 +74,7 @@ async def test_helper_is_told_of_uplink_and_default_bridge(rig: Rig) -> None:
     default = rig.fabric.desired.find_network("bridge")
     assert set(rig.helper.networks) == {default.id}
     told = rig.helper.networks[default.id]
+    assert (told.dns_servers, told.dns_mac) == ([], "")
     assert (told.uplink_addresses, told.uplink_mac) == (["169.254.128.2/18"], default.uplink_mac)
     assert rig.helper.uplink is not None
     assert rig.helper.uplink.addresses[0] == "169.254.128.1/18"
@@ -297,6 +298,7 @@ async def test_links_on_the_default_bridge_follow_their_target(rig: Rig) -> None
 async def test_rename_is_live(rig: Rig) -> None:
     await container(rig, "web")
     await container(rig, "db")
+    await rig.until(lambda: rig.fabric.helper.state is PeerState.OK)
     await rig.fabric.create_network("app")
     endpoint = await rig.fabric.connect("app", "web", EndpointOptions(aliases=["www"]))
     guest = rig.fabric.desired.find_guest("web")
@@ -331,6 +333,7 @@ async def test_events_are_told_whoever_asks(rig: Rig) -> None:
     def angry(event: FabricEvent) -> None:
         raise RuntimeError(event.kind)
 
+    await rig.until(lambda: rig.fabric.helper.state is PeerState.OK)
     rig.fabric.events.subscribe(angry)
     events = followed(rig)
     await rig.guest("web")

@@ -28,6 +28,7 @@ from host_bridge.errors import (
     GuestNotFoundError,
     InvalidAliasError,
     InvalidError,
+    InvalidNameError,
     InvalidSubnetError,
     MacTakenError,
     MultipleSubnetsError,
@@ -60,6 +61,7 @@ from host_bridge.model import (
     SubnetOptions,
     parse_bool,
 )
+from host_bridge.names import dns_name
 from host_bridge.store import Store
 from taploom.contracts.taploom.guest.v1 import GuestFeature
 
@@ -488,6 +490,29 @@ def test_errors_of_names(state: DesiredState) -> None:
     with refused(state, NotConnectedError) as caught:
         state.disconnect("n1", "web")
     assert (caught.error.guest, caught.error.network, caught.error.guest_id) == ("web", "n1", web)
+
+
+def test_networks_may_be_called_as_with_docker(state: DesiredState) -> None:
+    register(state, "web")
+    for number, name in enumerate(("a b", "-x", ".x", "x/y", "ä", "x" * 100, "a..b", "container:x", "fine.name")):
+        record = create(state, name, net(f"10.{number}.0.0/24"))
+        endpoint = connect(state, name, "web")
+        told = helper_network(record).name
+        assert told == guest_interface(endpoint, record).network_name
+        assert told == (name if name in ("fine.name", "-x") else record.id[:12])
+        assert dns_name(told)
+    assert not dns_name("a" * 64) and not dns_name(".".join(["a" * 60] * 5))
+
+
+def test_containers_may_have_long_names(state: DesiredState) -> None:
+    long = "x" * 200
+    record = container(long)
+    state.store.insert_container(record)
+    with refused(state, InvalidNameError):
+        state.register_guest(long, "vsock:9")
+    assert state.register_guest(long, "vsock:9", guest_id=record.id).name == long
+    with refused(state, InvalidNameError):
+        state.rename_guest(long, "y" * 256)
 
 
 # Endpoints

