@@ -44,6 +44,7 @@ S = TypeVar("S")
 _UP_TIMEOUT = 10.0  # s that a port may take to be programmed, daemons' restarts included
 _NAMES_TIMEOUT = 2.0  # s that dnsmasq may take to know a name
 _UNPLUG_TIMEOUT = 3.0  # s that vswitchd may take to let go of a port
+_SPARE_MTU = 1500
 _MAX_TAP_MTU = 65521  # the kernel's for TAPs: 65535 less the Ethernet header
 
 
@@ -118,6 +119,9 @@ class Fabric:
         self._nursery: trio.Nursery | None = None
         self._reread = trio.Event()
         self._to_unplug: set[str] = set()
+        # A TAP that the next endpoint will have: to make one takes longer than anything else here that it waits for.
+        self._spare: Tap | None = None
+        self._spare_wanted = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Runs what keeps the fabric as described, until cancelled. Nothing of it is left then."""
@@ -125,6 +129,7 @@ class Fabric:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._keep_restored)
+                nursery.start_soon(self._keep_spare)
                 task_status.started()
         finally:
             self._nursery = None
@@ -134,7 +139,9 @@ class Fabric:
     async def _end(self) -> None:
         for endpoint_id in self.endpoints:
             await self._ports.remove(endpoint_id)
-        await _close_all([e.tap for e in self.endpoints.values() if e.tap is not None])
+        taps = [e.tap for e in self.endpoints.values()] + [self._spare]
+        self._spare = None
+        await _close_all([tap for tap in taps if tap is not None])
         for network in self.networks.values():
             if network.dns is not None:
                 await network.dns.close()
@@ -304,6 +311,7 @@ class Fabric:
                     if secret and not spec.disabled:
                         self._ports.authorize(spec.endpoint_id, secret)
             await self._settle(endpoint)
+        self._spare_wanted.set()
         return endpoint
 
     async def _leave_other_network(self, spec: EndpointSpec) -> None:
@@ -393,7 +401,7 @@ class Fabric:
                 northbound.ensure_endpoint(txn, endpoint.spec)
 
         async def plug() -> None:
-            await trio.to_thread.run_sync(self._open_taps, [e for e in wanted if e.tap is None])
+            await self._give_taps([e for e in wanted if e.tap is None])
             taps = {e.tap.name: northbound.endpoint_port(e.spec.endpoint_id) for e in wanted if e.tap is not None}
             await self._stack.conf.transact(partial(vswitch.plug, interfaces=taps))
 
@@ -401,13 +409,14 @@ class Fabric:
             if idle:
                 await self._unrealise(idle)
             if wanted:
+                # dnsmasq takes its time to read them: before the others take theirs.
+                for dns, group in _by_dns(wanted):
+                    dns.set_names(e.spec for e in group)
                 await _together(partial(self._stack.nb.transact, in_nb), plug)
             for endpoint in wanted:
                 if not endpoint.linked and endpoint.tap is not None:
                     self._ports.add(endpoint.spec.endpoint_id, endpoint.tap)
                     endpoint.linked = True
-            for dns, group in _by_dns(wanted):
-                dns.set_names(e.spec for e in group)
         except BaseException:
             try:
                 await self._remove_endpoints(new)
@@ -418,9 +427,26 @@ class Fabric:
                 self._reread.set()
             raise
 
+    async def _give_taps(self, endpoints: Sequence[EndpointState]) -> None:
+        rest = list(endpoints)
+        if rest and self._spare is not None and rest[0].network.spec.mtu == _SPARE_MTU:
+            rest.pop(0).tap, self._spare = self._spare, None
+        if rest:
+            await trio.to_thread.run_sync(self._open_taps, rest)
+
     def _open_taps(self, endpoints: Sequence[EndpointState]) -> None:
         for endpoint in endpoints:
             endpoint.tap = self._open_tap(endpoint.network.spec.mtu)
+
+    async def _keep_spare(self) -> None:
+        while True:
+            if self._spare is None:
+                try:
+                    self._spare = await trio.to_thread.run_sync(self._open_tap, _SPARE_MTU)
+                except OSError as exc:  # whoever needs one will say what is wrong
+                    logger.debug("no spare TAP: %s", exc)
+            await self._spare_wanted.wait()
+            self._spare_wanted = trio.Event()
 
     def _open_tap(self, mtu: int) -> Tap:
         # A name is never used again: a port whose TAP went and came back under the same name stays dead in vswitchd.
@@ -577,6 +603,7 @@ class Fabric:
         async with trio.open_nursery() as nursery:
             for endpoint in endpoints:
                 nursery.start_soon(settle, endpoint)
+        self._spare_wanted.set()
         return SyncOutcome(endpoints, removed, failures)
 
     async def _remove_others(self, request: SyncRequest) -> list[str]:
