@@ -60,7 +60,7 @@ _SO_VM_SOCKETS_BUFFER_MAX_SIZE: Final = 2
 _SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h; the socket module does not name them
 _SO_RCVBUFFORCE: Final = 33
 _SO_PEERGROUPS: Final = 59
-_MAX_GROUPS: Final = 65536  # NGROUPS_MAX, linux/limits.h
+_MAX_OPTION: Final = 1024  # the socket module takes no more
 _VSOCK_BUFFER: Final = 8 << 20
 _UNIX_BUFFER: Final = 4 << 20
 # sun_path holds 108 bytes on Linux and 104 on macOS, the final NUL included.
@@ -541,5 +541,10 @@ def peer_groups(sock: socket.socket | trio.socket.SocketType) -> frozenset[int]:
         _version, _uid, count = struct.unpack_from("=IIh", sock.getsockopt(0, 1, 76))
         return frozenset(struct.unpack_from(f"={count}I", sock.getsockopt(0, 1, 76), 12))
     _pid, _uid, gid = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    further = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MAX_GROUPS)
+    try:
+        further = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MAX_OPTION)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise
+        further = b""  # in more groups than Python can be told of
     return frozenset({gid, *struct.unpack(f"={len(further) // 4}I", further)})
