@@ -62,6 +62,13 @@ def prepare_host(host: JSON, config: JSON) -> list[str]:
         host["LogConfig"]["Type"] = "json-file"
     if host["LogConfig"]["Config"] is None:
         host["LogConfig"]["Config"] = {}
+    if host["MemorySwappiness"] == -1:
+        host["MemorySwappiness"] = None
+    if host["PidsLimit"] is not None and host["PidsLimit"] <= 0:
+        host["PidsLimit"] = None
+    if host["OomKillDisable"] is None:
+        host["OomKillDisable"] = False
+    config["Volumes"] = config["Volumes"] or None
     privileged = host["Privileged"]
     for field, paths in (("MaskedPaths", _MASKED), ("ReadonlyPaths", _READONLY)):
         if host[field] is None and not privileged:
@@ -74,14 +81,13 @@ def prepare_host(host: JSON, config: JSON) -> list[str]:
     return warnings
 
 
-def check(config: JSON, host: JSON, networking: JSON, version: tuple[int, ...]) -> None:
+def check(config: JSON, host: JSON, version: tuple[int, ...]) -> None:
     """Raises ContainerError where dockerd would refuse before it looks for the image."""
-    _check_mode(config, host, networking)
+    _check_mode(config, host)
     _check_config(config)
     if config["MacAddress"] and version >= (1, 44):
         _check_mac(config["MacAddress"])
     _check_host(host)
-    _check_networking(networking)
 
 
 def _check_config(config: JSON) -> None:
@@ -106,7 +112,7 @@ def _check_mac(mac: str) -> None:
         raise invalid(f"invalid MAC address: {mac}") from None
 
 
-def _check_mode(config: JSON, host: JSON, networking: JSON) -> None:
+def _check_mode(config: JSON, host: JSON) -> None:
     mode = host["NetworkMode"]
     if mode.startswith("container:") and len(mode) == len("container:"):
         raise invalid("Invalid network mode: invalid container format container:<name|id>")
@@ -181,32 +187,6 @@ def split_extra_host(text: str) -> tuple[str, str]:
         except ValueError:
             raise invalid(f'invalid IP address in add-host: "{address}"') from None
     return name, address
-
-
-def _check_networking(networking: JSON) -> None:
-    for name, endpoint in (networking["EndpointsConfig"] or {}).items():
-        if endpoint is None:
-            raise invalid(f"no EndpointSettings for {name}")
-        check_ipam(endpoint["IPAMConfig"])
-        if endpoint["MacAddress"]:
-            _check_mac(endpoint["MacAddress"])
-
-
-def check_ipam(ipam: JSON | None) -> None:
-    """Raises ContainerError for addresses that are none."""
-    for field, family in (("IPv4Address", 4), ("IPv6Address", 6)):
-        text = (ipam or {}).get(field)
-        if text:
-            try:
-                if ipaddress.ip_address(text).version != family:
-                    raise ValueError(text)
-            except ValueError:
-                raise invalid(f"invalid IPv{family} address: {text}") from None
-    for text in (ipam or {}).get("LinkLocalIPs") or ():
-        try:
-            ipaddress.ip_address(text)
-        except ValueError:
-            raise invalid(f"invalid link-local IP address: {text}") from None
 
 
 def _capabilities(field: str, given: list[str] | None) -> list[str] | None:
@@ -430,11 +410,12 @@ def wanted_endpoint(endpoint: Mapping[str, Any]) -> JSON:
     """What of Docker's EndpointSettings says how an endpoint is to be."""
     ipam = endpoint.get("IPAMConfig")
     if ipam is not None:
+        # What was sent is echoed, also when it says nothing.
         ipam = {key: value for key, value in ipam.items() if value}
     return {
         "IPAMConfig": ipam,
         "Links": endpoint.get("Links"),
-        "Aliases": list(endpoint["Aliases"]) if endpoint.get("Aliases") else None,
+        "Aliases": list(endpoint["Aliases"]) if endpoint.get("Aliases") is not None else None,
         "DriverOpts": endpoint.get("DriverOpts"),
         "MacAddress": endpoint.get("MacAddress") or "",
         "GwPriority": endpoint.get("GwPriority") or 0,

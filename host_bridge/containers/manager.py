@@ -360,7 +360,7 @@ class ContainerManager:
         container_id = secrets.token_hex(32)
         if name:
             name = check_name(name)
-        create.check(config, host, networking, version)
+        create.check(config, host, version)
         warnings = create.prepare_host(host, config)
         image = await self._image(config["Image"])
         create.merge_image(config, image)
@@ -612,6 +612,7 @@ class ContainerManager:
 
     async def _try_start(self, container: Container) -> None:
         if container.mode.startswith("container:"):
+            self.find(container.mode.removeprefix("container:"))
             raise ContainerError(501, "the network mode container:… is not supported: give each container its networks")
         self.networks.check(container)
         hosts, variables = self._resolve_links(container)
@@ -961,8 +962,17 @@ class ContainerManager:
 
     # Networks
 
-    async def connect(self, network: str, text: str, options: EndpointOptions) -> None:
-        """Puts a container or plain guest on a network."""
+    async def connect(
+        self, network: str, text: str, options: EndpointOptions, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        """Puts a container or plain guest on a network.
+
+        Args:
+            network: its name or id.
+            text: the container.
+            options: how it is to be connected.
+            settings: the same as Docker's client sent it; inspect echoes it.
+        """
         found = self.find(text)
         if isinstance(found, GuestRecord):
             record = self.fabric.desired.find_network(network)
@@ -970,7 +980,7 @@ class ContainerManager:
             return
         async with found.lock:
             self._check_there(found, text)
-            if await self.networks.connect(found, network, options):
+            if await self.networks.connect(found, network, options, settings):
                 self._save(found)
 
     async def disconnect(self, network: str, text: str, *, force: bool = False) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import trio
@@ -252,14 +253,16 @@ class ContainerNetworks:
 
     # Changes of a container that is there
 
-    async def connect(self, container: Container, text: str, options: EndpointOptions) -> bool:
+    async def connect(
+        self, container: Container, text: str, options: EndpointOptions, settings: Mapping[str, Any] | None = None
+    ) -> bool:
         """Puts the container on a network: its guest while it runs, else its record only; False: it was there.
 
         Raises:
             ContainerError, BridgeError: with nothing changed.
         """
         network = self.network(text)
-        wanted = _wanted(options)
+        wanted = _wanted(options, settings)
         if not container.running:
             if network is None:
                 # dockerd looks for the network when the container is started.
@@ -332,9 +335,10 @@ class ContainerNetworks:
 
 
 def publishing_failed(container: Container, reason: str) -> ContainerError:
-    """dockerd's error for ports that cannot be published."""
+    """dockerd's error for ports that cannot be published, with the id of an endpoint that was not to be."""
+    endpoint_id = secrets.token_hex(32)
     return ContainerError(
-        500, f"driver failed programming external connectivity on endpoint {container.name} ({container.id}): {reason}"
+        500, f"driver failed programming external connectivity on endpoint {container.name} ({endpoint_id}): {reason}"
     )
 
 
@@ -354,8 +358,10 @@ def _addresses(wanted: JSON) -> tuple[str, ...]:
     return tuple(ipam[key] for key in ("IPv4Address", "IPv6Address") if ipam.get(key))
 
 
-def _wanted(options: EndpointOptions) -> JSON:
-    """Options as Docker's EndpointSettings has them."""
+def _wanted(options: EndpointOptions, settings: Mapping[str, Any] | None) -> JSON:
+    """Options as Docker's EndpointSettings has them; `settings` as they were sent, when they were."""
+    if settings is not None:
+        return create.wanted_endpoint(settings) | {"MacAddress": options.mac_address}
     ipam: JSON = {}
     for text in options.addresses:
         ipam["IPv6Address" if ":" in text else "IPv4Address"] = text

@@ -59,7 +59,7 @@ async def _conditions(manager: ContainerManager, filters: Filters) -> list[Condi
     _check_values(filters)
     result: list[Condition] = [
         lambda one: _fits_id(filters, one),
-        lambda one: _fits_name(manager, filters, one),
+        lambda one: _fits_name(filters, one),
         lambda one: filters.labels("label", _labels(one)),
     ]
     if filters.get("status"):
@@ -101,7 +101,7 @@ def _exit_code(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise bad_request(f"invalid filter 'exited={text}': strconv.Atoi: parsing \"{text}\": invalid syntax") from None
+        raise DockerError(500, f'strconv.Atoi: parsing "{text}": invalid syntax') from None
 
 
 def _has_exited(one: Container) -> bool:
@@ -112,11 +112,10 @@ def _fits_id(filters: Filters, one: Found) -> bool:
     return filters.match("id", one.id)
 
 
-def _fits_name(manager: ContainerManager, filters: Filters, one: Found) -> bool:
+def _fits_name(filters: Filters, one: Found) -> bool:
     if not filters.get("name"):
         return True
-    names = [one.name, *(name.removeprefix("/") for name in manager.linked_names().get(one.id, ()))]
-    return any(filters.match("name", name) or filters.match("name", f"/{name}") for name in names)
+    return filters.match("name", one.name) or filters.match("name", f"/{one.name}")
 
 
 def _labels(one: Found) -> dict[str, str]:
@@ -161,7 +160,9 @@ def _port_condition(manager: ContainerManager, key: str, values: tuple[str, ...]
     for value in values:
         found = _PORT.fullmatch(value)
         if found is None or not 0 <= int(found[1]) <= int(found[2] or found[1]) <= 65535:
-            raise bad_request(f"invalid filter '{key}={value}'")
+            number = value.partition("/")[0].partition("-")[0]
+            why = f'strconv.ParseUint: parsing "{number}": invalid syntax'
+            raise DockerError(500, f"error while looking up for {key} {value}: {why}")
         wanted |= {f"{port}/{found[3] or 'tcp'}" for port in range(int(found[1]), int(found[2] or found[1]) + 1)}
 
     def fits(one: Found) -> bool:

@@ -243,21 +243,21 @@ async def create_body(request: Request) -> tuple[dict[str, Any], dict[str, Any],
     if host is None and networking is None and not any(body.values()):
         raise bad_request("Config cannot be empty in order to create a container")
     for name in ("Cmd", "Entrypoint", "Shell"):
-        body[name] = arguments(body[name])
+        body[name] = arguments(body[name], f"ContainerConfigWrapper.{name}")
     host = host if host is not None else gojson.zero(_HOST)
     size = [*(host["ConsoleSize"] or []), 0, 0][:2]
     host["ConsoleSize"] = [min(max(value, 0), 65535) for value in size]
     return body, host, networking or {"EndpointsConfig": None}
 
 
-def arguments(value: Any) -> list[str] | None:
-    """A command: a list of strings, or one string."""
+def arguments(value: Any, field: str) -> list[str] | None:
+    """A command: a list of strings, or one string; `field` is what Go calls it."""
     if value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value)):
         return value
     if isinstance(value, str):
         return [value]
     what = "object" if isinstance(value, dict) else "array" if isinstance(value, list) else "number"
-    raise bad_request(f"invalid JSON: json: cannot unmarshal {what} into Go value of type string")
+    raise bad_request(f"invalid JSON: json: cannot unmarshal {what} into Go struct field {field} of type string")
 
 
 def number(request: Request, name: str, status: int = 400) -> int:

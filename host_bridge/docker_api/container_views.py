@@ -175,7 +175,9 @@ def endpoints(manager: ContainerManager, container: Container, version: Version,
     result: JSON = {}
     for name in sorted(container.networks):
         wanted = container.networks[name]
-        result[name] = endpoint_settings(container.id, name, wanted, live.get(name), version)
+        result[name] = endpoint_settings(
+            (container.id[:12], container.docker["Hostname"]), name, wanted, live.get(name), version
+        )
         network = None if name in live else manager.networks.network(name)
         if container.alive and network is not None and not network.switched:
             result[name] |= {"NetworkID": network.id, "EndpointID": endpoint_id(container, name)}
@@ -201,17 +203,21 @@ def _dns_names(container: Container, wanted: JSON) -> list[str]:
 
 
 def endpoint_settings(
-    container_id: str, name: str, wanted: JSON, live: tuple[NetworkRecord, EndpointRecord] | None, version: Version
+    own_names: tuple[str, ...],
+    name: str,
+    wanted: JSON,
+    live: tuple[NetworkRecord, EndpointRecord] | None,
+    version: Version,
 ) -> JSON:
-    """Docker's EndpointSettings."""
+    """Docker's EndpointSettings; `own_names` are the short id and the hostname."""
     aliases = list(wanted["Aliases"] or ())
     user_defined = name not in ("bridge", "host", "none")
-    if user_defined and wanted.get("Named") and version < _NO_ALIASES_OF_ID and container_id[:12] not in aliases:
-        aliases.append(container_id[:12])
+    if user_defined and wanted.get("Named") and version < _NO_ALIASES_OF_ID:
+        aliases += [text for text in dict.fromkeys(own_names) if text and text not in aliases]
     result = {
         "IPAMConfig": wanted["IPAMConfig"],
         "Links": wanted["Links"],
-        "Aliases": aliases or None,
+        "Aliases": aliases or wanted["Aliases"],
         "NetworkID": "",
         **_EMPTY,
         "DriverOpts": wanted["DriverOpts"],
@@ -304,7 +310,7 @@ def _guest_networks(manager: ContainerManager, guest: GuestRecord, version: Vers
                 "GwPriority": endpoint.gateway_priority,
             }
         ) | {"Named": names}
-        result[network.name] = endpoint_settings(guest.id, network.name, wanted, (network, endpoint), version)
+        result[network.name] = endpoint_settings((guest.id[:12],), network.name, wanted, (network, endpoint), version)
         if version >= _DNS_NAMES and names:
             result[network.name]["DNSNames"] = list(dict.fromkeys([guest.name, *endpoint.aliases, guest.id[:12]]))
     return result

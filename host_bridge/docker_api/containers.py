@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -11,7 +11,16 @@ from host_bridge.containers.errors import ContainerError, not_running
 from host_bridge.containers.execs import Exec
 from host_bridge.containers.manager import ContainerManager
 from host_bridge.containers.model import Container
-from host_bridge.docker_api import attach, container_lists, container_shapes, container_views, exec, images, logs
+from host_bridge.docker_api import (
+    attach,
+    container_lists,
+    container_shapes,
+    container_views,
+    endpoints,
+    exec,
+    images,
+    logs,
+)
 from host_bridge.docker_api.container_errors import explain, guarded
 from host_bridge.docker_api.errors import DockerError, bad_request, not_implemented
 from host_bridge.docker_api.filters import Filters
@@ -64,6 +73,7 @@ def register(api: DockerApi, manager: ContainerManager) -> None:
     images.register(add, manager, api.events.log)
     # Last, so that it does not take the others' paths.
     add("DELETE", f"/containers/{_ID}", routes.remove)
+    add("DELETE", "/containers/", routes.nameless)
 
 
 class _Containers:
@@ -72,6 +82,8 @@ class _Containers:
 
     async def create(self, request: Request) -> Answer:
         config, host, networking = await container_shapes.create_body(request)
+        for name, endpoint in (networking["EndpointsConfig"] or {}).items():
+            self._check_endpoint(name, endpoint)
         if request.version < (1, 44):
             # Before this version an endpoint's MAC address was not a client's to choose.
             for endpoint in (networking["EndpointsConfig"] or {}).values():
@@ -82,8 +94,18 @@ class _Containers:
         )
         return json_response({"Id": container.id, "Warnings": warnings}, 201)
 
+    def _check_endpoint(self, name: str, settings: Mapping[str, Any] | None) -> None:
+        if settings is None:
+            raise bad_request(f"no EndpointSettings for {name}")
+        try:
+            endpoints.check(settings, self._manager.networks.network(name))
+        except DockerError as error:
+            if error.message.startswith("invalid MAC"):
+                raise
+            raise bad_request(f"invalid config for network {name}: {error.message}") from error
+
     async def list(self, request: Request) -> Answer:
-        limit = container_shapes.number(request, "limit", 400) if request.first("limit") else 0
+        limit = container_shapes.number(request, "limit", 500) if request.first("limit") else 0
         filters = Filters.parse(request.first("filters"))
         found = await container_lists.chosen(
             self._manager, everything=request.flag("all"), limit=limit, filters=filters
@@ -121,6 +143,11 @@ class _Containers:
             return Response(204)
         await self._manager.remove(request.params["id"], force=request.flag("force"))
         return Response(204)
+
+    async def nameless(self, request: Request) -> Answer:
+        """What dockerd says when the name is forgotten."""
+        await trio.lowlevel.checkpoint()
+        raise bad_request('invalid name or ID supplied: ""')
 
     async def _remove_link(self, path: str) -> None:
         await trio.lowlevel.checkpoint()
@@ -245,7 +272,7 @@ def _not_paused(container: Container) -> DockerError:
 
 
 def _seconds(request: Request) -> int | None:
-    return container_shapes.number(request, "t") if request.first("t") else None
+    return container_shapes.number(request, "t", 500) if request.first("t") else None
 
 
 def _signal(request: Request) -> str:

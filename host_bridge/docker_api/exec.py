@@ -37,7 +37,7 @@ class _Execs:
             request.check_json()
             raise bad_request("invalid JSON: got EOF while reading request body")
         config = await request.json(container_shapes.EXEC_CREATE)
-        config["Cmd"] = container_shapes.arguments(config["Cmd"])
+        config["Cmd"] = container_shapes.arguments(config["Cmd"], "ExecConfig.Cmd")
         if not config["Cmd"]:
             raise invalid("No exec command specified")
         one = self._manager.exec_create(request.params["id"], config)

@@ -334,7 +334,7 @@ class Networks:
             endpoints.check(settings, network)
             options = endpoints.options(settings)
         if self._api.manager is not None:
-            await self._api.manager.connect(text, container, options)
+            await self._api.manager.connect(text, container, options, settings)
         else:
             await self._fabric.connect(self._find(text).id, container, options)
         return Response(200)

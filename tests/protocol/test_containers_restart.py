@@ -79,9 +79,9 @@ async def test_killed_during_a_start(rig: ContainerRig, during: str) -> None:
     await call_and_kill(rig, "POST", "/containers/web/start", during=during)
     await rig.start_bridge()
     await rig.until(lambda: not rig.manager.container("web").state["Phase"])
+    await rig.until(lambda: rig.runtime.containers[container_id].booted is None)
     assert (await rig.inspect("web"))["State"]["Status"] == "created"
     assert rig.fabric.desired.guests() == []
-    assert rig.runtime.containers[container_id].booted is None
     assert (await rig.docker("POST", "/containers/web/start")).status == 204
     assert (await rig.inspect("web"))["NetworkSettings"]["Networks"]["app"]["IPAddress"] == "172.18.0.2"
 
