@@ -14,7 +14,7 @@ from host_bridge.errors import BridgeError, InvalidError, MultipleSubnetsError
 from host_bridge.fabric import Fabric
 from host_bridge.ipam import parse_address, parse_subnet
 from host_bridge.model import IPV4, IPV6, EndpointOptions, NetworkOptions, SubnetOptions
-from host_bridge.names import check_name
+from host_bridge.names import check_aliases, check_name
 from host_bridge.status import StatusReader
 from taploom.contracts.taploom.bridge import v1 as bridge
 from taploom.contracts.taploom.bridge.v1.rpc import GuestServiceBase, NetworkServiceBase, StatusServiceBase
@@ -131,10 +131,10 @@ class NetworkApi(NetworkServiceBase):
                 request.guest,
                 EndpointOptions(
                     addresses=request.addresses,
-                    aliases=request.aliases,
+                    aliases=check_aliases(request.aliases),
                     gateway_priority=request.gateway_priority,
                     mac_address=request.mac_address,
-                    links=list(request.links.items()),
+                    links=[(check_aliases([alias])[0], target) for alias, target in request.links.items()],
                     driver_options=request.driver_options,
                 ),
             )

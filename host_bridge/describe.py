@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-import re
 from collections.abc import Iterable, Sequence
 
 from host_bridge.ipam import ula_prefix, uplink_kernel
@@ -16,8 +15,6 @@ from taploom.contracts.taploom.guest import v1 as guest
 from taploom.contracts.taploom.helper import v1 as helper
 
 _SHORT_ID = 12
-# What a host name may be is up to its container; the helper knows names of these characters.
-_HELPER_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,255}", re.ASCII)
 
 
 def with_prefixes(endpoint: EndpointRecord, network: NetworkRecord) -> list[str]:
@@ -36,7 +33,6 @@ def guest_interface(endpoint: EndpointRecord, network: NetworkRecord) -> guest.I
     An internal network has a gateway (the helper answers for it), but the guest is not told: without a way out there is
     to be no default route. On the default bridge nobody has a name, so there is nobody to ask.
     """
-    named = not network.default_bridge
     return guest.Interface(
         endpoint_id=endpoint.id,
         name=endpoint.interface_name,
@@ -47,7 +43,11 @@ def guest_interface(endpoint: EndpointRecord, network: NetworkRecord) -> guest.I
         mtu=network.mtu,
         network_name=_suffix(network),
         dns_servers=[network.dns_server] if network.dns_server else [],
-        name_links=[guest.NameLink(alias=alias, target=target) for alias, target in endpoint.links] if named else [],
+        name_links=[
+            guest.NameLink(alias=alias, target=target)
+            for alias, target in endpoint.links
+            if not network.default_bridge and dns_name(alias) and dns_name(target)
+        ],
     )
 
 
@@ -107,7 +107,7 @@ def _host_entries(
         others = {guests[one.guest_id].name: one for one in store.endpoints(network_id=endpoint.network_id)}
         for alias, target in endpoint.links:
             other = others.get(target)
-            if other is None or not other.addresses:
+            if other is None or not other.addresses or not dns_name(alias):
                 continue
             hostname = guests[other.guest_id].settings.hostname or other.guest_id[:_SHORT_ID]
             names = [alias, hostname, *([target] if target != alias else [])]
@@ -150,14 +150,14 @@ def helper_uplink(host_id: str, host_addresses: Iterable[str]) -> helper.Uplink:
 
 
 def endpoint_names(endpoint: EndpointRecord, guest_record: GuestRecord, network: NetworkRecord) -> list[str]:
-    """The names of a guest on a network, as Docker has them: its name, short id, aliases and hostname; each once. On
-    the default bridge there are none."""
+    """The names of a guest on a network, as Docker has them: its name, short id, aliases and hostname; each once, as
+    far as DNS can carry them. On the default bridge there are none."""
     if network.default_bridge:
         return []
     names: dict[str, str] = {}
     hostname = guest_record.settings.hostname
     for name in (guest_record.name, guest_record.id[:_SHORT_ID], *endpoint.aliases, *endpoint.names, hostname):
-        if _HELPER_NAME.fullmatch(name):
+        if dns_name(name):
             names.setdefault(name.lower(), name)
     return list(names.values())
 

@@ -69,9 +69,9 @@ from host_bridge.names import (
     MAX_NAME,
     MIN_MTU,
     MIN_MTU_IPV6,
-    check_aliases,
+    any_aliases,
+    any_links,
     check_any_name,
-    check_links,
     check_mac,
     check_mtu,
     check_name,
@@ -451,7 +451,7 @@ class DesiredState:
 
         Args:
             network_text, guest_text: id, name or unique prefix of an id.
-            options: see there; see `names.check_aliases` too.
+            options: see there; see `names.any_aliases` too.
 
         Raises:
             InvalidError, NotFoundError, TakenError, ExhaustedError: see the contract's ConnectGuest; of `errors`, those
@@ -468,8 +468,7 @@ class DesiredState:
                 raise InvalidError(f"two IPv{address.version} addresses: give one per family")
             wanted[address.version] = address
         mac = check_mac(options.mac_address) if options.mac_address else ""
-        aliases, names = check_aliases(list(options.aliases)), check_aliases(list(options.names))
-        links = check_links(options.links)
+        aliases, names, links = any_aliases(options.aliases), any_aliases(options.names), any_links(options.links)
 
         with self._store.change(durable=False):
             network = self.find_network(network_text)

@@ -109,19 +109,32 @@ def check_aliases(aliases: list[str]) -> tuple[str, ...]:
     return tuple(kept.values())
 
 
-def check_links(links: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Returns the links (alias, other guest's name), each alias once; raises InvalidAliasError.
+def any_aliases(aliases: Sequence[str]) -> tuple[str, ...]:
+    """The aliases without repetitions and empty ones. Docker takes any text; what DNS cannot carry is no name then.
 
-    An alias of several links has the last one's target.
+    Raises:
+        InvalidAliasError: one cannot be printed, or is longer than any name.
+        InvalidError: there are too many.
     """
-    if len(links) > MAX_ALIASES:
-        raise InvalidError(f"{len(links)} links are too many: use at most {MAX_ALIASES}")
-    kept: dict[str, tuple[str, str]] = {}
-    for alias, target in links:
-        check_aliases([alias])
-        check_aliases([target])
-        kept[alias.lower()] = (alias, target)
+    if len(aliases) > MAX_ALIASES:
+        raise InvalidError(f"{len(aliases)} aliases are too many: use at most {MAX_ALIASES}")
+    kept: dict[str, str] = {}
+    for alias in aliases:
+        if len(alias) > MAX_LONG_NAME:
+            message = f"alias {shown(alias, 20)} has {len(alias)} characters: use at most {MAX_LONG_NAME}"
+            raise InvalidAliasError(message, alias=alias)
+        if not alias.isprintable():
+            raise InvalidAliasError(f"alias {shown(alias)} is not allowed: use printable characters", alias=alias)
+        if alias:
+            kept.setdefault(alias.lower(), alias)
     return tuple(kept.values())
+
+
+def any_links(links: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """The links (alias, other guest's name), each alias once: of several, the last. Raises as `any_aliases`."""
+    any_aliases([target for _, target in links])
+    targets = {alias.lower(): target for alias, target in links}
+    return tuple((alias, targets[alias.lower()]) for alias in any_aliases([alias for alias, _ in links]))
 
 
 def check_mac(mac: str) -> str:

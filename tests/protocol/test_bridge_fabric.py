@@ -147,6 +147,17 @@ async def test_bad_input_changes_nothing(rig: Rig) -> None:
             (invalid, "host bits set: use 10.2.0.0/24", bridge.CreateNetworkRequest(name="b", subnets=["10.2.0.1/24"])),
             (precondition, "overlaps", bridge.CreateNetworkRequest(name="b", subnets=["10.1.0.128/25"])),
             (invalid, "MTU", bridge.CreateNetworkRequest(name="b", mtu=20)),
+            (invalid, "is not allowed", bridge.CreateNetworkRequest(name="a b")),
+            (precondition, "predefined", bridge.CreateNetworkRequest(name="host")),
+            (invalid, "no IPv4 subnet", bridge.CreateNetworkRequest(name="b", gateways=["10.2.0.1"])),
+            (invalid, "no IPv4 subnet", bridge.CreateNetworkRequest(name="b", ip_ranges=["10.2.0.0/24"])),
+            (invalid, "no IPv6 subnet", bridge.CreateNetworkRequest(name="b", auxiliary_addresses={"a": "fd00::1"})),
+            (
+                invalid,
+                "do not disable IPv4",
+                bridge.CreateNetworkRequest(name="b", subnets=["10.2.0.0/24"], disable_ipv4=True, enable_ipv6=True),
+            ),
+            (invalid, "neither", bridge.CreateNetworkRequest(name="b", disable_ipv4=True)),
         ):
             with refused(code, text):
                 await rig.networks.create_network(request)
@@ -158,6 +169,8 @@ async def test_bad_input_changes_nothing(rig: Rig) -> None:
                 bridge.ConnectGuestRequest(network="app", guest="db", addresses=["10.1.0.9"]),
             ),
             (invalid, "is not in", bridge.ConnectGuestRequest(network="app", guest="db", addresses=["10.2.0.9"])),
+            (invalid, "not a DNS name", bridge.ConnectGuestRequest(network="app", guest="db", aliases=["a b"])),
+            (invalid, "must not be empty", bridge.ConnectGuestRequest(network="app", guest="db", links={"": "web"})),
             (missing, "network nope", bridge.ConnectGuestRequest(network="nope", guest="db")),
             (missing, "guest nope", bridge.ConnectGuestRequest(network="app", guest="nope")),
         ):

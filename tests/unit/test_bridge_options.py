@@ -504,6 +504,19 @@ def test_networks_may_be_called_as_with_docker(state: DesiredState) -> None:
     assert not dns_name("a" * 64) and not dns_name(".".join(["a" * 60] * 5))
 
 
+def test_aliases_may_be_any_text_and_names_are_what_dns_carries(state: DesiredState) -> None:
+    app = create(state)
+    register(state, "web")
+    odd = ["y y", "", "ü", "x" * 64, "a..b", "fine.one", "FINE.one"]
+    endpoint = connect(
+        state, "app", "web", aliases=odd, links=[("a b", "db"), ("ok", "x y"), ("good", "db"), ("", "db")]
+    )
+    assert endpoint.aliases == ("y y", "ü", "x" * 64, "a..b", "fine.one")
+    assert endpoint_names(endpoint, state.find_guest("web"), app)[2:] == ["fine.one"]
+    told = guest_interface(endpoint, app)
+    assert [(link.alias, link.target) for link in told.name_links] == [("good", "db")]
+
+
 def test_containers_may_have_long_names(state: DesiredState) -> None:
     long = "x" * 200
     record = container(long)
@@ -571,7 +584,7 @@ def test_endpoint_options_survive(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         kept = store.endpoint(made.id)
         assert kept == made
-        assert (kept.links, kept.driver_options, kept.names) == ((("AL", "other"),), {"a": "b"}, ("extra",))
+        assert (kept.links, kept.driver_options, kept.names) == ((("al", "other"),), {"a": "b"}, ("extra",))
         settings = DesiredState(store).find_guest("web").settings
         assert (settings.hostname, settings.dns, settings.extra_hosts) == ("h", ("1.1.1.1",), (("a b", "10.0.0.1"),))
 
@@ -581,7 +594,7 @@ def test_default_bridge_has_no_names(state: DesiredState) -> None:
     with refused(state, AliasOnDefaultError):
         state.connect("bridge", "web", EndpointOptions(aliases=["x"]))
     with refused(state, InvalidAliasError):
-        state.connect("bridge", "web", EndpointOptions(links=[("a b", "x")]))
+        state.connect("bridge", "web", EndpointOptions(links=[("a\n", "x")]))
     create(state)
     guest = state.find_guest("web")
     on_bridge, on_app = connect(state, "bridge", "web"), connect(state, "app", "web", aliases=["www"], names=["more"])
