@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from host_bridge.docker_api import networks, system
+from host_bridge.docker_api import absent, networks, system
 from host_bridge.docker_api.errors import DockerError
 from host_bridge.docker_api.events import EventLog
 from host_bridge.docker_api.http import Answer, ClientGoneError, Headers, Request, Response, error_response
@@ -85,6 +85,7 @@ class DockerApi:
         fabric.events.subscribe(self._tell)
         system.register(self)
         networks.register(self)
+        absent.register(self)
 
     @property
     def headers(self) -> Headers:

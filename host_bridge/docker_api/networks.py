@@ -11,6 +11,7 @@ import trio
 
 from host_bridge.describe import with_prefixes
 from host_bridge.docker_api import container_views, endpoints, ipam, refusals
+from host_bridge.docker_api.absent import NO_SWARM
 from host_bridge.docker_api.errors import DockerError, bad_request, conflict, forbidden, not_found
 from host_bridge.docker_api.filters import Filters
 from host_bridge.docker_api.gojson import BOOL, STRING, List, Map, Optional, Shape, Struct
@@ -63,10 +64,6 @@ DISCONNECT = Struct("network.DisconnectOptions", {"Container": STRING, "Force": 
 _LIST_FILTERS = frozenset({"dangling", "driver", "id", "label", "name", "scope", "type"})
 _PRUNE_FILTERS = frozenset({"label", "label!", "until"})
 _RESERVED_NAMES = frozenset({"bridge", "host", "none", "default"})
-_NO_SWARM = (
-    'This node is not a swarm manager. Use "docker swarm init" or "docker swarm join" to connect this node to swarm '
-    "and try again."
-)
 _LOCAL = "local"
 _NO_INTERFACE = {"MacAddress": "", "IPv4Address": "", "IPv6Address": ""}
 _BRIDGE_NAME = "com.docker.network.bridge.name"
@@ -225,7 +222,7 @@ class Networks:
         if name in _RESERVED_NAMES:
             raise forbidden(f"operation is not permitted on predefined {name} network ")
         if driver == "overlay":
-            raise forbidden(_NO_SWARM)
+            raise forbidden(NO_SWARM)
         options = dict(wanted["Options"] or {})
         ipv4 = _enabled(wanted["EnableIPv4"], options, "com.docker.network.enable_ipv4", default=True)
         ipv6 = _enabled(wanted["EnableIPv6"], options, "com.docker.network.enable_ipv6", default=False)
@@ -249,7 +246,7 @@ class Networks:
         elif wanted["Scope"] == "swarm":
             raise forbidden("cannot create a swarm scoped network when swarm is not active")
         elif wanted["Scope"] not in ("", _LOCAL):
-            raise forbidden(_NO_SWARM)
+            raise forbidden(NO_SWARM)
         else:
             self._check_bridge(options)
         ipam_driver = given["Driver"] or "default"

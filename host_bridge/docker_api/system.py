@@ -69,7 +69,7 @@ class System:
                         "Details": {
                             "ApiVersion": info.api,
                             "Arch": info.arch,
-                            "BuildTime": _BUILD_TIME,
+                            "BuildTime": "",
                             "Experimental": "false",
                             "GitCommit": "",
                             "GoVersion": _LANGUAGE,
@@ -87,7 +87,7 @@ class System:
                 "Os": info.os,
                 "Arch": info.arch,
                 "KernelVersion": kernel,
-                "BuildTime": _BUILD_TIME,
+                "BuildTime": "",
             }
         )
 
@@ -196,7 +196,6 @@ class System:
         )
 
 
-_BUILD_TIME = "1970-01-01T00:00:00.000000000+00:00"
 # Clients show it; what it is called follows Go's own builds.
 _LANGUAGE = f"python{platform.python_version()}"
 

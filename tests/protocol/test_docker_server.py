@@ -9,6 +9,7 @@ import pytest
 import trio
 from docker_support import open_docker
 
+from host_bridge.docker_api.absent import NO_SWARM
 from host_bridge.docker_api.http import RAW_STREAM, Hijack, Request, Response
 
 
@@ -79,6 +80,25 @@ async def test_the_real_cli(tmp_path: Path) -> None:
         assert version.stdout.split()[0] == "1.51"
         info = await rig.docker.cli("info", "--format", "{{json .}}")
         assert json.loads(info.stdout)["OSType"] == "linux"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "told"),
+    [
+        ("GET", "/volumes", 200, {"Volumes": [], "Warnings": None}),
+        ("GET", "/volumes/x", 404, {"message": "get x: no such volume"}),
+        ("POST", "/volumes/prune", 200, {"VolumesDeleted": [], "SpaceReclaimed": 0}),
+        ("GET", "/plugins", 200, []),
+        ("POST", "/build/prune", 200, {"CachesDeleted": None, "SpaceReclaimed": 0}),
+        ("GET", "/nodes", 503, {"message": NO_SWARM}),
+        ("GET", "/services/x", 503, {"message": NO_SWARM}),
+        ("POST", "/swarm/leave", 503, {"message": "This node is not part of a swarm"}),
+    ],
+)
+async def test_what_there_is_none_of(tmp_path: Path, method: str, path: str, status: int, told: object) -> None:
+    async with open_docker(tmp_path) as rig:
+        answer = await rig.docker(method, path)
+        assert (answer.status, answer.value) == (status, told)
 
 
 async def _echo(stream: trio.abc.HalfCloseableStream) -> None:
