@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 STDOUT, STDERR = 1, 2
 _CHUNK = 32 << 10
+# For how long a client that does not close its side is still listened to, in seconds.
+_LINGER = 2.0
 _MULTIPLEXED = (1, 42)
 
 Streams = "BidiCall[runtime.AttachProcessRequest, runtime.AttachProcessResponse]"
@@ -95,7 +97,16 @@ async def carry(
                     if data:
                         await stream.send_all(data if terminal else frame(number, data))
         nursery.cancel_scope.cancel()
+    await end(stream)
     return ended
+
+
+async def end(stream: trio.abc.HalfCloseableStream) -> None:
+    """Ends the output and reads what the client still sends: a socket closed before resets the client's connection."""
+    with trio.move_on_after(_LINGER), contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        await stream.send_eof()
+        while await stream.receive_some(_CHUNK):
+            pass
 
 
 async def _carry_input(
@@ -134,7 +145,9 @@ class _Attach:
         async def streams(stream: trio.abc.HalfCloseableStream) -> None:
             if history:
                 await self._replay(stream, container.id, terminal=terminal, stdout=stdout, stderr=stderr)
-            if follow:
+            if not follow:
+                await end(stream)
+            else:
                 await carry(stream, call, terminal=terminal, stdin=stdin)
 
         if not follow:

@@ -82,6 +82,7 @@ class _Execs:
                 text = f"{error if isinstance(error, BridgeError) else error.message}\r\n".encode()
                 with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                     await stream.send_all(text if raw else attach.frame(attach.STDOUT, text))
+                await attach.end(stream)
 
         return Hijack(streams, attach.content_type(request.version, terminal=raw))
 
