@@ -6,13 +6,13 @@ stream to the container is opened, and the data plane joins the two; datagrams g
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import logging
 import math
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import trio
 
@@ -24,9 +24,11 @@ from taploom.contracts.taploom.helper.v1 import StreamWanted
 from taploom.contracts.taploom.link.v1 import StreamProtocol, StreamTarget
 from taploom.limits import raise_descriptor_limit
 from taploom.link import Attachment, Dataplane, StreamError, open_stream
+from taploom.link.connections import Budget, ConnectionServer, Route, socket_address
 from taploom.link.datagrams import DatagramServer, Flow
 from taploom.link.loop import Loop
 from taploom.link.splice import Splice, plain_socket, reset, tune_tcp
+from taploom.link.streams import STREAM_TIMEOUT, stream_hello
 
 __all__ = ["PortPublisher", "StreamHelper"]
 
@@ -40,7 +42,6 @@ UDP_IDLE: Final = 90.0
 """Seconds after which a UDP peer's flow has ended, as with docker-proxy."""
 _SWEEP: Final = 5.0
 _CLOSE_WITHIN: Final = 1.0
-_SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 
 class StreamHelper(Protocol):
@@ -59,24 +60,23 @@ class StreamHelper(Protocol):
 
 
 class _Port:
-    """A published port that is served."""
+    """A published port, and what serves it on the data plane."""
 
-    __slots__ = ("attachment", "bound", "listener", "server")
+    __slots__ = ("attachment", "bound", "server")
 
     def __init__(self, bound: BoundPort) -> None:
         self.bound = bound
-        self.listener: trio.socket.SocketType | None = None
         self.attachment: Attachment | None = None
-        self.server: DatagramServer | None = None
+        self.server: ConnectionServer | DatagramServer | None = None
 
 
 class _Owner:
-    """A container's ports and connections."""
+    """A container's ports, and the connections that were not opened by their servers."""
 
     __slots__ = ("addresses", "connections", "ports")
 
-    def __init__(self, ports: list[_Port]) -> None:
-        self.ports = ports
+    def __init__(self) -> None:
+        self.ports: list[_Port] = []
         self.addresses: tuple[str, ...] = ()
         self.connections: set[Attachment] = set()
 
@@ -110,8 +110,13 @@ class PortPublisher:
         self._nursery: trio.Nursery | None = None
         self._token: trio.lowlevel.TrioToken | None = None
         self._host_access: Final = HostAccess(helper, dataplane, is_gateway=is_gateway, published=self._all)
-        self.connections = 0
-        """TCP connections that are open or being opened."""
+        self._budget: Final = Budget(MAX_CONNECTIONS)
+        self._slow = 0
+
+    @property
+    def connections(self) -> int:
+        """TCP connections to published ports that are open or being opened."""
+        return self._budget.used + self._slow
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; all ports are then released."""
@@ -126,7 +131,9 @@ class PortPublisher:
                 task_status.started()
                 while True:
                     await trio.sleep(min(_SWEEP, self._udp_idle / 2))
-                    self._expire(time.monotonic() - self._udp_idle, self._owners.values())
+                    now = time.monotonic()
+                    for owner in self._owners.values():
+                        self._tend(owner, flows_before=now - self._udp_idle, openings_before=now - STREAM_TIMEOUT)
         finally:
             self._nursery = None
             for name in list(self._owners):
@@ -140,7 +147,7 @@ class PortPublisher:
         changed then.
         """
         ports = [_Port(bound) for bound in self._allocator.bind(bindings)]
-        entry = self._owners.setdefault(owner, _Owner([]))
+        entry = self._owners.setdefault(owner, _Owner())
         entry.ports += ports
         if self._nursery is not None:
             for port in ports:
@@ -158,7 +165,7 @@ class PortPublisher:
         if entry is None or entry.addresses == target:
             return
         entry.addresses = target
-        self._expire(math.inf, (entry,))
+        self._tend(entry, flows_before=math.inf, openings_before=-math.inf)
         if not target:
             self._end_connections(entry)
 
@@ -173,8 +180,6 @@ class PortPublisher:
         for port in entry.ports:
             if port.attachment is not None:
                 self._dataplane.end_attachment(port.attachment, within=_CLOSE_WITHIN)
-            elif port.listener is not None:
-                port.listener.close()
             self._allocator.free(port.bound)
         self._end_connections(entry)
 
@@ -191,47 +196,86 @@ class PortPublisher:
     def _all(self) -> Iterator[PublishedPort]:
         return (port.bound.port for owner in self._owners.values() for port in owner.ports)
 
-    def _expire(self, before: float, owners: Any) -> None:
-        for owner in owners:
-            for port in owner.ports:
-                if port.server is not None:
-                    self._dataplane.call(lambda server=port.server: server.expire(before))  # type: ignore[misc]
+    def _tend(self, owner: _Owner, *, flows_before: float, openings_before: float) -> None:
+        """Have the owner's servers forget flows that are silent since, and streams that were asked for before."""
+
+        def tend() -> None:
+            for port in ports:
+                if isinstance(port.server, DatagramServer):
+                    port.server.expire(flows_before)
+                elif port.server is not None:
+                    port.server.tend(openings_before)
+
+        ports = list(owner.ports)
+        self._dataplane.call(tend)
 
     def _end_connections(self, owner: _Owner) -> None:
+        def end() -> None:
+            for server in servers:
+                server.end_connections()
+
+        servers = [port.server for port in owner.ports if isinstance(port.server, ConnectionServer)]
+        self._dataplane.call(end)
         for attachment in owner.connections:
             self._dataplane.end_attachment(attachment)
-        self.connections -= len(owner.connections)
+        self._slow -= len(owner.connections)
         owner.connections.clear()
 
     def _serve(self, owner: _Owner, port: _Port) -> None:
-        assert self._nursery is not None
         if port.bound.port.protocol == "tcp":
-            port.listener = trio.socket.from_stdlib_socket(port.bound.sock)
-            self._nursery.start_soon(self._accept, owner, port.listener, port.bound.port)
+            self._serve_connections(owner, port)
         else:
             self._serve_datagrams(owner, port)
 
-    async def _accept(self, owner: _Owner, listener: trio.socket.SocketType, port: PublishedPort) -> None:
-        assert self._nursery is not None
-        while True:
-            try:
-                sock, _ = await listener.accept()
-            except trio.ClosedResourceError:
-                return
-            except OSError as error:  # the peer is gone again, or descriptors are short
-                if error.errno in _SHORT:
-                    logger.warning("connections to port %d wait: %s", port.host_port, error.strerror)
-                    await trio.sleep(0.1)
-                continue
-            client = plain_socket(sock)
-            if self.connections >= MAX_CONNECTIONS or not owner.addresses:
+    def _serve_connections(self, owner: _Owner, port: _Port) -> None:
+        token, nursery = self._token, self._nursery
+        assert token is not None
+        assert nursery is not None
+        published = port.bound.port
+
+        def route() -> Route | None:
+            data_port = socket_address(self._helper.data_address)
+            address, secret = self._way(owner, published)
+            if not address or not secret or data_port is None:
+                return None
+            hello = stream_hello(StreamProtocol.TCP, address, published.container_port, secret)
+            return Route(*data_port, hello)
+
+        def fall_back(client: socket.socket) -> None:
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(begin, client)
+
+        def begin(client: socket.socket) -> None:
+            if self.connections >= MAX_CONNECTIONS or nursery is not self._nursery:
                 reset(client)
-                continue
-            self.connections += 1
-            self._nursery.start_soon(self._connect, owner, client, port)
+                return
+            self._slow += 1
+            nursery.start_soon(self._connect, owner, client, published)
+
+        def make(loop: Loop, _end: Callable[[str], None]) -> ConnectionServer:
+            port.server = ConnectionServer(
+                loop,
+                port.bound.sock,
+                route=route,
+                direct=socket_address(self._helper.data_address) is not None,
+                budget=self._budget,
+                fallback=fall_back,
+                on_refused=lambda reason: logger.debug(
+                    "a connection to port %d is refused: %s", published.host_port, reason
+                ),
+            )
+            return port.server
+
+        port.attachment = self._dataplane.attach(make, self._broken(published))
+
+    def _broken(self, published: PublishedPort) -> Callable[[str], None]:
+        def broken(reason: str) -> None:
+            logger.error("%s port %d is not served any more: %s", published.protocol, published.host_port, reason)
+
+        return broken
 
     async def _connect(self, owner: _Owner, client: socket.socket, port: PublishedPort) -> None:
-        """One connection: the container's end is opened, and the data plane goes on."""
+        """A connection whose stream takes more than connect(2), or a moment's waiting."""
         joined = False
         try:
             stream = await self._open(owner, port)
@@ -243,7 +287,7 @@ class PortPublisher:
 
             def ended(_reason: str) -> None:
                 owner.connections.discard(attachment)
-                self.connections -= 1
+                self._slow -= 1
 
             attachment = self._dataplane.attach(make, ended)
             owner.connections.add(attachment)
@@ -254,7 +298,7 @@ class PortPublisher:
             logger.debug("a connection to port %d is refused: %s", port.host_port, error)
         finally:
             if not joined:
-                self.connections -= 1
+                self._slow -= 1
                 reset(client)
 
     def _serve_datagrams(self, owner: _Owner, port: _Port) -> None:
@@ -264,7 +308,7 @@ class PortPublisher:
         published = port.bound.port
 
         def begin(flow: Flow) -> None:
-            if port.server is not None:
+            if isinstance(port.server, DatagramServer) and nursery is self._nursery:
                 nursery.start_soon(self._connect_flow, owner, port.server, published, flow)
 
         def on_flow(flow: Flow) -> None:
@@ -274,10 +318,7 @@ class PortPublisher:
             port.server = DatagramServer(loop, port.bound.sock, on_flow, max_flows=MAX_FLOWS)
             return port.server
 
-        def ended(reason: str) -> None:
-            logger.error("UDP port %d is not served any more: %s", published.host_port, reason)
-
-        port.attachment = self._dataplane.attach(make, ended)
+        port.attachment = self._dataplane.attach(make, self._broken(published))
 
     async def _connect_flow(self, owner: _Owner, server: DatagramServer, port: PublishedPort, flow: Flow) -> None:
         try:
@@ -291,14 +332,19 @@ class PortPublisher:
 
     async def _open(self, owner: _Owner, port: PublishedPort) -> trio.SocketStream:
         """A stream to the container; raises StreamError."""
-        v6 = ":" in port.host_ip
-        # As docker-proxy: over the other family where the container has only that.
-        addresses = sorted(owner.addresses, key=lambda address: (":" in address) != v6)
-        secret = self._helper.stream_secret
-        if not addresses:
-            raise StreamError("the container has no address")
-        if secret is None:
-            raise StreamError("the helper is not connected")
+        address, secret = self._way(owner, port)
+        if not address or not secret:
+            raise StreamError("there is no way to the container now")
         protocol = StreamProtocol.TCP if port.protocol == "tcp" else StreamProtocol.UDP
-        target = StreamTarget(protocol=protocol, address=addresses[0], port=port.container_port)
+        target = StreamTarget(protocol=protocol, address=address, port=port.container_port)
         return await open_stream(self._helper.data_address, target, secret)
+
+    def _way(self, owner: _Owner, port: PublishedPort) -> tuple[str, bytes]:
+        """The container's address that the port leads to, and the secret for the way there; empty: none now.
+
+        Also for the data plane's thread.
+        """
+        addresses, v6 = owner.addresses, ":" in port.host_ip
+        # As docker-proxy: over the other family where the container has only that.
+        address = next((address for address in addresses if (":" in address) == v6), addresses[0] if addresses else "")
+        return address, self._helper.stream_secret or b""

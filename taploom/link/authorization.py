@@ -32,6 +32,10 @@ class Authorizations:
         """Let ``secret`` open one link of ``endpoint_id`` within SECRET_LIFETIME."""
         self._secrets[endpoint_id] = (bytes(secret), self._clock() + SECRET_LIFETIME)
 
+    def has(self, endpoint_id: str) -> bool:
+        """Whether there is a secret for ``endpoint_id``."""
+        return endpoint_id in self._secrets
+
     def take(self, endpoint_id: str, secret: bytes) -> bool:
         """Whether ``secret`` opens a link now. A right one is used up, a wrong one leaves the right one as it was."""
         expected, expires = self._secrets.get(endpoint_id, (self._nobody, float("-inf")))

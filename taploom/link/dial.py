@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 import trio
@@ -48,16 +48,27 @@ class FeatureMismatchError(LinkError):
 
 
 async def dial_link(
-    address: Address, *, endpoint_id: str, secret: bytes, features: Iterable[LinkFeature]
+    address: Address,
+    *,
+    endpoint_id: str,
+    secret: bytes,
+    features: Iterable[LinkFeature],
+    early: bool = False,
+    when: Callable[[], Awaitable[None]] | None = None,
 ) -> tuple[trio.SocketStream, frozenset[LinkFeature]]:
     """Connect to a data port and do the handshake; the stream's next byte in either direction is a frame's first.
 
+    ``early``: the listener may not have been told of the link yet. ``when``: awaited between connecting and the hello.
     Raises OSError, AddressError, HandshakeError, RefusedError or trio.BrokenResourceError.
     """
     wanted = frozenset(features)
     stream = await connect(address)
     try:
-        hello = LinkHello(version=LINK_VERSION, endpoint_id=endpoint_id, secret=secret, features=sorted(wanted))
+        if when is not None:
+            await when()
+        hello = LinkHello(
+            version=LINK_VERSION, endpoint_id=endpoint_id, secret=secret, features=sorted(wanted), early=early
+        )
         await stream.send_all(encode_message(hello))
         return stream, check_reply(await receive_message(stream, LinkReply), wanted)
     except BaseException:
@@ -76,9 +87,14 @@ async def open_relay(
     helper_secret: bytes,
     features: Iterable[LinkFeature],
     on_down: Callable[[str], None],
+    when: Callable[[], Awaitable[None]] | None = None,
     timeout: float = 10.0,  # noqa: ASYNC109 - part of what the LinkError says
 ) -> frozenset[LinkFeature]:
     """Dial both data ports at once, do both handshakes, and relay between the two streams.
+
+    With ``when``, which is awaited before the guest's handshake, the helper need not have been told of the link yet:
+    all that does not wait for the path behind the helper is done meanwhile, and the guest's interface comes up, and
+    greets its neighbours, once that path is there.
 
     A relay of the same id is replaced and its counters go on. ``on_down(reason)`` is called in trio's thread when
     the relay breaks, not after ``close_relay``. Returns the features of the link. Raises LinkError when a side
@@ -94,9 +110,15 @@ async def open_relay(
             async with trio.open_nursery() as nursery:
 
                 async def dial(side: str, address: Address, secret: bytes) -> None:
+                    early = when is not None and side == "helper"
                     try:
                         results[side] = await dial_link(
-                            address, endpoint_id=endpoint_id, secret=secret, features=wanted
+                            address,
+                            endpoint_id=endpoint_id,
+                            secret=secret,
+                            features=wanted,
+                            early=early,
+                            when=None if early else when,
                         )
                     except (OSError, AddressError, HandshakeError, trio.BrokenResourceError) as error:
                         errors.append(LinkError(side, str(error)))

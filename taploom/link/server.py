@@ -104,6 +104,7 @@ class LinkServer:
         self._max_handshakes: Final = max_handshakes
         self._endpoints: dict[str, _Endpoint] = {}
         self._authorizations: Final = Authorizations(trio.current_time)
+        self._authorized = trio.Event()
         self._handshakes = 0
         self._known_hellos: dict[bytes, LinkHello] = {}
 
@@ -139,6 +140,8 @@ class LinkServer:
         if not MIN_SECRET <= len(secret) <= MAX_SECRET:
             raise ValueError(f"a link secret has {MIN_SECRET} to {MAX_SECRET} bytes, not {len(secret)}")
         self._authorizations.put(endpoint_id, secret)
+        self._authorized.set()
+        self._authorized = trio.Event()
 
     def status(self, endpoint_id: str) -> LinkStatus:
         """The endpoint's link as it is now. Raises UnknownEndpointError."""
@@ -215,6 +218,8 @@ class LinkServer:
         return hello
 
     async def _handshake(self, stream: trio.SocketStream, hello: LinkHello) -> None:
+        while hello.early and not self._authorizations.has(hello.endpoint_id):
+            await self._authorized.wait()
         # First, so that a secret is used up whatever comes of the link.
         authorized = self._authorizations.take(hello.endpoint_id, hello.secret)
         endpoint = self._endpoints.get(hello.endpoint_id)

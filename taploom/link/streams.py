@@ -28,6 +28,7 @@ __all__ = [
     "StreamUnavailableError",
     "StreamUnreachableError",
     "open_stream",
+    "stream_hello",
 ]
 
 STREAM_TIMEOUT: Final = 15.0
@@ -77,7 +78,7 @@ async def open_stream(
     Raises StreamUnreachableError, StreamUnauthorizedError, StreamUnavailableError, or StreamError for an answer that
     makes no sense.
     """
-    hello = _hello(target.protocol, target.address, target.port, target.token, secret)
+    hello = stream_hello(target.protocol, target.address, target.port, secret, target.token)
     with trio.move_on_after(timeout):
         try:
             stream = await _connect(address)
@@ -106,7 +107,8 @@ async def open_stream(
 
 # Connections come by the hundred to one target, and making a message takes longer than sending it.
 @functools.lru_cache(maxsize=256)
-def _hello(protocol: StreamProtocol, address: str, port: int, token: bytes, secret: bytes) -> bytes:
+def stream_hello(protocol: StreamProtocol, address: str, port: int, secret: bytes, token: bytes = b"") -> bytes:
+    """What is sent to the data port first, encoded."""
     target = StreamTarget(protocol=protocol, address=address, port=port, token=token)
     return encode_message(LinkHello(version=LINK_VERSION, secret=secret, stream=target))
 
