@@ -70,7 +70,7 @@ class _Images:
                 continue
             if dangling is not None and dangling == bool(image.references):
                 continue
-            result.append(_summary(image, references, request.version))
+            result.append(summary(image, references, request.version))
         return json_response(result)
 
     async def _found(self, name: str, prefix: str = "") -> runtime.Image:
@@ -254,7 +254,7 @@ def _seconds(image: runtime.Image) -> int:
     return 0 if image.created_at is None else int(image.created_at.timestamp())
 
 
-def _summary(image: runtime.Image, references: list[str], version: tuple[int, ...]) -> JSON:
+def summary(image: runtime.Image, references: list[str], version: tuple[int, ...]) -> JSON:
     labels = dict(image.config.labels) if image.config is not None else {}
     result: JSON = {
         "Containers": -1,

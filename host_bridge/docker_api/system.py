@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from host_bridge.docker_api import container_views, images
+from host_bridge.docker_api.errors import bad_request
 from host_bridge.docker_api.http import Request, Response, json_response
 from host_bridge.errors import BridgeError
+from taploom.contracts.taploom.runtime.v1 import Image
 from taploom.rpc import RpcError
 
 if TYPE_CHECKING:
+    from host_bridge.containers.manager import Found
     from host_bridge.docker_api.app import DockerApi
 
 
@@ -101,7 +105,7 @@ class System:
             "ContainersRunning": states["running"],
             "ContainersPaused": states["paused"],
             "ContainersStopped": states.total() - states["running"] - states["paused"],
-            "Images": await self._image_count(),
+            "Images": len(await self._images()),
             "Driver": "taploom",
             "DriverStatus": [],
             "Plugins": {
@@ -177,25 +181,47 @@ class System:
             return ["running"] * len(self._api.fabric.desired.guests())
         return [one.status for one in manager.containers()] + ["running"] * len(manager.guests())
 
-    async def _image_count(self) -> int:
-        """How many images the runtime has; 0 when it cannot be asked."""
+    async def disk_usage(self, request: Request) -> Response:
+        """GET /system/df: containers and images; there are no volumes and no build caches."""
+        kinds = request.query.get("type") if request.version >= (1, 42) else None
+        for kind in kinds or ():
+            if kind not in _DISK_KINDS:
+                raise bad_request(f"unknown object type: {kind}")
+        value: dict[str, Any] = {"LayersSize": 0, "Images": None, "Containers": None, "Volumes": None}
+        value |= {"BuildCache": None, "BuilderSize": 0}
+        manager = self._api.manager
+        for kind in kinds or _DISK_KINDS:
+            value[_DISK_KINDS[kind]] = []
+        if value["Containers"] is not None and manager is not None:
+            linked = manager.linked_names()
+            everyone: list[Found] = [*manager.containers(), *manager.guests()]
+            value["Containers"] = [
+                container_views.summary(manager, one, request.version, linked, size=True) for one in everyone
+            ]
+        if value["Images"] is not None:
+            users = collections.Counter(one.config["Image"] for one in manager.containers()) if manager else {}
+            value["Images"] = [
+                images.summary(image, list(image.references), request.version)
+                | {"Containers": users.get(image.id, 0), "SharedSize": 0}
+                for image in await self._images()
+            ]
+            value["LayersSize"] = sum(image["Size"] for image in value["Images"])
+        await trio.lowlevel.checkpoint()
+        return json_response(value)
+
+    async def _images(self) -> list[Image]:
+        """The runtime's images; none when it cannot be asked."""
         manager = self._api.manager
         try:
             if manager is None or manager.runtime is None or not manager.runtime.connected:
                 await trio.lowlevel.checkpoint()
-                return 0
-            return len(await manager.runtime.images())
+                return []
+            return await manager.runtime.images()
         except (BridgeError, RpcError):
-            return 0
-
-    async def disk_usage(self, request: Request) -> Response:
-        """GET /system/df: the bridge stores nothing that could be removed."""
-        await trio.lowlevel.checkpoint()
-        return json_response(
-            {"LayersSize": 0, "Images": [], "Containers": [], "Volumes": [], "BuildCache": [], "BuilderSize": 0}
-        )
+            return []
 
 
+_DISK_KINDS = {"container": "Containers", "image": "Images", "volume": "Volumes", "build-cache": "BuildCache"}
 # Clients show it; what it is called follows Go's own builds.
 _LANGUAGE = f"python{platform.python_version()}"
 

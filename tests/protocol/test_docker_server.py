@@ -37,6 +37,17 @@ async def test_version_and_info(tmp_path: Path) -> None:
         assert "BridgeNfIptables" not in info
 
 
+async def test_disk_usage(tmp_path: Path) -> None:
+    async with open_docker(tmp_path) as rig:
+        await rig.rig.guest("web")
+        value = (await rig.docker("GET", "/system/df")).value
+        assert [one["Names"] for one in value["Containers"]] == [["/web"]]
+        assert (value["Images"], value["Volumes"], value["LayersSize"]) == ([], [], 0)
+        assert (await rig.docker("GET", "/system/df?type=image")).value["Containers"] is None
+        assert (await rig.docker("GET", "/system/df?type=x")).message == "unknown object type: x"
+        assert "web" not in (await rig.docker.cli("system", "df", "-v")).stderr
+
+
 @pytest.mark.parametrize("version", ["1.10", "1.23", "1", "0.9"])
 async def test_old_clients_are_told_in_plain_text(tmp_path: Path, version: str) -> None:
     async with open_docker(tmp_path) as rig:
