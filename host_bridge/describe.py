@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import re
 from collections.abc import Iterable, Sequence
 
-from host_bridge.ipam import ula_prefix, uplink_kernel
+from host_bridge.ipam import is_address, ula_prefix, uplink_kernel
 from host_bridge.model import EndpointRecord, GuestRecord, NetworkRecord, SubnetRecord
-from host_bridge.names import dns_name
+from host_bridge.names import dns_name, host_name
 from host_bridge.store import Store
 from taploom.contracts.taploom.bridge import v1 as bridge
 from taploom.contracts.taploom.guest import v1 as guest
 from taploom.contracts.taploom.helper import v1 as helper
 
 _SHORT_ID = 12
+# What /etc/resolv.conf and /etc/hosts can carry.
+_OPTION = re.compile(r"[a-zA-Z0-9_-]+(:[a-zA-Z0-9._-]+)?", re.ASCII)
+_HOST = re.compile(r"[^\s#\x00-\x1f\x7f-\x9f]{1,255}")
+_MAX_HOSTS = 1000
+# Where a container's resolver listens, as with Docker.
+_RESOLVER = "127.0.0.11"
 
 
 def with_prefixes(endpoint: EndpointRecord, network: NetworkRecord) -> list[str]:
@@ -71,14 +78,18 @@ def _way_out(subnet: SubnetRecord) -> str:
 def guest_resolver(
     record: GuestRecord, store: Store, upstreams: Sequence[str], features: frozenset[int]
 ) -> guest.Resolver:
-    """How a guest's names are resolved. Only of a container is /etc/hosts the agent's business."""
+    """How a guest's names are resolved. Only of a container is /etc/hosts the agent's business.
+
+    Docker takes most of these settings as any text. What an agent would refuse is left out: an option that means
+    nothing must not keep a container from its networks.
+    """
     settings = record.settings
     resolver = guest.Resolver(
         enabled=True,
-        upstreams=list(settings.dns or upstreams),
-        search=list(settings.dns_search),
-        options=list(settings.dns_options),
-        hostname=settings.hostname,
+        upstreams=[text for text in settings.dns or upstreams if not settings.dns or _is_server(text)],
+        search=[domain for domain in settings.dns_search if domain == "." or host_name(domain.removesuffix("."))],
+        options=[option for option in settings.dns_options if _OPTION.fullmatch(option)],
+        hostname=settings.hostname if host_name(settings.hostname) else "",
     )
     if not store.is_container(record.id):
         return resolver
@@ -99,7 +110,11 @@ def _host_entries(
 ) -> list[guest.HostEntry]:
     """The lines of /etc/hosts in Docker's order: extra hosts, links on the default bridge, own addresses."""
     settings = record.settings
-    entries = [guest.HostEntry(address=address, names=name.split()) for name, address in settings.extra_hosts]
+    entries = [
+        guest.HostEntry(address=address, names=names)
+        for name, address in settings.extra_hosts
+        if is_address(address) and (names := name.split()) and all(_HOST.fullmatch(one) for one in names)
+    ]
     for endpoint in on_default:
         if not endpoint.links:
             continue
@@ -109,16 +124,25 @@ def _host_entries(
             other = others.get(target)
             if other is None or not other.addresses or not dns_name(alias):
                 continue
-            hostname = guests[other.guest_id].settings.hostname or other.guest_id[:_SHORT_ID]
-            names = [alias, hostname, *([target] if target != alias else [])]
+            hostname = guests[other.guest_id].settings.hostname
+            names = [alias, hostname if dns_name(hostname) else other.guest_id[:_SHORT_ID]]
+            names += [target] if target != alias else []
             entries.append(guest.HostEntry(address=other.addresses[0], names=names))
-    if settings.hostname:
-        full = f"{settings.hostname}.{settings.domainname}" if settings.domainname else ""
+    if dns_name(settings.hostname):
+        full = f"{settings.hostname}.{settings.domainname}" if dns_name(settings.domainname) else ""
         names = [full, settings.hostname] if full else [settings.hostname]
         entries += [
             guest.HostEntry(address=address, names=names) for endpoint in endpoints for address in endpoint.addresses
         ]
-    return entries
+    return entries[:_MAX_HOSTS]
+
+
+def _is_server(text: str) -> bool:
+    """True for the address of a DNS server that is not the container's own resolver."""
+    if not is_address(text) or text == _RESOLVER:
+        return False
+    address = ipaddress.ip_address(text)
+    return not address.is_multicast and not address.is_unspecified
 
 
 def helper_network(network: NetworkRecord) -> helper.Network:

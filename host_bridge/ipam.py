@@ -156,6 +156,15 @@ def parse_address(text: str) -> Address:
         ) from None
 
 
+def is_address(text: str) -> bool:
+    """True for an address without prefix length and zone."""
+    try:
+        parse_address(text)
+    except InvalidAddressError:
+        return False
+    return True
+
+
 def first_usable(subnet: Subnet) -> int:
     """The lowest address that may be given out. The first is the network's (IPv4) or the routers' anycast address
     (IPv6, RFC 4291 section 2.6.1)."""

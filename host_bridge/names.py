@@ -109,6 +109,11 @@ def check_aliases(aliases: list[str]) -> tuple[str, ...]:
     return tuple(kept.values())
 
 
+def host_name(name: str) -> bool:
+    """True for labels of letters, digits, '-' and '_', with dots between, none of which begins or ends with '-'."""
+    return dns_name(name) and all(_LABEL.fullmatch(part) for part in name.split("."))
+
+
 def any_aliases(aliases: Sequence[str]) -> tuple[str, ...]:
     """The aliases without repetitions and empty ones. Docker takes any text; what DNS cannot carry is no name then.
 

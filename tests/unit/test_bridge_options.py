@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent_guest.resolver.config import ResolverConfig
 from host_bridge import store as store_module
 from host_bridge.describe import endpoint_names, guest_interface, guest_resolver, helper_network, helper_uplink
 from host_bridge.desired import DesiredState
@@ -753,6 +754,41 @@ def test_plain_guests_and_old_agents(state: DesiredState) -> None:
     assert (old.direct, old.manage_hosts) == (False, False)
     new = _resolver(state, "old")
     assert (new.direct, new.manage_hosts, new.hosts) == (True, True, [])
+
+
+_words = st.one_of(
+    st.text(max_size=10),
+    st.sampled_from(
+        ["9.9.9.9", "::1", "0.0.0.0", "ff02::1", "127.0.0.11", ".", "ndots:1", "a-.b", "-x", "web", "x" * 64]
+    ),
+)
+
+
+_settings = st.builds(
+    GuestSettings,
+    hostname=_words,
+    domainname=_words,
+    dns=st.lists(_words, max_size=3).map(tuple),
+    dns_search=st.lists(_words, max_size=3).map(tuple),
+    dns_options=st.lists(_words, max_size=3).map(tuple),
+    extra_hosts=st.lists(st.tuples(_words, _words), max_size=3).map(tuple),
+)
+
+
+def test_agents_take_what_containers_are_given(state: DesiredState) -> None:
+    """Docker writes such settings into files as they are; the agent would refuse some, and with them its networks."""
+    _container_guest(state, "web", 1)
+    connect(state, "bridge", "web")
+    guest = state.find_guest("web")
+
+    @settings(max_examples=200, deadline=None)
+    @given(values=_settings)
+    def any_settings(values: GuestSettings) -> None:
+        resolver = guest_resolver(dataclasses.replace(guest, settings=values), state.store, ["9.9.9.9"], ALL)
+        parsed = ResolverConfig.parse(resolver)
+        assert parsed.direct and parsed.hosts is not None
+
+    any_settings()
 
 
 def test_uplink_of_the_kernel() -> None:
