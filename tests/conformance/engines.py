@@ -124,6 +124,10 @@ class Engine:
         """The command of the image, run on the internet."""
         return self.machine.on_the_internet("chroot", str(self.root), *command)
 
+    def beyond(self, *command: str) -> list[str]:
+        """The command of the image, run on the internet that containers reach."""
+        return self.on_internet(*command)
+
     def clean(self) -> None:
         """Removes every container and network that a scenario made."""
         for container in self.api("GET", "/containers/json?all=1"):
@@ -205,6 +209,7 @@ class TaploomLab(Engine):
         try:
             self.taploom("lab", "up")
             self._ready()
+            self.machine.serve_names(self._in_internet)
         except BaseException:
             self.close()
             raise
@@ -214,6 +219,13 @@ class TaploomLab(Engine):
         environment = {**os.environ, "TAPLOOM_LAB": self.lab, "COLUMNS": "200"}
         environment.pop("TAPLOOM_BRIDGE", None)
         return check(*self.machine.inside(TAPLOOM, *argv), environment=environment, timeout=120)
+
+    def beyond(self, *command: str) -> list[str]:
+        # The lab's containers leave through the helper, to an internet of the lab's own. Its servers have this address too.
+        return self._in_internet("chroot", str(self.root), *command)
+
+    def _in_internet(self, *command: str) -> list[str]:
+        return self.machine.inside("nsenter", f"--net=/run/netns/taploom.{self.lab}.internet", "--", *command)
 
     def processes(self) -> dict[str, dict[str, Any]]:
         """The lab's processes by name."""
@@ -227,6 +239,9 @@ class TaploomLab(Engine):
         return text
 
     def close(self) -> None:
+        keep = os.environ.get("TAPLOOM_KEEP_LOGS")
+        if keep and (self.path / "logs").is_dir():
+            shutil.copytree(self.path / "logs", Path(keep) / self.lab)
         try:
             with suppress(AssertionError):
                 self.taploom("lab", "down")

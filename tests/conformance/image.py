@@ -18,7 +18,7 @@ _SCRIPTS = {
     "serve": 'exec httpd -f -p "${1:-80}" -h /www',
     # Serves the same over UDP.
     "userve": (
-        'exec socat -T5 "UDP6-RECVFROM:${1:-53},fork,ipv6only=0" '
+        'exec socat -T5 "UDP4-RECVFROM:${1:-53},fork" '
         """'SYSTEM:read -r question; echo "$question $(hostname) sees $SOCAT_PEERADDR"'"""
     ),
     # Asks such a server: get HOST PORT. Says in one line what came, or what failed.
@@ -45,7 +45,12 @@ _SCRIPTS = {
             sed -E 's/ (proto|metric|pref|expires|linkdown|hoplimit|error)( [a-z0-9-]+)?//g; s/ +$//; s/ +/ /g' | sort""",
     "macs": "ip -o link show | grep -v ' lo:' | sed -E 's/^[0-9]+: ([a-z0-9]+).* (link.ether [0-9a-f:]+) .*/\\1 \\2/' | sort",
     "mtus": "ip -o link show | sed -E 's/^[0-9]+: ([a-z0-9]+)[@:].* mtu ([0-9]+).*/\\1 \\2/' | sort",
-    "names": 'for name; do nslookup "$name" 2>&1 | awk "NR > 3 && NF" | sort -u; done',
+    "names": """
+        for name; do
+            nslookup "$name" 2>&1 | awk 'NR > 3 && NF' | sed -E 's/^([0-9]+\\.){4}in-addr.arpa/ARPA/; s/ ([0-9]+\\.){4}in-/ ARPA-/' | sort -u
+        done""",
+    # resolv.conf's settings: the order of different ones means nothing.
+    "resolv": "grep -Ev '^ *(#|$)' /etc/resolv.conf | sed 's/ *$//' | sort",
 }
 
 

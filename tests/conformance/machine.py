@@ -75,15 +75,15 @@ class Machine:
             check(*enter("ip", "link", "set", "eth0", "up"))
         self.check("ip", "route", "add", "default", "via", INTERNET_ADDRESS)
         self.check("ip", "-6", "route", "add", "default", "via", INTERNET_ADDRESS6)
-        self._serve_names()
+        self.serve_names(self.on_the_internet)
 
-    def _serve_names(self) -> None:
+    def serve_names(self, enter: Callable[..., list[str]]) -> None:
         """The internet's DNS server: a few names, and no others."""
         records = [f"--host-record=www.internet.test,{INTERNET_ADDRESS},{INTERNET_ADDRESS6}"]
         records += ["--host-record=four.internet.test,192.0.2.4", "--cname=alias.internet.test,four.internet.test"]
         records += ["--txt-record=txt.internet.test,some text", "--ptr-record=4.2.0.192.in-addr.arpa,four.internet.test"]
         self.spawn(
-            *self.on_the_internet("dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-hosts"),
+            *enter("dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-hosts", "--bind-dynamic"),
             *("--no-resolv", "--user=root", "--pid-file", "--cache-size=0", "--address=/#/", *records),
             log="dnsmasq.log",
         )

@@ -12,7 +12,7 @@ _REPLACEMENTS = [
     (re.compile(r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?( ?Z| ?[+-]\d\d:?\d\d( [A-Z]+)?)"), "<time>"),
     (re.compile(r"sha256:[0-9a-f]{12,64}"), "<digest>"),
     (re.compile(r"\b[0-9a-f]{64}\b"), "<id>"),
-    (re.compile(r"\b(?=[0-9a-f]*[a-f])(?=[0-9a-f]*\d)[0-9a-f]{12}\b"), "<id>"),
+    (re.compile(r"\b(?=[a-f]*\d)[0-9a-f]{12}\b"), "<id>"),
     (re.compile(r"\b(Less than a|About an?|\d+) (second|minute|hour)s?( ago)?"), "<duration>"),
     (re.compile(r"\b(endpoint|name|container) \"?/?[a-z]+_[a-z]+[0-9]?\b"), r"\1 <random name>"),
     (re.compile(r"/tmp/tlt[^\s/\"]+"), "<directory>"),

@@ -178,7 +178,7 @@ class Performer:
             self.symbols[step.capture] = f"{time.time():.6f}"
             return Result(0)
         if step.kind == "serve":
-            enter = self._engine.on_host if argv[0] == "host" else self._engine.on_internet
+            enter = self._engine.on_host if argv[0] == "host" else self._engine.beyond
             self._servers.append(self._engine.machine.spawn(*enter(*argv[1:]), log="servers.log"))
             return Result(0)
         if step.kind == "api":

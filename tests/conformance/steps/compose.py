@@ -47,7 +47,7 @@ s.cli("network inspect nets_edge --format '{{.Driver}} {{.Internal}} {{json .IPA
 s.cli("network inspect nets_back --format '{{.Driver}} {{.Internal}} {{.EnableIPv6}} {{json .IPAM}} {{len .Containers}}'")
 s.compose("networks.yaml", "exec -T middle addresses")
 s.compose("networks.yaml", "exec -T middle routes")
-s.compose("networks.yaml", "exec -T middle cat /etc/resolv.conf")
+s.compose("networks.yaml", "exec -T middle resolv")
 s.compose("networks.yaml", "exec -T front cat /etc/hosts", unordered=True, silent=True)
 s.compose("networks.yaml", "exec -T front get middle 80", until=True)
 s.compose("networks.yaml", "exec -T middle get www 80", until=True, silent=True)
