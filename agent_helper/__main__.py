@@ -17,6 +17,7 @@ from pathlib import Path
 import trio
 
 from agent_helper import links
+from agent_helper.door import Door
 from agent_helper.errors import SetupError
 from agent_helper.events import Events
 from agent_helper.fabric import Fabric
@@ -154,7 +155,9 @@ async def _serve(control: Address, data: Address, state_dir: Path) -> None:
         began = datetime.now(UTC)
         await nursery.start(streams.run)
         streams.network_of = fabric.kernel.network_of
-        fabric.kernel.set_redirect(Redirect(streams.redirect_ports.tcp, streams.redirect_ports.udp))
+        door = Door(fabric.kernel.origin, streams.knock)
+        await nursery.start(door.run)
+        fabric.kernel.set_redirect(Redirect(streams.redirect_ports.tcp, streams.redirect_ports.udp), door)
         await fabric.kernel.clear()  # what a run that was killed has left
         await nursery.start(stack.run)
         await nursery.start(fabric.run)

@@ -17,6 +17,10 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 TABLE = "taploom"
+REFUSED_MARK = 0x746C0002  # of SYNs that are refused
+# Source MAC addresses of SYNs that come a second time, with the host's answer (see door.py).
+LET_IN, REFUSED = bytes.fromhex("02746c000001"), bytes.fromhex("02746c000002")
+_ONLY_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
 _IP = {4: "ip", 6: "ip6"}
 MARK = 0x746C0001  # of packets that a local listener takes, whatever their destination
 
@@ -67,6 +71,7 @@ def ruleset(rules: Rules) -> str:
         *_chain(
             "deaf",
             "filter hook prerouting priority -450",
+            *_hold_back(rules, uplink),
             f"iifname {uplink} accept",
             *(f'iifname "{pattern}" drop' for pattern in rules.deaf),
         ),
@@ -122,10 +127,24 @@ def ruleset(rules: Rules) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _hold_back(rules: Rules, uplink: str) -> list[str]:
+    """Connections to the host wait for its answer; not for long do they leave a trace in connection tracking."""
+    if rules.redirect is None:
+        return []
+    return [
+        f"iifname {uplink} ether saddr {LET_IN.hex(':')} accept",
+        f"iifname {uplink} ether saddr {REFUSED.hex(':')} meta mark set {REFUSED_MARK:#x} accept",
+        *(f"iifname {uplink} {_IP[v]} daddr @taken{v} {_ONLY_SYN} drop" for v in (4, 6)),
+        *(f"iifname {uplink} {_IP[a.version]} daddr {a} {_ONLY_SYN} drop" for a in rules.stand_ins),
+    ]
+
+
 def _take(rules: Rules, uplink: str) -> list[str]:
     if rules.redirect is None:
         return []
     return [
+        f"meta mark {REFUSED_MARK:#x} reject with tcp reset",
+    ] + [
         f"iifname {uplink} {_IP[version]} daddr @taken{version} meta l4proto {protocol} "
         f"tproxy {_IP[version]} to {target}:{port} meta mark set {MARK:#x} accept"
         for version, target in ((4, "127.0.0.1"), (6, "[::1]"))

@@ -97,6 +97,16 @@ class _Wanted:
             self._carrier.socket.close()
 
 
+class _LetIn:
+    """A connection that the host has agreed to, and that has yet to come."""
+
+    __slots__ = ("came", "carrier")
+
+    def __init__(self, carrier: trio.SocketStream) -> None:
+        self.came = trio.Event()
+        self.carrier: trio.SocketStream | None = carrier
+
+
 class Streams:
     """Every stream of the agent.
 
@@ -128,6 +138,8 @@ class Streams:
         self._per_network: Counter[str] = Counter()
         # What is carried, and what to do when it ends.
         self._carried: dict[Attachment, Callable[[], None]] = {}
+        # Connections that were agreed to before they were accepted, by source and destination.
+        self._let_in: dict[tuple[tuple[str, int], tuple[str, int]], _LetIn] = {}
         # The first datagrams of flows that wait for the host, by source and destination.
         self._flows: dict[tuple[Any, Any], list[bytes]] = {}
         self._redirect_ports: RedirectPorts | None = None
@@ -267,6 +279,33 @@ class Streams:
             self._wanted.pop(token, None)
             wanted.close()
 
+    async def knock(
+        self, source: tuple[str, int], destination: tuple[str, int], network_id: str, answer: Callable[[bool], None]
+    ) -> None:
+        """A container is about to connect to the host: ask, answer, and keep the stream until the connection comes."""
+        key = (source, destination)
+        if key in self._let_in:  # its SYN was sent again
+            answer(True)
+            return
+        if not self._may_ask(network_id):
+            answer(False)
+            return
+        with self._counted(network_id):
+            carrier = await self._ask(StreamProtocol.TCP, network_id, *destination)
+            if carrier is None:
+                answer(False)
+                return
+            self._let_in[key] = let_in = _LetIn(carrier)
+            try:
+                answer(True)
+                with trio.move_on_after(WANTED_TIMEOUT):
+                    await let_in.came.wait()
+            finally:
+                if self._let_in.get(key) is let_in:
+                    del self._let_in[key]
+                if let_in.carrier is not None:
+                    let_in.carrier.socket.close()
+
     async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
         with listener:
             while True:
@@ -286,6 +325,14 @@ class Streams:
         try:
             network_id = self.network_of(source[0])
             address, port = peer.getsockname()[:2]
+            let_in = self._let_in.get(((source[0], source[1]), (address, port)))
+            if let_in is not None and let_in.carrier is not None:
+                agreed, let_in.carrier = let_in.carrier, None
+                let_in.came.set()
+                keep_alive(peer)
+                self._join(StreamProtocol.TCP, _taken(agreed), peer, network_id)
+                joined = True
+                return
             if not self._may_ask(network_id):
                 return
             with self._counted(network_id):

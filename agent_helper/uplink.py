@@ -22,6 +22,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from agent_helper import firewall, links
+from agent_helper.door import Door
 from agent_helper.firewall import Redirect, Rules
 from agent_helper.spec import Leg, NetworkSpec, UplinkSpec, legs
 
@@ -60,8 +61,10 @@ class KernelEnd:
         self._networks: dict[str, NetworkSpec] = {}
         self._spec: UplinkSpec | None = None
         self._redirect: Redirect | None = None
+        self._door: Door | None = None
         self._there: dict[str, Route | Neighbour] = {}  # by destination
         self._rules: Rules | None = None
+        self._taken: frozenset[Address] = frozenset()
         self._lock = trio.Lock()
         self._asked = self._done = 0
 
@@ -87,16 +90,27 @@ class KernelEnd:
                 self._spec = spec
             else:
                 await trio.to_thread.run_sync(self._open, spec)
+                if self._door is not None:
+                    try:
+                        self._door.open(INTERFACE, self.outer)
+                    except OSError:
+                        await trio.to_thread.run_sync(self._close)
+                        raise
 
     async def close(self) -> None:
         """Removes the interface and all else of ours; nothing when it is not there. It must be unplugged before."""
         async with self._lock:
+            if self._door is not None:
+                self._door.close()
             if self.outer:
                 await trio.to_thread.run_sync(self._close)
 
-    def set_redirect(self, redirect: Redirect | None) -> None:
-        """Has what is for the host taken by these listeners, from the next `converge` on."""
-        self._redirect = redirect
+    def set_redirect(self, redirect: Redirect, door: Door) -> None:
+        """Has what is for the host taken by these listeners, connections once the door has let them in.
+
+        To be called before there is an uplink.
+        """
+        self._redirect, self._door = redirect, door
 
     def set_network(self, spec: NetworkSpec) -> None:
         """Counts the network in, from the next `converge` on."""
@@ -129,11 +143,27 @@ class KernelEnd:
         Args:
             source: the address that it has here: the router's, or the container's own where masquerading is off.
         """
+        found = self._leg_of(source)
+        return found[0] if found is not None else ""
+
+    def origin(self, source: str, destination: str) -> tuple[str, str] | None:
+        """Of a packet from the uplink as it arrives, the network that it came from and the gateway or address of the
+        host's that it was sent to; None when it is not for the host."""
+        address = ipaddress.ip_address(destination)
+        if self._spec is None or not (address in self._taken or address in self._spec.stand_ins):
+            return None
+        found = self._leg_of(source)
+        if address in self._spec.stand_ins:
+            return (found[0], str(found[1].gateway)) if found is not None else None
+        return found[0] if found is not None else "", destination
+
+    def _leg_of(self, source: str) -> tuple[str, Leg] | None:
         address = ipaddress.ip_address(source)
         for network_id, network in self._networks.items():
-            if any(address in subnet for leg in legs(network, self._spec) for subnet in _sources(network, leg)):
-                return network_id
-        return ""
+            for leg in legs(network, self._spec):
+                if any(address in subnet for subnet in _sources(network, leg)):
+                    return network_id, leg
+        return None
 
     # In a worker thread from here on.
 
@@ -200,7 +230,8 @@ class KernelEnd:
                 own |= dict.fromkeys(_sources(network, leg), leg.gateway)
             taken.update(network.gateways)
         subnets = _subnets(spec)
-        self._load(Rules(INTERFACE, _DEAF, spec.mtu, subnets, own, spec.stand_ins, frozenset(taken), self._redirect))
+        self._taken = frozenset(taken)
+        self._load(Rules(INTERFACE, _DEAF, spec.mtu, subnets, own, spec.stand_ins, self._taken, self._redirect))
         with IPRoute() as ipr:
             index = socket.if_nametoindex(INTERFACE)
             gone = [key for key in self._there if key not in wanted]

@@ -116,7 +116,7 @@ async def test_every_gateway_and_host_address_reaches_the_host_from_every_networ
                 host.asked.clear()
                 assert await in_thread(udp, guest, address) == [b"0", b"1", b"2"], address
                 assert host.asked == [(UDP, f"n{number}", address, 80)]
-                with pytest.raises(ConnectionError):
+                with pytest.raises(ConnectionRefusedError):
                     await in_thread(tcp, guest, address, 81)
                 assert guest.ping(address), address
             # Beside all that, connections the other way are told from those of containers.
