@@ -329,8 +329,8 @@ class Streams:
             if let_in is not None and let_in.carrier is not None:
                 agreed, let_in.carrier = let_in.carrier, None
                 let_in.came.set()
-                keep_alive(peer)
-                self._join(StreamProtocol.TCP, _taken(agreed), peer, network_id)
+                tune_tcp(peer)
+                self._join(StreamProtocol.TCP, plain_socket(agreed.socket), peer, network_id)
                 joined = True
                 return
             if not self._may_ask(network_id):
