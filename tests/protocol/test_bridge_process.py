@@ -96,6 +96,43 @@ async def bridge(tmp_path: Path, helper: FakeHelper) -> AsyncIterator[Bridge]:
     process.process.wait()
 
 
+async def test_dockers_options_with_the_command(bridge: Bridge, helper: FakeHelper, web: FakeGuest) -> None:
+    create = ["network", "create", "app", "--subnet", "10.1.0.0/16", "--ip-range", "10.1.5.0/24", "--json"]
+    create += ["--aux-address", "router=10.1.5.1", "--label", "tier=front", "--label", "lone"]
+    create += ["-o", "com.docker.network.bridge.enable_icc=false", "-o", "com.docker.network.driver.mtu=1400"]
+    network = json.loads(await bridge.taploom(*create))
+    assert (network["driver"], network["predefined"], network["mtu"]) == ("bridge", False, 1400)
+    assert network["gateways"] == ["10.1.5.0"]
+    assert network["ip_ranges"] == ["10.1.5.0/24"]
+    assert network["auxiliary_addresses"] == {"router": "10.1.5.1"}
+    assert network["labels"] == {"lone": "", "tier": "front"}
+    assert helper.networks[network["id"]].endpoints_isolated
+    shown = await bridge.taploom("network", "inspect", "app")
+    for text in ("10.1.5.0/24", "router=10.1.5.1", "tier=front", "com.docker.network.bridge.enable_icc=false"):
+        assert text in shown
+    six = json.loads(await bridge.taploom("network", "create", "six", "--ipv6", "--no-ipv4", "--json"))
+    assert len(six["subnets"]) == 1 and ":" in six["subnets"][0]
+    await bridge.taploom("guest", "register", "web", web.control)
+    connect = ["network", "connect", "app", "web", "--link", "database=db", "--driver-opt", "a=b", "--json"]
+    endpoint = json.loads(await bridge.taploom(*connect))
+    assert (endpoint["addresses"], endpoint["links"]) == (["10.1.5.2/16"], {"database": "db"})
+    assert endpoint["driver_options"] == {"a": "b"}
+    (interface,) = web.interfaces.values()
+    assert [(link.alias, link.target) for link in interface.name_links] == [("database", "db")]
+    for arguments, text in (
+        (("network", "create", "x", "-o", "com.docker.network.bridge.enable_icc=maybe"), "use true or false"),
+        (("network", "create", "x", "--ip-range", "10.2.0.0/24"), "no IPv4 subnet"),
+        (("network", "create", "bridge"), "predefined"),
+        (("network", "rm", "none"), "cannot be removed"),
+        (("network", "connect", "six", "web", "--ip", "10.9.0.5"), "--subnet"),
+        (("network", "connect", "bridge", "web", "--alias", "x"), "has no names"),
+    ):
+        message = await bridge.taploom(*arguments, code=1)
+        assert text in message and message.startswith("taploom: ") and "\n" not in message
+    for arguments in (("network", "create", "x", "-o", "a"), ("network", "create", "x", "--aux-address", "=1")):
+        assert "is malformed: write it as" in await bridge.taploom(*arguments, code=2)
+
+
 async def test_a_day_with_the_command(bridge: Bridge, helper: FakeHelper, web: FakeGuest) -> None:
     network_id = await bridge.taploom("network", "create", "app", "--ipv6", "--subnet", "10.1.0.0/24", "--mtu", "9000")
     assert len(network_id) == 64
