@@ -78,6 +78,7 @@ class Fabric:
 
     Attributes:
         events: what happens, whoever asked for it.
+        upstreams: DNS servers of guests that have none of their own.
         on_stream_wanted: joins the streams that containers open to the host; None: they are refused.
     """
 
@@ -109,7 +110,7 @@ class Fabric:
         self.links: dict[str, DataLink] = {}
         self._host_addresses = host_addresses
         self._dataplane = dataplane
-        self._upstreams = list(upstreams)
+        self.upstreams = list(upstreams)
         self._scopes: dict[str, trio.CancelScope] = {}
         self._leaving: dict[str, trio.Event] = {}
         self._nursery: trio.Nursery | None = None
@@ -393,7 +394,7 @@ class Fabric:
             assert peer is not None
             return peer
 
-        peer = GuestPeer(record, self.desired.store, self._upstreams, **self._callbacks(this))
+        peer = GuestPeer(record, self.desired.store, self.upstreams, **self._callbacks(this))
         self.guests[record.id] = peer
         scope = self._scopes[record.id] = trio.CancelScope()
         assert self._nursery is not None
@@ -424,7 +425,11 @@ class Fabric:
 
         def secret(key: str) -> bytes | None:
             link = own(key)
-            return None if link is None or link.up else new_secret()
+            if link is None or link.up:
+                return None
+            fresh = new_secret()
+            link.secret_sent(this(), fresh)
+            return fresh
 
         def sent(key: str, value: bytes) -> None:
             link = own(key)

@@ -123,6 +123,11 @@ class HelperPeer(Peer[HelperObject]):
             features=frozenset(features),
         )
 
+    @property
+    def takes_early_links(self) -> bool:
+        """Whether a link may be dialled before the helper has its endpoint."""
+        return self._can(HelperFeature.EARLY_LINKS)
+
     def _can(self, feature: HelperFeature) -> bool:
         return self.info is not None and feature in self.info.features
 

@@ -2,7 +2,8 @@
 
 A link is dialled as soon as guest and helper both have the endpoint. Each end accepts a dial that presents the secret
 it was given over the control connection, once; the first secrets travel with the descriptions themselves, which saves
-a round trip on connect.
+a round trip on connect. The first dial begins beside them, where the helper can have that: the guest's hello is what
+waits until both have the endpoint, so its interface comes up when there is a path behind it.
 """
 
 from __future__ import annotations
@@ -20,12 +21,17 @@ from host_bridge.peer import Peer, rpc_reason
 from host_bridge.waiting import Backoff, Signal
 from taploom.contracts.taploom.link.v1 import LinkCounters, LinkFeature
 from taploom.link import Dataplane, DataplaneError, FeatureMismatchError, LinkError, close_relay, new_secret, open_relay
+from taploom.link.handshake import HandshakeError
 from taploom.rpc import RpcError
 
 logger = logging.getLogger("taploom.bridge.links")
 
 # A link that broke sooner than this after it came up is dialled again with back-off, not at once.
 STABLE_AFTER = 1.0
+
+
+class _NotToBeError(Exception):
+    """A dial that began early has ended too early: the next one begins when both agents have the endpoint."""
 
 
 class DataLink:
@@ -55,19 +61,33 @@ class DataLink:
         self.changes = Signal()
         self.scope = trio.CancelScope()
         self._dataplane = dataplane
-        # Secrets that an agent has accepted and that no dial has used.
+        # Secrets that an agent has accepted and that no dial has used; those that are on their way to one; and those
+        # that a dial has used meanwhile.
         self._secrets: dict[Peer[Any], bytes] = {}
+        self._sent: dict[Peer[Any], bytes] = {}
+        self._spent: set[bytes] = set()
         self._down: str | None = None
         self._common: frozenset[LinkFeature] | None = None
 
     def secret_accepted(self, peer: Peer[Any], secret: bytes) -> None:
         """Says that an agent accepted a secret along with the endpoint's description."""
-        self._secrets[peer] = secret
+        if self._sent.get(peer) == secret:
+            del self._sent[peer]
+        if secret in self._spent:
+            self._spent.discard(secret)
+        else:
+            self._secrets[peer] = secret
+
+    def secret_sent(self, peer: Peer[Any], secret: bytes) -> None:
+        """Says that a secret is going to an agent along with the endpoint's description."""
+        self._sent[peer] = secret
+        self.changes.notify()
 
     def connection_changed(self, peer: Peer[Any]) -> None:
         """Says that a control connection came or went: what an agent accepted before it restarted is void."""
         if not peer.connected:
             self._secrets.pop(peer, None)
+            self._sent.pop(peer, None)
         self.changes.notify()
 
     def bounce(self, reason: str, generation: int) -> None:
@@ -103,9 +123,11 @@ class DataLink:
         try:
             with self.scope:
                 while True:
-                    await self.changes.until(self._ready)
+                    await self.changes.until(lambda: self._ready() or self._may_be_early())
                     try:
                         await self._dial()
+                    except _NotToBeError:
+                        continue
                     except RpcError as error:
                         self._failed(rpc_reason(error))
                     except LinkError as error:
@@ -134,7 +156,53 @@ class DataLink:
     def _ready(self) -> bool:
         return self.guest.has(self.endpoint_id) and self.helper.has(self.endpoint_id)
 
+    def _may_be_early(self) -> bool:
+        guest_knows = self.guest in self._sent or self.guest in self._secrets
+        return self.helper.takes_early_links and self.helper in self._sent and guest_knows
+
+    def _is_not_to_be(self) -> bool:
+        """Whether an agent is gone or has refused the endpoint, so that a dial that began early leads nowhere."""
+        return any(not p.connected or p.failure(self.endpoint_id) is not None for p in (self.guest, self.helper))
+
+    async def _until_ready(self) -> None:
+        await self.changes.until(lambda: self._ready() or self._is_not_to_be())
+        if not self._ready():
+            raise HandshakeError("an agent has not accepted the endpoint")
+
     async def _dial(self) -> None:
+        early = not self._ready()
+        if early:
+            secrets = self._secrets | self._sent
+            self._secrets, self._sent, self._spent = {}, {}, set(secrets.values())
+        else:
+            secrets = await self._accepted_secrets()
+        generation = self.generation + 1
+        self._down = None
+        try:
+            self.features = await open_relay(
+                self._dataplane,
+                self.endpoint_id,
+                guest=self.guest.data_address,
+                helper=self.helper.data_address,
+                endpoint_id=self.endpoint_id,
+                guest_secret=secrets[self.guest],
+                helper_secret=secrets[self.helper],
+                features=self._wanted_features(),
+                on_down=lambda reason: self._broken(generation, reason),
+                when=self._until_ready if early else None,
+            )
+        except LinkError as error:
+            if early and not isinstance(error, FeatureMismatchError):
+                raise _NotToBeError from error
+            raise
+        self.generation = generation
+        self.up = True
+        self.since = _now()
+        self.problem = ""
+        logger.info("link of %s is up", self.label)
+        self.changes.notify()
+
+    async def _accepted_secrets(self) -> dict[Peer[Any], bytes]:
         secrets: dict[Peer[Any], bytes] = {}
         errors: list[RpcError] = []
         async with trio.open_nursery() as nursery:
@@ -146,25 +214,7 @@ class DataLink:
                     nursery.start_soon(self._authorize, peer, secrets, errors)
         if errors:
             raise errors[0]
-        generation = self.generation + 1
-        self._down = None
-        self.features = await open_relay(
-            self._dataplane,
-            self.endpoint_id,
-            guest=self.guest.data_address,
-            helper=self.helper.data_address,
-            endpoint_id=self.endpoint_id,
-            guest_secret=secrets[self.guest],
-            helper_secret=secrets[self.helper],
-            features=self._wanted_features(),
-            on_down=lambda reason: self._broken(generation, reason),
-        )
-        self.generation = generation
-        self.up = True
-        self.since = _now()
-        self.problem = ""
-        logger.info("link of %s is up", self.label)
-        self.changes.notify()
+        return secrets
 
     async def _authorize(self, peer: Peer[Any], secrets: dict[Peer[Any], bytes], errors: list[RpcError]) -> None:
         secret = new_secret()

@@ -147,6 +147,11 @@ class HelperFeature(betterproto2.Enum):
     Streams can be opened on the data port (LinkHello.stream) and are asked for (StreamWanted).
     """
 
+    EARLY_LINKS = 8
+    """
+    Links may be dialled before the helper has been told of them (LinkHello.early).
+    """
+
     @classmethod
     def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
         return {
@@ -158,6 +163,7 @@ class HelperFeature(betterproto2.Enum):
             5: "HELPER_FEATURE_KERNEL_DATAPATH",
             6: "HELPER_FEATURE_EGRESS",
             7: "HELPER_FEATURE_STREAMS",
+            8: "HELPER_FEATURE_EARLY_LINKS",
         }
 
     @classmethod
@@ -171,6 +177,7 @@ class HelperFeature(betterproto2.Enum):
             "HELPER_FEATURE_KERNEL_DATAPATH": 5,
             "HELPER_FEATURE_EGRESS": 6,
             "HELPER_FEATURE_STREAMS": 7,
+            "HELPER_FEATURE_EARLY_LINKS": 8,
         }
 
 

@@ -243,6 +243,12 @@ class LinkHello(betterproto2.Message):
     of AuthorizeStreams. Only the helper serves these.
     """
 
+    early: "bool" = betterproto2.field(6, betterproto2.TYPE_BOOL)
+    """
+    True: the secret may still be on its way to the listener over the control connection; it waits for it as long as it waits for a
+    hello, instead of refusing at once. Only for listeners that name the feature.
+    """
+
 
 default_message_pool.register_message("taploom.link.v1", "LinkHello", LinkHello)
 
