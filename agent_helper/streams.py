@@ -29,9 +29,10 @@ from taploom.contracts.taploom.helper.v1 import StreamWanted
 from taploom.contracts.taploom.link.v1 import LinkHello, LinkRefusal, StreamProtocol, StreamTarget
 from taploom.limits import raise_descriptor_limit
 from taploom.link import Attachment, Dataplane, new_secret
+from taploom.link.connections import Reach
 from taploom.link.datagrams import MAX_DATAGRAM, DatagramPump
 from taploom.link.handshake import LINK_VERSION, MAX_SECRET, MIN_SECRET, HandshakeError, ready
-from taploom.link.loop import Loop
+from taploom.link.loop import Job, Loop
 from taploom.link.splice import Splice, plain_socket, reset, tune_tcp
 
 __all__ = ["MAX_HANDSHAKES", "MAX_STREAMS", "RedirectPorts", "Streams"]
@@ -184,12 +185,16 @@ class Streams:
             return
         if self.active >= self._max_streams:
             raise HandshakeError(f"there are {self.active} streams already", LinkRefusal.UNAVAILABLE)
+        if target.protocol == StreamProtocol.TCP:
+            where, carrier = (target.address, target.port), plain_socket(stream.socket)
+            self._carry(lambda loop, end: Reach(loop, carrier, where, reply, end), None)
+            return
         with self._counted(None):
-            peer = await _dial(target)
+            peer = _connected_udp(target)
             try:
                 await stream.send_all(reply)
             except BaseException:
-                reset(peer)
+                peer.close()
                 raise
             self._join(target.protocol, plain_socket(stream.socket), peer, None)
 
@@ -207,11 +212,17 @@ class Streams:
             task_status.started()
             while True:
                 await trio.sleep(min(_SWEEP, self._udp_idle / 2))
-                before = time.monotonic() - self._udp_idle
-                for attachment in list(self._carried):
-                    if isinstance(attachment.job, DatagramPump) and attachment.job.active_at < before:
-                        self._dataplane.end_attachment(attachment)
-                        self._carried.pop(attachment)()
+                self._sweep(time.monotonic())
+
+    def _sweep(self, now: float) -> None:
+        """End flows that are silent, and what waits too long for its target."""
+        for attachment in list(self._carried):
+            job = attachment.job
+            if isinstance(job, DatagramPump) and job.active_at < now - self._udp_idle:
+                self._dataplane.end_attachment(attachment)
+                self._carried.pop(attachment)()
+            elif isinstance(job, Reach) and job.began is not None and job.began < now - CONNECT_TIMEOUT:
+                self._dataplane.call(job.give_up)
 
     @contextlib.contextmanager
     def _counted(self, network_id: str | None) -> Iterator[None]:
@@ -241,9 +252,14 @@ class Streams:
     ) -> None:
         """Hand both sockets to the data plane."""
 
-        def make(loop: Loop, end: Callable[[str], None]) -> Splice | DatagramPump:
+        def make(loop: Loop, end: Callable[[str], None]) -> Job:
             kind = Splice if protocol == StreamProtocol.TCP else DatagramPump
             return kind(loop, stream, peer, end)
+
+        self._carry(make, network_id)
+
+    def _carry(self, make: Callable[[Loop, Callable[[str], None]], Job], network_id: str | None) -> None:
+        """Run a job on the data plane, and count it until it ends."""
 
         def ended(_reason: str) -> None:
             self._carried.pop(attachment)()
@@ -393,36 +409,21 @@ class Streams:
             self._flows.pop(key, None)
 
 
-async def _dial(target: StreamTarget) -> socket.socket:
+def _connected_udp(target: StreamTarget) -> socket.socket:
     """A socket that is connected to the target. Raises HandshakeError, UNREACHABLE."""
     family = socket.AF_INET6 if ":" in target.address else socket.AF_INET
-    kind = socket.SOCK_STREAM if target.protocol == StreamProtocol.TCP else socket.SOCK_DGRAM
     try:
-        sock = trio.socket.socket(family, kind)
+        sock = socket.socket(family, socket.SOCK_DGRAM)
     except OSError as error:
         raise HandshakeError(f"no socket can be opened: {error.strerror}", LinkRefusal.UNAVAILABLE) from error
-    reason = "timed out"
     try:
-        with trio.move_on_after(CONNECT_TIMEOUT):
-            await sock.connect((target.address, target.port))
-            plain = plain_socket(sock)
-            if kind == socket.SOCK_STREAM:
-                tune_tcp(plain)
-            return plain
+        sock.setblocking(False)
+        sock.connect((target.address, target.port))
     except OSError as error:
-        reason = _REASONS.get(error.errno or 0, error.strerror or "unknown error")
-    finally:
         sock.close()
-    raise HandshakeError(f"{target.address} port {target.port}: {reason}", LinkRefusal.UNREACHABLE)
-
-
-_REASONS: Final = {
-    errno.ECONNREFUSED: "connection refused",
-    errno.ENETUNREACH: "no route to host",
-    errno.EHOSTUNREACH: "no route to host",
-    errno.EACCES: "no route to host",  # what a router answers that forbids it
-    errno.ETIMEDOUT: "timed out",
-}
+        reason = "no route to host" if error.errno == errno.ENETUNREACH else error.strerror
+        raise HandshakeError(f"{target.address} port {target.port}: {reason}", LinkRefusal.UNREACHABLE) from error
+    return sock
 
 
 def _listeners(kind: socket.SocketKind) -> list[trio.socket.SocketType]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import trio
 
 from agent_helper.streams import Streams
-from taploom.address import UnixAddress, open_listener
+from taploom.address import HybridAddress, UnixAddress, connect, open_listener
 from taploom.contracts.taploom.helper.v1 import StreamWanted
 from taploom.contracts.taploom.link.v1 import StreamProtocol, StreamTarget
 from taploom.link import Dataplane, LinkServer, new_secret, open_dataplane, open_stream
@@ -98,6 +98,34 @@ async def echo(stream: trio.SocketStream) -> None:
     async for data in stream:
         await stream.send_all(data)
     await stream.send_eof()
+
+
+@asynccontextmanager
+async def hybrid_front(directory: Path, behind: UnixAddress) -> AsyncIterator[HybridAddress]:
+    """A VMM's Unix socket (Firecracker's hybrid vsock) before a data port."""
+    path = directory / "vmm.sock"
+
+    async def copy(source: trio.SocketStream, target: trio.SocketStream) -> None:
+        async for data in source:
+            await target.send_all(data)
+        await target.send_eof()
+
+    async def serve(front: trio.SocketStream) -> None:
+        line = b""
+        while not line.endswith(b"\n"):
+            line += await front.receive_some(1)
+        assert line == b"CONNECT 6001\n"
+        async with front, await connect(behind) as back:
+            await front.send_all(b"OK 1\n")
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(copy, front, back)
+                    nursery.start_soon(copy, back, front)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, serve, [await open_listener(UnixAddress(str(path)))])
+        yield HybridAddress(str(path), 6001)
+        nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager

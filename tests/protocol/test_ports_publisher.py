@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,11 +14,20 @@ import pytest
 import trio
 
 from host_bridge.ports import PortAllocatedError, PortBinding, PortPublisher
-from taploom.address import Address
+from taploom.address import Address, UnixAddress, open_listener
 from taploom.contracts.taploom.helper.v1 import StreamWanted
 from taploom.contracts.taploom.link.v1 import StreamProtocol
 from taploom.link import Dataplane, open_dataplane
-from tests.protocol.stream_support import Helper, echo, is_reset, open_helper, tcp_server, udp_server, until
+from tests.protocol.stream_support import (
+    Helper,
+    echo,
+    hybrid_front,
+    is_reset,
+    open_helper,
+    tcp_server,
+    udp_server,
+    until,
+)
 
 GATEWAY = "172.18.0.1"
 
@@ -27,12 +37,13 @@ class HelperPeer:
 
     def __init__(self, helper: Helper) -> None:
         self._helper = helper
+        self.front: Address | None = None
         self.stream_secret: bytes | None = helper.secret
         self.refused: list[bytes] = []
 
     @property
     def data_address(self) -> Address:
-        return self._helper.address
+        return self.front or self._helper.address
 
     async def refuse_stream(self, token: bytes) -> None:
         self.refused.append(token)
@@ -48,13 +59,14 @@ class Rig:
 
 
 @asynccontextmanager
-async def open_rig(directory: Path, *, udp_idle: float = 90.0) -> AsyncIterator[Rig]:
+async def open_rig(directory: Path, *, udp_idle: float = 90.0, front: Address | None = None) -> AsyncIterator[Rig]:
     async with (
         open_helper(directory) as helper,
         open_dataplane() as plane,
         trio.open_nursery() as nursery,
     ):
         peer = HelperPeer(helper)
+        peer.front = front
         publisher = PortPublisher(peer, plane, is_gateway=lambda address: address == GATEWAY, udp_idle=udp_idle)
         await nursery.start(publisher.run)
         yield Rig(helper, peer, publisher, plane)
@@ -120,6 +132,56 @@ async def test_tcp(tmp_path: Path) -> None:
         rig.publisher.release("web")
         assert rig.publisher.published("web") == ()
         assert await connection_fails(port)
+
+
+async def test_helper_behind_a_vmm(tmp_path: Path) -> None:
+    """Whose data port takes a dialogue to be connected to."""
+    behind = UnixAddress(str(tmp_path / "data.sock"))
+    async with (
+        hybrid_front(tmp_path, behind) as front,
+        open_rig(tmp_path, front=front) as rig,
+        tcp_server(echo) as target,
+    ):
+        port = rig.publisher.publish("web", [PortBinding(target)])[0].host_port
+        rig.publisher.set_target("web", ["127.0.0.1"])
+        async with trio.open_nursery() as nursery:
+            for number in range(20):
+
+                async def one(data: bytes) -> None:
+                    assert await ask("127.0.0.1", port, data) == data
+
+                nursery.start_soon(one, b"%d" % number * 1000)
+        await until(lambda: rig.publisher.connections == 0)
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            await stream.send_all(b"x")
+            assert await stream.receive_some() == b"x"
+            rig.publisher.release("web")
+            with pytest.raises(trio.BrokenResourceError):
+                await stream.receive_some()
+        await until(lambda: rig.publisher.connections == 0)
+
+
+async def test_helper_that_does_not_answer(tmp_path: Path) -> None:
+    deaf = UnixAddress(str(tmp_path / "deaf.sock"))
+    async with open_rig(tmp_path, front=deaf) as rig, trio.open_nursery() as nursery:
+        held: list[trio.SocketStream] = []
+
+        async def hold(stream: trio.SocketStream) -> None:
+            held.append(stream)
+            await trio.sleep_forever()
+
+        nursery.start_soon(trio.serve_listeners, hold, [await open_listener(deaf)])
+        port = rig.publisher.publish("web", [PortBinding(80)])[0].host_port
+        rig.publisher.set_target("web", ["127.0.0.1"])
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            await until(lambda: len(held) == 1)
+            assert rig.publisher.connections == 1
+            for owner in rig.publisher._owners.values():  # as it is done when its time is up
+                rig.publisher._tend(owner, flows_before=0, openings_before=time.monotonic())
+            with pytest.raises(trio.BrokenResourceError):
+                await stream.receive_some()
+        await until(lambda: rig.publisher.connections == 0)
+        nursery.cancel_scope.cancel()
 
 
 async def test_server_that_speaks_first_and_closes(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import random
 import socket
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -416,3 +417,32 @@ async def test_no_agent(tmp_path: Path) -> None:
         await open_stream(
             UnixAddress(str(tmp_path / "none.sock")), StreamTarget(protocol=TCP, address="127.0.0.1", port=1), b"x" * 16
         )
+
+
+async def test_target_that_does_not_answer(tmp_path: Path) -> None:
+    with socket.socket() as full, trio.socket.socket() as first, trio.socket.socket() as second:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        # Its queue has room for one; what comes after that gets no answer.
+        await first.connect(full.getsockname())
+        async with open_helper(tmp_path) as helper:
+            errors: list[StreamError] = []
+
+            async def dial() -> None:
+                try:
+                    await helper.open(full.getsockname()[1])
+                except StreamError as error:
+                    errors.append(error)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(second.connect, full.getsockname())
+                nursery.start_soon(dial)
+                await until(lambda: any(attachment.job is not None for attachment in helper.streams._carried))
+                helper.streams._sweep(time.monotonic())
+                assert errors == []
+                helper.streams._sweep(time.monotonic() + 11)
+                await until(lambda: len(errors) == 1)
+                nursery.cancel_scope.cancel()
+            assert isinstance(errors[0], StreamUnreachableError)
+            assert "timed out" in str(errors[0])
+            assert helper.streams.active == 0
