@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import trio
 
-from host_bridge.containers import create, ports
+from host_bridge.containers import create, ports, resolvconf
 from host_bridge.containers.errors import ContainerError, conflict, invalid
 from host_bridge.containers.model import JSON, Container
 from host_bridge.errors import BridgeError, NetworkNotFoundError
@@ -173,13 +173,16 @@ class ContainerNetworks:
 
     def settings(self, container: Container) -> GuestSettings:
         """What the container's names are resolved with, its links on the default bridge included."""
-        host = container.host
+        host, machine = container.host, resolvconf.read()
+        search = host["DnsSearch"] or machine.search
         return GuestSettings(
             hostname=container.docker["Hostname"],
             domainname=container.docker["Domainname"],
-            dns=tuple(host["Dns"] or ()),
-            dns_search=tuple(host["DnsSearch"] or ()),
-            dns_options=tuple(host["DnsOptions"] or ()),
+            # What the bridge was told to ask comes before what its host asks.
+            dns=tuple(host["Dns"] or (() if self._fabric.upstreams else machine.servers)),
+            # As with Docker, a dot alone says that there is nothing to search.
+            dns_search=() if list(search) == ["."] else tuple(search),
+            dns_options=tuple(host["DnsOptions"] or machine.options),
             extra_hosts=tuple(self._extra_hosts(container)),
         )
 
