@@ -26,6 +26,7 @@ _known: set[int] = set()
 # How unknown children ended, for who gets to know them too late.
 _strangers: OrderedDict[int, int] = OrderedDict()
 _MAX_STRANGERS = 256
+_ADOPTION_POLL = 0.001
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,13 @@ class Child:
             await trio.lowlevel.checkpoint()
             return _strangers.pop(self.pid)
         await trio.lowlevel.wait_readable(self.pidfd)
-        result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)  # noqa: ASYNC222 -- it has ended
+        while True:
+            try:
+                result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)  # noqa: ASYNC222 -- it has ended
+                break
+            except ChildProcessError:
+                # It is not ours yet: it is left to us by a process of crun's that outlives crun for a moment.
+                await trio.sleep(_ADOPTION_POLL)
         assert result is not None
         _known.discard(self.pid)
         os.close(self.pidfd)
