@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import trio
+from containers_support import ContainerRig, open_container_rig
 from docker_support import DockerRig, open_docker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from host_bridge.docker_api import container_shapes, networks
+from host_bridge.docker_api import container_shapes, endpoints, networks
 from host_bridge.docker_api.gojson import Map, Optional, Scalar, Shape, Struct
 
 # What dockerd answers with 500, where its code has no better status for the error.
@@ -27,6 +29,7 @@ _DOCKERS_OWN = (
     "strconv.ParseInt: parsing ",
     "Multiple IDs found with provided prefix",
 )
+_CONTAINERS_OWN = ("strconv.Atoi: parsing ",)
 
 
 def mostly(usual: list[Any], unusual: list[Any]) -> st.SearchStrategy[Any]:
@@ -83,6 +86,10 @@ _BY_KEY: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+# Without them every request would be the same error.
+_NEEDED = frozenset({"Name", "Container", "Image", "Cmd"})
+
+
 def values(shape: Shape, key: str = "") -> st.SearchStrategy[Any]:
     """Values of a type, most of them such as people send."""
     right: st.SearchStrategy[Any]
@@ -90,8 +97,10 @@ def values(shape: Shape, key: str = "") -> st.SearchStrategy[Any]:
         case _ if key in _BY_KEY:
             right = _BY_KEY[key]
         case Struct():
+            strategies = {name: values(inner, name) for name, inner in shape.fields.items()}
+            needed = {name: strategy for name, strategy in strategies.items() if name in _NEEDED}
             right = st.fixed_dictionaries(
-                {}, optional={name: values(inner, name) for name, inner in shape.fields.items()}
+                needed, optional={name: one for name, one in strategies.items() if name not in needed}
             )
         case Map():
             right = st.dictionaries(TEXTS, values(shape.element), max_size=3)
@@ -200,18 +209,124 @@ def test_any_request(tmp_path: Path) -> None:
     runs(tmp_path, use)
 
 
+_CONTAINER_KEYS = """
+    Image Cmd Entrypoint Env Labels Hostname Domainname ExposedPorts User WorkingDir Tty StopSignal MacAddress
+    NetworkingConfig
+"""
+_HOST_KEYS = """
+    NetworkMode PortBindings PublishAllPorts Links Dns DnsSearch DnsOptions ExtraHosts RestartPolicy AutoRemove Tmpfs
+    LogConfig
+"""
+PORTS = st.sampled_from(["80/tcp", "80", "53/udp", "0", "x", "70000/tcp", "80-82/tcp", "80/sctp"])
+_BY_KEY |= {
+    "Image": mostly(["box"], ["", "nope", "a/b:c", "host", "x y"]),
+    "Cmd": mostly([["sleep", "1000"], ["true"]], [None, [], [""], "sleep 5"]),
+    "Entrypoint": mostly([None, []], [["sh", "-c"], "sh", [""]]),
+    "Env": mostly([None, ["A=b"]], [["=x"], ["A"]]),
+    "Hostname": mostly(["", "host1"], ["in_valid-", "x" * 300, "a b"]),
+    "WorkingDir": mostly(["", "/tmp"], ["x"]),
+    "StopSignal": mostly(["", "SIGTERM"], ["x", "9"]),
+    "ExposedPorts": st.dictionaries(PORTS, st.just({}), max_size=2),
+    "PortBindings": st.dictionaries(
+        PORTS,
+        st.lists(
+            st.fixed_dictionaries(
+                {
+                    "HostIp": mostly(["", "127.0.0.1"], ["x", "::1", "10.255.255.1"]),
+                    "HostPort": mostly(["", "0"], ["x", "70000", "80000-80001"]),
+                }
+            ),
+            max_size=2,
+        ),
+        max_size=2,
+    ),
+    "NetworkMode": mostly(["", "default", "app", "one", "bridge"], ["none", "nope", "container:web", "container:"]),
+    "EndpointsConfig": st.dictionaries(NETWORKS, values(endpoints.ENDPOINT_SETTINGS), max_size=2),
+    "ExtraHosts": mostly([None, ["db:10.0.0.1"], ["up:host-gateway"]], [["x"], ["a:b:c"]]),
+    "Dns": mostly([None, ["10.0.0.1"]], [["x"]]),
+    "RestartPolicy": mostly(
+        [{"Name": ""}, {"Name": "no"}], [{"Name": "x"}, {"Name": "on-failure", "MaximumRetryCount": -1}]
+    ),
+    "Tmpfs": mostly([None, {"/tmp": ""}], [{"x": ""}]),
+    "LogConfig": mostly([{"Type": "", "Config": None}], [{"Type": "x"}]),
+    "AutoRemove": mostly([False], [True]),
+}
+_HOST_SHAPE = Struct("h", {key: container_shapes.HOST_CONFIG[key] for key in _HOST_KEYS.split()})
+_CONTAINER_SHAPE = Struct(
+    "c",
+    {key: container_shapes.CREATE.fields[key] for key in _CONTAINER_KEYS.split()} | {"HostConfig": _HOST_SHAPE},
+)
+CONTAINER = mostly(["web", "db", "c3"], ["", "nope", "/web", "0", "a b", "x" * 300]).map(
+    lambda name: urllib.parse.quote(name, safe="")
+)
+CONTAINER_REQUESTS = st.one_of(
+    st.tuples(st.just("POST"), CONTAINER.map("/containers/create?name={}".format), values(_CONTAINER_SHAPE)),
+    st.tuples(
+        st.just("POST"),
+        st.builds(
+            "/containers/{}/{}".format,
+            CONTAINER,
+            mostly(
+                ["start", "stop?t=0", "restart?t=0", "kill"], ["rename?name=db", "stop?t=x", "kill?signal=x", "pause"]
+            ),
+        ),
+        st.none(),
+    ),
+    st.tuples(st.just("DELETE"), CONTAINER.map("/containers/{}?force=1".format), st.none()),
+    st.tuples(
+        st.just("GET"),
+        CONTAINER.map("/containers/{}/json".format)
+        | QUERIES.map("/containers/json{}".format)
+        | st.sampled_from(["/containers/json?all=1", "/images/json", "/info", "/system/df"]),
+        st.none(),
+    ),
+    st.tuples(st.just("POST"), NETWORK.map("/networks/{}/connect".format), values(networks.CONNECT)),
+    st.tuples(st.just("POST"), NETWORK.map("/networks/{}/disconnect".format), values(networks.DISCONNECT)),
+    st.tuples(st.just("POST"), st.just("/networks/create"), values(networks.CREATE)),
+    st.tuples(st.just("DELETE"), NETWORK.map("/networks/{}".format), st.none()),
+)
+
+
 def test_any_container(tmp_path: Path) -> None:
-    """Without a runtime nothing is created, whatever is asked for."""
+    """With a runtime that keeps its containers in a dictionary."""
 
-    def use(ask: Callable[..., None]) -> None:
-        @settings(EXAMPLES, max_examples=60)
-        @given(values(container_shapes.CREATE), NETWORK)
-        def check(body: object, name: str) -> None:
-            ask("POST", f"/containers/create?name={name}", body)
+    async def asked_container(rig: ContainerRig, method: str, target: str, body: object) -> None:
+        store = rig.fabric.desired.store
+        before = store.dump()
+        answer = await rig.docker(method, target, body)
+        context = (method, target, body, answer)
+        if answer.status >= 400 and answer.headers["content-type"] == "application/json":
+            assert isinstance(answer.message, str), context
+        if answer.status >= 500:
+            assert answer.message.startswith(_DOCKERS_OWN + _CONTAINERS_OWN), context
+        # A start that fails is remembered in the container's state, as it is by dockerd.
+        if method == "GET" or (answer.status >= 400 and not re.search("start$|restart", target)):
+            assert store.dump() == before, context
 
-        check()
+    async def main() -> None:
+        async with open_container_rig(tmp_path) as rig:
+            await rig.docker("POST", "/networks/create", {"Name": "app"})
+            portal = trio.lowlevel.current_trio_token()
 
-    runs(tmp_path, use)
+            def use() -> None:
+                @EXAMPLES
+                @given(CONTAINER_REQUESTS)
+                def check(request: tuple[str, str, object]) -> None:
+                    trio.from_thread.run(asked_container, rig, *request, trio_token=portal)
+
+                check()
+
+            await trio.to_thread.run_sync(use)
+            store = rig.fabric.desired.store
+            running = {one.id for one in rig.manager.containers() if one.running}
+            assert {guest.id for guest in store.guests()} == {
+                one.id for one in rig.manager.containers() if one.running and one.mode != "host"
+            }
+            await rig.until(lambda: rig.helper.endpoints.keys() == {endpoint.id for endpoint in store.endpoints()})
+            for container in rig.manager.containers():
+                assert container.id in running or not rig.publisher.published(container.id)
+
+    trio.run(main)
 
 
 PIECES = st.binary(max_size=40) | st.sampled_from(
