@@ -49,7 +49,7 @@ class _Lab:
 
 
 @dataclass
-class _Hot:
+class HotGuest:
     lab: _Lab
     bridge: str
     client: Netns
@@ -123,7 +123,7 @@ def build(run: Run, mtus: list[int]) -> Path:
         "taploom",
         [Link("taploom", mtu, client, server, addresses[f"mtu{mtu}"]) for mtu in mtus],
         {"taploom": __version__},
-        _Hot(lab, status["bridge"], client, server, addresses["hot"], "hot", "client"),
+        HotGuest(lab, status["bridge"], client, server, addresses["hot"], "hot", "client"),
         published,
         lambda: _processes(lab),
     )
