@@ -22,7 +22,7 @@ from host_bridge.docker_api.app import DockerApi
 from host_bridge.docker_api.server import serve_docker
 from host_bridge.errors import InvalidError, StateError
 from host_bridge.fabric import Fabric
-from host_bridge.host_addresses import HostAddresses
+from host_bridge.host_addresses import HostAddresses, host_networks
 from host_bridge.ipam import parse_address as parse_ip
 from host_bridge.notify import notify_ready
 from host_bridge.ports import PortPublisher
@@ -139,7 +139,7 @@ async def serve(
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with open_dataplane() as dataplane:
             fabric = Fabric(
-                DesiredState(store),
+                DesiredState(store, host_networks=host_networks),
                 dataplane,
                 helper,
                 helper_data,

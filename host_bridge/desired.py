@@ -12,7 +12,7 @@ import ipaddress
 import logging
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from host_bridge import ipam
@@ -49,8 +49,10 @@ from host_bridge.model import (
     NULL_DRIVER,
     OPTION_HOST_BINDING,
     OPTION_ICC,
+    OPTION_INTERFACE,
     OPTION_MASQUERADE,
     OPTION_MTU,
+    OPTION_PREFIX,
     PREDEFINED,
     EndpointOptions,
     EndpointRecord,
@@ -87,6 +89,9 @@ MAX_INTERFACES = 256
 _SHORT_ID = 12
 _INT32 = range(-(2**31), 2**31)
 _GUEST_ID = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_INTERFACE = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,14}", re.ASCII)
+# With three digits still a name that the kernel takes.
+_INTERFACE_PREFIX = re.compile(r"[a-zA-Z_][a-zA-Z0-9_.-]{0,10}", re.ASCII)
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}", re.ASCII)
 # `default` is what `--network default` says, so no network may be called that.
 RESERVED = frozenset({*PREDEFINED, "default"})
@@ -118,6 +123,8 @@ class DesiredState:
     def __init__(self, store: Store, *, host_networks: Callable[[], Iterable[ipam.Subnet]] = _no_networks) -> None:
         self._store = store
         self._host_networks = host_networks
+        # The next number of a guest's interfaces, by prefix.
+        self._interfaces: dict[str, dict[str, int]] = {}
         self._complete()
 
     @property
@@ -424,6 +431,7 @@ class DesiredState:
             guest = self.find_guest(text)
             endpoints = self._store.endpoints(guest_id=guest.id)
             self._store.delete_guest(guest.id)
+        self._interfaces.pop(guest.id, None)
         return guest, endpoints
 
     def guests(self) -> list[GuestRecord]:
@@ -501,7 +509,7 @@ class DesiredState:
                 id=_new_id(),
                 network_id=network.id,
                 guest_id=guest.id,
-                interface_name=self._free_interface(guest, ()),
+                interface_name=self._interface_name(guest, network, options.driver_options),
                 mac_address=mac or _mac_of(chosen, set(macs)),
                 gateway_priority=priority,
                 created_at=_now(),
@@ -518,16 +526,17 @@ class DesiredState:
         return endpoint
 
     def rename_interface(self, endpoint_id: str, refused: set[str]) -> str | None:
-        """Gives a pending endpoint the lowest free interface name that is not in `refused`; None: it is gone.
+        """Gives a pending endpoint another interface name, none of `refused`; None: it is gone.
 
         A VM may have interfaces that its runtime gave it at boot; only its agent knows their names.
         """
         with self._store.change(durable=False):
             endpoint = self._store.endpoint(endpoint_id)
             guest = None if endpoint is None else self._store.guest(endpoint.guest_id)
-            if endpoint is None or guest is None:
+            network = None if endpoint is None else self._store.network(endpoint.network_id)
+            if endpoint is None or guest is None or network is None:
                 return None
-            name = self._free_interface(guest, refused)
+            name = self._interface_name(guest, network, endpoint.driver_options, refused)
             self._store.rename_interface(endpoint_id, name)
         return name
 
@@ -558,11 +567,34 @@ class DesiredState:
         networks, endpoints = self._store.remove_pending()
         return len(networks) + len(endpoints)
 
-    def _free_interface(self, guest: GuestRecord, refused: set[str] | tuple[()]) -> str:
+    def _interface_name(
+        self, guest: GuestRecord, network: NetworkRecord, options: Mapping[str, str], refused: Collection[str] = ()
+    ) -> str:
+        """The name of a new interface: the one that the driver option says, or the network's prefix and a number.
+
+        A container's interfaces are counted as with Docker: what is connected again has the next number. Another guest,
+        which may run for years, has the lowest free one.
+        """
         taken = {endpoint.interface_name for endpoint in self._store.endpoints(guest_id=guest.id)}
-        for number in range(MAX_INTERFACES):
-            name = f"eth{number}"
+        asked = options.get(OPTION_INTERFACE, "")
+        if asked and not refused:
+            if not _INTERFACE.fullmatch(asked):
+                raise InvalidError(
+                    f"interface name {shown(asked)} is not allowed: use 1 to 15 letters, digits, '_', '.' and '-'"
+                )
+            if asked in taken:
+                raise TakenError(f"guest {guest.name} has an interface {shown(asked)} already: choose another name")
+            return asked
+        prefix = network.options.get(OPTION_PREFIX, "")
+        if not _INTERFACE_PREFIX.fullmatch(prefix):
+            prefix = "eth"
+        first = 0
+        if self._store.is_container(guest.id):
+            first = self._interfaces.get(guest.id, {}).get(prefix, 0)
+        for number in range(first, first + MAX_INTERFACES):
+            name = f"{prefix}{number}"
             if name not in taken and name not in refused:
+                self._interfaces.setdefault(guest.id, {})[prefix] = number + 1
                 return name
         raise ExhaustedError(f"guest {guest.name} has {MAX_INTERFACES} interfaces: disconnect one first")
 

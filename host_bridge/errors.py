@@ -139,7 +139,7 @@ class NetworkOptionError(InvalidError):
             "range": "use 68 to 65535 bytes, 1280 at least with IPv6",
             "address": "use an IP address",
         }[reason]
-        super().__init__(f"option {_shown(option)} of the network cannot be '{_shown(value)}': {wanted}")
+        super().__init__(f"option {_shown(option)} cannot be '{_shown(value)}': {wanted}")
         self.option, self.value, self.reason = option, value, reason
 
 

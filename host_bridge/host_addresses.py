@@ -16,9 +16,12 @@ import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import trio
 
+# On Linux, what only a bridge has (sysfs).
+_BRIDGE = "/sys/class/net/{}/bridge"
 _IFF_UP = 0x1
 _IFF_LOOPBACK = 0x8
 _RTMGRP_LINK = 0x1
@@ -70,8 +73,9 @@ def read_addresses() -> list[HostAddress]:
 
 
 def host_networks() -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
-    """The networks that this machine has an address in."""
-    return [one.address.network for one in read_addresses()]
+    """The networks that this machine is on. Those of its own bridges, such as another container engine's, do not count:
+    guests have no business there."""
+    return [one.address.network for one in read_addresses() if not Path(_BRIDGE.format(one.interface)).exists()]
 
 
 def _walk(entry: ctypes._Pointer[_IfAddrs]) -> Iterator[HostAddress]:

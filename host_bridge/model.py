@@ -23,6 +23,9 @@ OPTION_ICC = "com.docker.network.bridge.enable_icc"
 OPTION_MASQUERADE = "com.docker.network.bridge.enable_ip_masquerade"
 OPTION_HOST_BINDING = "com.docker.network.bridge.host_binding_ipv4"
 OPTION_MTU = "com.docker.network.driver.mtu"
+OPTION_PREFIX = "com.docker.network.container_iface_prefix"
+# And one of its endpoints'.
+OPTION_INTERFACE = "com.docker.network.endpoint.ifname"
 
 _TRUE = frozenset({"1", "t", "T", "TRUE", "true", "True"})
 _FALSE = frozenset({"0", "f", "F", "FALSE", "false", "False"})

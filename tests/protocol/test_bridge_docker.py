@@ -168,23 +168,26 @@ async def main():
         for command in (
             "link add tlt0 type veth peer name tlt1", "addr add 10.77.0.5/24 dev tlt0", "link set tlt1 up",
             "addr add fd77::5/64 dev tlt0 nodad", "addr add 127.0.0.9/8 dev lo", "link set tlt0 up",
+            "link add tlt2 type bridge", "addr add 10.78.0.1/24 dev tlt2", "link set tlt2 up",
         ):
             subprocess.run(["ip", *command.split()], check=True)
         with trio.fail_after(20):
-            while addresses.current() != ("10.77.0.5", "fd77::5"):
+            while addresses.current() != ("10.77.0.5", "10.78.0.1", "fd77::5"):
                 await changed.wait()
                 changed = trio.Event()
         assert sorted(map(str, host_networks())) == ["10.77.0.0/24", "fd77::/64"], host_networks()
         subprocess.run(["ip", "addr", "del", "10.77.0.5/24", "dev", "tlt0"], check=True)
         with trio.fail_after(20):
-            while addresses.current() != ("fd77::5",):
+            while addresses.current() != ("10.78.0.1", "fd77::5"):
                 await changed.wait()
                 changed = trio.Event()
         nursery.cancel_scope.cancel()
 
 trio.run(main)
 """
-    command = ["unshare", "--user", "--map-root-user", "--net", "python", "-c", script]
+    # sysfs shows the network namespace of whoever mounted it.
+    mounted = 'mount -t sysfs none /sys && exec python -c "$1"'
+    command = ["unshare", "--user", "--map-root-user", "--mount", "--net", "sh", "-c", mounted, "sh", script]
     await trio.run_process(command, capture_stdout=True)
 
 

@@ -51,8 +51,10 @@ from host_bridge.errors import (
 from host_bridge.model import (
     OPTION_HOST_BINDING,
     OPTION_ICC,
+    OPTION_INTERFACE,
     OPTION_MASQUERADE,
     OPTION_MTU,
+    OPTION_PREFIX,
     ContainerRecord,
     EndpointOptions,
     EndpointRecord,
@@ -570,6 +572,40 @@ def test_macs_are_a_networks_own(state: DesiredState) -> None:
         state.connect("app", "db", EndpointOptions(mac_address=mac))
     assert (caught.error.mac, caught.error.holder) == (mac, "guest web")
     assert connect(state, "app", "db").mac_address == "02:42:ac:12:00:03"
+
+
+def test_interfaces_are_counted_as_with_docker(state: DesiredState) -> None:
+    """dockerd 20.10 gives what is connected again the next number, for as long as the container runs."""
+    create(state)
+    create(state, "back")
+    create(state, "foo", options={OPTION_PREFIX: "foo"})
+    create(state, "odd", options={OPTION_PREFIX: "a/b" * 9})
+    _container_guest(state, "web", 1)
+
+    def reconnected(network: str, **options: Any) -> str:
+        if state.store.endpoint_of(state.find_network(network).id, state.find_guest("web").id):
+            state.disconnect(network, "web")
+        return connect(state, network, "web", **options).interface_name
+
+    assert [reconnected(name) for name in ("app", "back", "back", "app", "foo", "foo", "odd")] == [
+        *("eth0", "eth1", "eth2", "eth3"),
+        *("foo0", "foo1"),
+        "eth4",
+    ]
+    assert reconnected("app", driver_options={OPTION_INTERFACE: "lan"}) == "lan"
+    for value, kind in (("lan", TakenError), ("a/b", InvalidError), ("x" * 16, InvalidError)):
+        state.disconnect("back", "web")
+        with refused(state, kind):
+            state.connect("back", "web", EndpointOptions(driver_options={OPTION_INTERFACE: value}))
+        connect(state, "back", "web")
+    state.remove_guest("web")
+    register(state, "web", guest_id=f"{1:064x}")
+    assert connect(state, "app", "web").interface_name == "eth0"
+    # Another guest has the lowest free one.
+    register(state, "plain")
+    for _ in range(3):
+        assert connect(state, "app", "plain").interface_name == "eth0"
+        state.disconnect("app", "plain")
 
 
 def test_endpoint_options_survive(tmp_path: Path) -> None:
