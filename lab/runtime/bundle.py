@@ -76,7 +76,8 @@ def process_config(spec: ProcessSpec, user: User) -> dict[str, Any]:
         environment.append(f"HOME={user.home}")
     config: dict[str, Any] = {
         "terminal": spec.terminal,
-        "user": {"uid": user.uid, "gid": user.gid, "additionalGids": list(user.groups)},
+        # The group itself too: it must be impossible to get around a file's mode by leaving it (CVE-2022-36109).
+        "user": {"uid": user.uid, "gid": user.gid, "additionalGids": list(dict.fromkeys((user.gid, *user.groups)))},
         "args": list(spec.arguments),
         "env": environment,
         "cwd": spec.working_directory or "/",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
+import socket
 import stat
+import struct
 import threading
 from pathlib import Path
 
@@ -23,6 +26,8 @@ MS_SLAVE = 1 << 19
 _MNT_DETACH = 2
 
 _PR_SET_PDEATHSIG = 1
+_SIOCSIFFLAGS = 0x8914  # linux/sockios.h
+_IFF_UP = 1
 _SYS_OPENAT2 = 437  # the same number on every architecture (linux 5.6)
 _RESOLVE_IN_ROOT = 0x10
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -96,13 +101,16 @@ def read_in_root(root: Path, path: str, limit: int = 1 << 20) -> bytes:
 def new_network_namespace(sysctls: dict[str, str]) -> int:
     """A new network namespace that lives as long as the returned file descriptor or a process in it.
 
-    `sysctls` are written in it: paths below /proc/sys and their values. Blocks for some milliseconds.
+    Its loopback interface is up. `sysctls` are written in it: paths below /proc/sys and their values. Blocks for some
+    milliseconds.
     """
     created: list[int | OSError] = []
 
     def create() -> None:
         try:
             unshare(CLONE_NEWNET)  # of this thread only
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as any_socket:
+                fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", _IFF_UP))  # netdevice(7)
             for name, value in sysctls.items():
                 Path("/proc/sys", name).write_text(value)
             created.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
