@@ -211,7 +211,7 @@ class Fabric:
                 await _together(
                     partial(self._stack.nb.transact, ensure),
                     partial(self._open_dns, network, spec),
-                    self.kernel.converge,
+                    partial(self.kernel.converge, spec.network_id),
                 )
             except BaseException:
                 await self._drop_network(network)
@@ -227,7 +227,7 @@ class Fabric:
                     f"endpoint {endpoint.spec.endpoint_id} stands in the way: {exc.message}"
                 ) from exc
         self.kernel.set_network(spec)
-        await _together(partial(self._stack.nb.transact, ensure), self.kernel.converge)
+        await _together(partial(self._stack.nb.transact, ensure), partial(self.kernel.converge, spec.network_id))
         if _dns_part(spec) != _dns_part(old) or (spec.dns_servers and network.dns is None):
             # Rare enough to be done from the start: a network's names are files, its server starts in milliseconds.
             await self._close_dns(network)

@@ -23,6 +23,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from agent_helper import firewall, links
 from agent_helper.door import Door
+from agent_helper.errors import HelperError, PreconditionError
 from agent_helper.firewall import Redirect, Rules
 from agent_helper.spec import Leg, NetworkSpec, UplinkSpec, legs
 
@@ -67,10 +68,14 @@ class KernelEnd:
         self._taken: frozenset[Address] = frozenset()
         self._lock = trio.Lock()
         self._asked = self._done = 0
+        self._failed: dict[str, PreconditionError] = {}  # of the last time, by network
 
     async def clear(self) -> None:
-        """Removes what a run before has left, its interface apart, or this one at its end."""
-        await trio.to_thread.run_sync(self._clear)
+        """Removes what a run before has left, its interface apart."""
+        try:
+            await trio.to_thread.run_sync(self._clear)
+        except (HelperError, OSError) as exc:  # networks work all the same; who applies an uplink is told
+            logger.warning("there will be no way out of the networks: %s", exc)
 
     def is_for(self, spec: UplinkSpec | None) -> bool:
         """Whether the interface that there is is this uplink's."""
@@ -120,22 +125,28 @@ class KernelEnd:
         """Counts the network out, from the next `converge` on."""
         self._networks.pop(network_id, None)
 
-    async def converge(self) -> None:
+    async def converge(self, network_id: str = "") -> None:
         """Makes routes and rules be right for the networks. Many at once are one.
 
         Raises:
+            PreconditionError: the machine has a route of its own to a subnet of this network. (What is wrong with
+                another is for who applies that.)
             HelperError, OSError: the kernel refused; the next attempt completes it.
         """
         self._asked += 1
         asked = self._asked
         async with self._lock:
-            if self._done >= asked:
-                return
-            asked = self._asked
-            if self._spec is not None:
-                found = {n: legs(spec, self._spec) for n, spec in self._networks.items()}
-                await trio.to_thread.run_sync(self._converge, self._spec, dict(self._networks), found)
-            self._done = asked
+            if self._done < asked:
+                asked = self._asked
+                self._failed = {}
+                if self._spec is not None:
+                    found = {n: legs(spec, self._spec) for n, spec in self._networks.items()}
+                    self._failed = await trio.to_thread.run_sync(
+                        self._converge, self._spec, dict(self._networks), found
+                    )
+                self._done = asked
+            if network_id in self._failed:
+                raise self._failed[network_id]
 
     def network_of(self, source: str) -> str:
         """The id of the network that a packet from the uplink came from; "" when it is not known.
@@ -213,8 +224,10 @@ class KernelEnd:
 
     def _converge(
         self, spec: UplinkSpec, networks: dict[str, NetworkSpec], network_legs: dict[str, tuple[Leg, ...]]
-    ) -> None:
+    ) -> dict[str, PreconditionError]:
         wanted: dict[str, Route | Neighbour] = {}
+        whose: dict[str, str] = {}
+        failed: dict[str, PreconditionError] = {}
         own: dict[IPNetwork, Address] = {}
         taken: set[Address] = set(spec.host_addresses)
         for network_id, found in network_legs.items():
@@ -227,6 +240,7 @@ class KernelEnd:
                 wanted[address] = (address, network.uplink_mac)
                 wanted[itself] = (itself, "", mtu)
                 wanted[str(leg.subnet)] = (str(leg.subnet), address, mtu)
+                whose |= dict.fromkeys((address, itself, str(leg.subnet)), network_id)
                 own |= dict.fromkeys(_sources(network, leg), leg.gateway)
             taken.update(network.gateways)
         subnets = _subnets(spec)
@@ -241,8 +255,15 @@ class KernelEnd:
                 del self._there[key]
             for key in sorted(wanted, key=lambda key: _order(wanted[key])):
                 if self._there.get(key) != wanted[key]:
-                    _change(ipr, index, wanted[key], "replace")
-                    self._there[key] = wanted[key]
+                    # Never in the place of a route that the machine has for itself.
+                    ours = key in self._there or len(wanted[key]) == 2
+                    try:
+                        _change(ipr, index, wanted[key], "replace" if ours else "add")
+                    except PreconditionError as exc:
+                        failed[whose[key]] = exc
+                    else:
+                        self._there[key] = wanted[key]
+        return failed
 
     def _load(self, rules: Rules) -> None:
         if rules != self._rules:
@@ -295,6 +316,10 @@ def _change(ipr: IPRoute, index: int, item: Route | Neighbour, verb: str) -> Non
         try:
             change()
         except NetlinkError as exc:
+            if exc.code == errno.EEXIST:
+                raise PreconditionError(
+                    f"the helper's machine has a route to {item[0]} itself; choose another subnet"
+                ) from exc
             raise OSError(exc.code, f"cannot enter {item[0]} on the uplink: {os.strerror(exc.code)}") from exc
 
 

@@ -9,9 +9,16 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 import pytest
-from test_helper_rig import Guest, Rig, endpoint, eventually, helper, in_netns, network, sh
+from test_helper_rig import Guest, Rig, endpoint, eventually, helper, in_netns, network, rpc_status, sh
 
-from taploom.contracts.taploom.helper.v1 import ApplyUplinkRequest, GetInfoRequest, HelperFeature, Network, Uplink
+from taploom.contracts.taploom.helper.v1 import (
+    ApplyUplinkRequest,
+    GetInfoRequest,
+    HelperFeature,
+    Network,
+    SyncRequest,
+    Uplink,
+)
 
 pytestmark = pytest.mark.system
 
@@ -276,3 +283,17 @@ async def test_isolated_endpoints_reach_all_but_each_other() -> None:
             a.run("ip", "route", "del", target)
         await rig.apply(outgoing(1))
         await eventually(lambda: reached() == [True, True])
+
+
+async def test_a_route_of_the_machines_own_stays() -> None:
+    async with connected() as (rig, net):
+        mine = network(9, subnets=["192.0.2.0/24"], gateways=["192.0.2.1"])
+        mine.uplink_addresses, mine.uplink_mac = outgoing(9).uplink_addresses, outgoing(9).uplink_mac
+        before = sh("ip", "-n", rig.netns, "route")
+        assert await rpc_status(lambda: rig.apply(mine)) == "FAILED_PRECONDITION"
+        assert sh("ip", "-n", rig.netns, "route") == before
+        outcome = await rig.client.sync(SyncRequest(uplink=UPLINK, networks=[outgoing(1), mine, outgoing(2)]))
+        assert [failure.id for failure in outcome.failures] == ["n9"]
+        guest = await join(rig, 1, 2)
+        with listen(net.netns, INSIDE, 80) as server:
+            assert peer_seen(server, guest.netns, INSIDE) == OUTER
