@@ -4,22 +4,14 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-# Runs a command; its output is shown only when it fails.
-quietly() {
-	log=$(mktemp)
-	if ! "$@" >"$log" 2>&1; then
-		cat "$log" >&2
-		rm -f "$log"
-		echo "setup: failed: $*" >&2
-		exit 1
-	fi
-	rm -f "$log"
-}
+. scripts/debian.sh
 
-packages="openvswitch-switch ovn-central ovn-host dnsmasq-base nftables iproute2 iputils-ping iperf3 dnsutils tcpdump \
-procps util-linux ca-certificates git crun"
+packages="openvswitch-switch ovn-central ovn-host dnsmasq-base nftables crun busybox-static iproute2 iputils-ping \
+iperf3 dnsutils tcpdump procps util-linux ca-certificates git"
 # Node.js comes from the distribution only where there is no npm at all: another source's nodejs brings its own.
 command -v npm >/dev/null || packages="$packages npm"
+# The docker command, which drives a lab; any that is there does. Its daemon is not started.
+command -v docker >/dev/null || packages="$packages docker.io"
 
 python=""
 for candidate in python3.13 python3.12 python3.11 python3 /usr/bin/python3; do
@@ -36,28 +28,8 @@ fi
 # Debian's own Python makes virtual environments only with this package; its headers build packages without a wheel.
 "$python" -c 'import ensurepip' 2>/dev/null || packages="$packages python3-venv python3-dev"
 
-missing=""
-for package in $packages; do
-	dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing="$missing $package"
-done
-if [ -n "$missing" ]; then
-	if [ "$(id -u)" != 0 ]; then
-		echo "setup: these packages are missing, and installing them needs root:$missing" >&2
-		exit 1
-	fi
-	echo "setup: installing$missing"
-	# The packages must not start system-wide daemons: taploom runs its own.
-	policy=/usr/sbin/policy-rc.d
-	if [ ! -e "$policy" ]; then
-		printf '#!/bin/sh\nexit 101\n' >"$policy"
-		chmod +x "$policy"
-		trap 'rm -f "$policy"' EXIT
-	fi
-	export DEBIAN_FRONTEND=noninteractive
-	quietly apt-get update -qq
-	# shellcheck disable=SC2086
-	quietly apt-get install -qq -y --no-install-recommends $missing
-fi
+# shellcheck disable=SC2086
+install_packages $packages
 
 # The environment is made anew when the lock file changes or the checkout has moved.
 want="$(sha256sum <requirements.lock) $PWD"

@@ -7,7 +7,7 @@ leftovers() {
 	{
 		ip netns list 2>/dev/null | awk '/^(taploom\.|tlt)/ {print "namespace " $1}'
 		ip -o link | awk -F': ' '{sub(/@.*/, "", $2); print "interface " $2}'
-		ps -eo args= | grep -E '(ovs-vswitchd|ovsdb-server|ovn-northd|ovn-controller|dnsmasq|agent_guest|agent_helper|host_bridge|lab\.supervisor)' |
+		ps -eo args= | grep -E '(ovs-vswitchd|ovsdb-server|ovn-northd|ovn-controller|dnsmasq|agent_guest|agent_helper|host_bridge|lab\.supervisor|lab\.runtime|crun)' |
 			grep -v grep | sed 's/^/process /'
 		ls /run/taploom 2>/dev/null | sed 's,^,state /run/taploom/,'
 	} | sort
@@ -17,6 +17,7 @@ if [ "$(id -u)" != 0 ]; then
 	echo "make test needs root: it makes namespaces and TAPs" >&2
 	exit 1
 fi
+scripts/conformance-setup.sh || exit 1
 before=$(leftovers)
 began=$(date +%s)
 # Files run side by side, one lab or more each: they mostly wait, so there are more of them than cores.
