@@ -98,7 +98,7 @@ class Pair:
                 with Path(report).open("a") as file:
                     line = {"scenario": scenario.name, "number": number, "step": step.title}
                     file.write(json.dumps({**line, "real": first, "ours": second}) + "\n")
-            if step.kind in ("mark", "serve"):
+            if step.kind in ("mark", "serve") or step.ignored:
                 continue
             self.tally.steps += 1
             found = differences(first, second)
@@ -110,9 +110,7 @@ class Pair:
 
     def _explained(self, scenario: str, step: str, path: str, real: Any, ours: Any) -> bool:
         explaining = [
-            number
-            for number, entry in enumerate(DIFFERENCES)
-            if entry.explains(scenario, step, path, real, ours)
+            number for number, entry in enumerate(DIFFERENCES) if entry.explains(scenario, step, path, real, ours)
         ]
         self.tally.used.update(explaining)
         return bool(explaining)
@@ -135,7 +133,7 @@ def perform(engine: Engine, scenario: Scenario, clean: bool = True) -> list[Any]
             result = performer.perform(step)
             took = time.monotonic() - began
             if took > 3 and os.environ.get("TAPLOOM_CONFORMANCE_REPORT"):
-                print(f"{engine.label}: {took:.1f} s: {scenario.name}: {step.title}")  # noqa: T201
+                print(f"{engine.label}: {took:.1f} s: {scenario.name}: {step.title}")
             answers.append(normalise(step, result, performer.symbols))
     finally:
         performer.close()

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from normalise import ABSENT
 
@@ -26,6 +27,7 @@ class Difference:
     scenario: str = ""
     real: str | None = None
     ours: str | None = None
+    without: str = ""  # both are the same without the lines in which this is found
 
     @cached_property
     def _patterns(self) -> tuple[re.Pattern[str], ...]:
@@ -34,7 +36,13 @@ class Difference:
     def explains(self, scenario: str, step: str, path: str, real: Any, ours: Any) -> bool:
         """True when this is the difference that was found."""
         by_place = all(p.search(text) for p, text in zip(self._patterns, (scenario, step, path), strict=True))
+        if self.without and by_place:
+            return _lines_without(self.without, real) == _lines_without(self.without, ours)
         return by_place and _matches(self.real, real) and _matches(self.ours, ours)
+
+
+def _lines_without(pattern: str, value: Any) -> list[str]:
+    return [line for line in str(value).splitlines() if not re.search(pattern, line)]
 
 
 def _matches(pattern: str | None, value: Any) -> bool:
@@ -43,4 +51,164 @@ def _matches(pattern: str | None, value: Any) -> bool:
     return re.search(pattern, "ABSENT" if value is ABSENT else str(value), re.DOTALL) is not None
 
 
-DIFFERENCES: list[Difference] = []
+# Docker's own changes since 20.10. 26.1.5 and the sources of 28 were looked at.
+_JSON_ERROR = (
+    r"^(invalid JSON: |unsupported Content-Type|malformed Content-Type|unexpected content after JSON|invalid name)"
+)
+_SETTINGS = "Addresses are checked before anything is done, and all that is wrong with them is said at once"
+_BODIES = "Errors in a request's body begin with “invalid JSON:”, name the newer types, and what comes after the JSON is refused"
+_FILTERS = "A malformed filter is a client's error (400) that says “invalid filter”"
+_BRIDGE = "The default bridge's gateway is part of what inspect shows"
+_NAMES = "A blank name of a network is refused with “invalid name: name is empty”"
+_UNIQUE = "Two networks cannot have the same name, with or without CheckDuplicate"
+_SIX = "A network with IPv6 and no IPv6 subnet is given one out of the host's ULA prefix"
+_SWARM = "The ping says whether the engine is in a swarm"
+_VERSIONS = "The API's versions are 1.24 to 1.51"
+_TEXTS = "Error texts of Docker 28"
+
+NEWER = [
+    Difference("newer", _BODIES, r"^json\.message$", ours=_JSON_ERROR),
+    Difference(
+        "newer", _BODIES, r"^(status|json|json\.(Id|Warning)|stdout)$", step="trailing|CheckDuplicate..: .x|n6..\\{"
+    ),
+    Difference("newer", _BODIES, r"^status$", scenario="containers, raw", step="POST", real="500", ours="400"),
+    Difference("newer", "A container is created with several networks", r"", step="--network n1 --network n2"),
+    Difference(
+        "newer",
+        _FILTERS,
+        r"^(json\.message|stderr)$",
+        real="(?i)invalid filter|json|invalid char",
+        ours="invalid filter",
+    ),
+    Difference("newer", _FILTERS, r"^status$", step="filters=", real="500", ours="400"),
+    Difference("newer", _BRIDGE, r"IPAM\.Config\[0\]\.Gateway$", real="ABSENT", ours=r"^172\.17\.0\.1$"),
+    Difference("newer", _NAMES, r"^stderr$", step="network create ' ?'$", ours="invalid name: name is empty"),
+    Difference(
+        "newer", _UNIQUE, r"^(status|json\.\w+)$", scenario="network create, raw", step='create {"Name": "n1"}$'
+    ),
+    Difference("newer", _SIX, r"", step="--ipv6 --subnet 10.91.0.0/16 x|field28"),
+    Difference("newer", _SWARM, r"^headers\.swarm$", real="^$", ours="inactive"),
+    Difference("newer", _VERSIONS, r"^(stdout|json\.message)$", ours="supported API version is 1.(24|51)"),
+    Difference(
+        "newer",
+        _SETTINGS,
+        r"^(stderr|json\.message|status)$",
+        ours="invalid (network config|endpoint settings):|^400$",
+        step="network create|networks/create|network connect|networks/two/connect|run --rm --network \\w+ --ip",
+    ),
+    Difference("newer", _SETTINGS, r"^(exit|stdout)$", step="--subnet 10.91.0.5/16|--ip-range 10.91.0.0/8|127.0.0.0/8"),
+    Difference("newer", _SETTINGS, r"", step="field43"),
+    Difference("newer", _TEXTS, r"^stderr$", ours="invalid pool request: Pool overlaps"),
+    Difference("newer", _TEXTS, r"^stderr$", ours=r"has active endpoints \(name:"),
+    Difference(
+        "newer", _TEXTS, r"^stderr$", step="--subnet 10.91.0.0/3[12] x", ours="no available addresses on this pool"
+    ),
+]
+
+# What taploom does otherwise on purpose.
+DELIBERATE = [
+    Difference(
+        "deliberate",
+        "A container has a link-local route to each network's DNS server",
+        r"^stdout$",
+        step=": routes$",
+        without=r"^169\.254\.64\.\d+ dev eth\d+ scope link$",
+    ),
+    Difference(
+        "deliberate",
+        "A refused connection leaves nothing behind",
+        r"^(json|stdout)$",
+        scenario="network connect and disconnect, raw",
+        step="inspect web",
+        real="'NetworkID': ''|^ABSENT$",
+        ours="ABSENT|null",
+    ),
+    Difference(
+        "deliberate",
+        "A network that is gone is named by its name",
+        r"^stderr$",
+        step="docker start",
+        real="network <[a-z]+> not found",
+        ours="network [a-z]+ not found",
+    ),
+    Difference(
+        "deliberate",
+        "A container with internal networks alone has no default route",
+        r"^stdout$",
+        step=": routes$",
+        real=r"default via <pool:a-inner>",
+    ),
+    Difference(
+        "deliberate",
+        "What a failed connection attempt had taken is free again, so the next address is a lower one",
+        r"",
+        scenario="connect with addresses",
+        step="in web2: (addresses|routes)|inspect dual",
+    ),
+    Difference(
+        "deliberate",
+        "There is no registry to pull from; images are imported",
+        r"^stderr$",
+        ours="there is no registry here",
+    ),
+    Difference(
+        "deliberate",
+        "The image host, the machine's own root file system, is always there",
+        r"^stdout$",
+        ours="host:latest",
+    ),
+    Difference(
+        "deliberate",
+        "A container has no files on the host: the paths are empty",
+        r"^json\.(ResolvConfPath|HostnamePath|HostsPath|LogPath|GraphDriver\.Data|SizeRootFs)$",
+    ),
+    Difference("deliberate", "A container without an image is refused", r"", step='"Image": ""'),
+    Difference(
+        "deliberate", "The network in NAME.NETWORK is found in any case, as the name is", r"^stdout$", step="WWW.Net"
+    ),
+    Difference(
+        "deliberate", "A sandbox has no file that a program could enter", r"SandboxKey$", ours="^/var/run/docker/netns/"
+    ),
+    Difference(
+        "deliberate",
+        "dockerd reports the end of an endpoint twice; taploom once",
+        r"",
+        scenario="events of a disconnect",
+    ),
+    Difference(
+        "deliberate", "Only TCP and UDP can be published", r"^stderr$", ours="only tcp and udp can be published"
+    ),
+    Difference(
+        "deliberate",
+        "The peer of a published connection is always the network's gateway, as with Docker's userland proxy",
+        r"^stdout$",
+        real=r"sees \[::ffff:<(host|internet)>\]",
+        ours=r"sees \[::ffff:.*\.1\]",
+    ),
+    Difference(
+        "deliberate",
+        "A service of the host that a container asks by a gateway or the host's address sees the host itself",
+        r"^stdout$",
+        scenario="dns options|reach",
+        ours=r"sees \[::ffff:(127.0.0.1|<host>)\]",
+    ),
+]
+
+DIFFERENCES: list[Difference] = [*NEWER, *DELIBERATE]
+
+
+def page(kind: Kind) -> str:
+    """What docs/docker.md says: every reason once."""
+    reasons = dict.fromkeys(entry.reason for entry in DIFFERENCES if entry.kind == kind)
+    return "".join(f"- {reason}.\n" for reason in reasons)
+
+
+if __name__ == "__main__":  # writes them into the page
+    document = Path(__file__).parents[2] / "docs/docker.md"
+    text = document.read_text()
+    for which in get_args(Kind):
+        mark = f"<!-- {which}: from tests/conformance/differences.py -->\n"
+        before, after = text.split(mark)
+        _, heading, rest = after.partition("\n## ")
+        text = f"{before}{mark}\n{page(which)}{heading}{rest}"
+    document.write_text(text)

@@ -70,7 +70,13 @@ class Engine:
         kept = {key: os.environ[key] for key in ("PATH", "LANG", "LC_ALL") if key in os.environ}
         config = self.machine.directory / "client"
         config.mkdir(exist_ok=True)
-        return {**kept, "DOCKER_HOST": f"unix://{self.socket}", "DOCKER_CONFIG": str(config), "HOME": str(config), **more}
+        return {
+            **kept,
+            "DOCKER_HOST": f"unix://{self.socket}",
+            "DOCKER_CONFIG": str(config),
+            "HOME": str(config),
+            **more,
+        }
 
     def cli(self, *argv: str, input: str = "", timeout: float = 40, **more: str) -> subprocess.CompletedProcess[str]:
         """Runs docker, whatever it exits with."""

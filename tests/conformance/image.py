@@ -64,7 +64,9 @@ def build(root: Path) -> None:
             (root / "bin" / applet).symlink_to("busybox")
     (root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")
     (root / "etc/group").write_text("root:x:0:\nnogroup:x:65534:\n")
-    (root / "etc/hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")  # for the host's own; containers have theirs
+    (root / "etc/hosts").write_text(
+        "127.0.0.1 localhost\n::1 localhost\n"
+    )  # for the host's own; containers have theirs
     who = root / "www/cgi-bin/who"
     who.write_text(_WHO)
     who.chmod(0o755)

@@ -32,9 +32,7 @@ exec sleep infinity
 """
 
 
-def until(
-    condition: Callable[[], T], what: str, timeout: float = 60, details: Callable[[], str] = lambda: ""
-) -> T:
+def until(condition: Callable[[], T], what: str, timeout: float = 60, details: Callable[[], str] = lambda: "") -> T:
     """Waits for a condition and returns its first true value; fails with `what` and details after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while True:
@@ -81,7 +79,10 @@ class Machine:
         """The internet's DNS server: a few names, and no others."""
         records = [f"--host-record=www.internet.test,{INTERNET_ADDRESS},{INTERNET_ADDRESS6}"]
         records += ["--host-record=four.internet.test,192.0.2.4", "--cname=alias.internet.test,four.internet.test"]
-        records += ["--txt-record=txt.internet.test,some text", "--ptr-record=4.2.0.192.in-addr.arpa,four.internet.test"]
+        records += [
+            "--txt-record=txt.internet.test,some text",
+            "--ptr-record=4.2.0.192.in-addr.arpa,four.internet.test",
+        ]
         self.spawn(
             *enter("dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-hosts", "--bind-dynamic"),
             *("--no-resolv", "--user=root", "--pid-file", "--cache-size=0", "--address=/#/", *records),

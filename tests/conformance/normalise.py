@@ -25,7 +25,9 @@ _ZERO = "0001-01-01T00:00:00Z"
 
 def normalise(step: Step, result: Result, symbols: dict[str, str]) -> Any:
     """The answer as a document to compare."""
-    kept = {match.group() for word in (*step.argv, (step.body or b"").decode("latin-1")) for match in _MAC.finditer(word)}
+    kept = {
+        match.group() for word in (*step.argv, (step.body or b"").decode("latin-1")) for match in _MAC.finditer(word)
+    }
     captured = {value: name for name, value in symbols.items() if len(value) == 64}
     fixed = [
         (re.compile(rf"(?<![\d.]){re.escape(value)}(?!\d)"), f"<{name}>")

@@ -47,6 +47,7 @@ class Step:
     unordered: bool = False  # the lines' order means nothing
     show: tuple[str, ...] = ()  # response headers that are compared
     silent: bool = False  # only success is compared
+    ignored: bool = False  # nothing is compared: it clears up after a step that is
 
 
 @dataclass

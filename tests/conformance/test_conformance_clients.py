@@ -30,7 +30,17 @@ def test_aiodocker_network_tests(pair: Pair) -> None:
         result = run(
             [
                 *(sys.executable, "-m", "pytest", "-o", "addopts=", "-o", "filterwarnings=", "-o", "asyncio_mode=auto"),
-                *("--noconftest", "-p", "aiodocker_fixtures", "-p", "no:trio", "-p", "no:cacheprovider", "--rootdir", str(source)),
+                *(
+                    "--noconftest",
+                    "-p",
+                    "aiodocker_fixtures",
+                    "-p",
+                    "no:trio",
+                    "-p",
+                    "no:cacheprovider",
+                    "--rootdir",
+                    str(source),
+                ),
                 str(source / "tests/test_networks.py"),
             ],
             environment=pair.ours.environment(PYTHONPATH=str(_HERE), PYTHONDONTWRITEBYTECODE="1"),
@@ -53,7 +63,9 @@ def test_docker_py_networks(ours: Engine) -> None:
     """Every call for networks that docker-py has."""
     client = docker.DockerClient(base_url=f"unix://{ours.socket}", version="auto", timeout=40)
     try:
-        pool = IPAMPool("10.77.0.0/24", iprange="10.77.0.128/25", gateway="10.77.0.1", aux_addresses={"kept": "10.77.0.200"})
+        pool = IPAMPool(
+            "10.77.0.0/24", iprange="10.77.0.128/25", gateway="10.77.0.1", aux_addresses={"kept": "10.77.0.200"}
+        )
         network = client.networks.create(
             "py-net",
             driver="bridge",
@@ -86,7 +98,10 @@ def test_docker_py_networks(ours: Engine) -> None:
         assert [n.name for n in client.networks.list(names=["py-net"])] == ["py-net"]
         assert [n.id for n in client.networks.list(ids=[network.id])] == [network.id]
         assert [n.name for n in client.networks.list(filters={"label": "made=here"})] == ["py-net"]
-        assert {n.name for n in client.networks.list(filters={"driver": "bridge", "type": "custom"})} == {"py-net", "py-inner"}
+        assert {n.name for n in client.networks.list(filters={"driver": "bridge", "type": "custom"})} == {
+            "py-net",
+            "py-inner",
+        }
         assert client.networks.get("py-net").id == network.id
         assert client.networks.get(network.short_id).id == network.id
         assert client.networks.get("py-net", verbose=True, scope="local").id == network.id
@@ -111,7 +126,9 @@ def test_docker_py_networks(ours: Engine) -> None:
         low = client.api.create_networking_config({"py-net": client.api.create_endpoint_config(aliases=["low"])})
         second = client.api.create_container(IMAGE, ["sleep", "86400"], name="py-two", networking_config=low)
         client.api.start(second)
-        assert client.api.inspect_container(second)["NetworkSettings"]["Networks"]["py-net"]["IPAddress"] == "10.77.0.128"
+        assert (
+            client.api.inspect_container(second)["NetworkSettings"]["Networks"]["py-net"]["IPAddress"] == "10.77.0.128"
+        )
         client.api.remove_container(second, force=True)
         network.remove()
         with pytest.raises(NotFound):

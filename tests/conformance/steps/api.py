@@ -50,11 +50,37 @@ s.cli("network create --label a=1 one", capture="one")
 s.cli("network create two")
 s.api("GET", "/networks", show=JSON)
 for value in (
-    {"name": ["one"]}, {"name": {"one": True}}, {"name": {"one": False}}, {"name": "one"}, {"name": [1]}, {"name": []}, {},
-    {"driver": ["bridge"]}, {"driver": ["bridge"], "name": ["one"]}, {"id": ["<one>"]}, {"type": ["custom"]}, {"type": ["builtin"]},
-    {"type": ["custom", "builtin"]}, {"type": ["x"]}, {"scope": ["local"]}, {"scope": ["x"]}, {"label": ["a"]}, {"label": ["a=1"]},
-    {"label": ["a=2"]}, {"dangling": ["1"]}, {"dangling": ["0"]}, {"dangling": ["true"]}, {"dangling": ["x"]},
-    {"dangling": ["true", "false"]}, {"nonsense": ["1"]}, [], 7, "nonsense", "", "{", "null",
+    {"name": ["one"]},
+    {"name": {"one": True}},
+    {"name": {"one": False}},
+    {"name": "one"},
+    {"name": [1]},
+    {"name": []},
+    {},
+    {"driver": ["bridge"]},
+    {"driver": ["bridge"], "name": ["one"]},
+    {"id": ["<one>"]},
+    {"type": ["custom"]},
+    {"type": ["builtin"]},
+    {"type": ["custom", "builtin"]},
+    {"type": ["x"]},
+    {"scope": ["local"]},
+    {"scope": ["x"]},
+    {"label": ["a"]},
+    {"label": ["a=1"]},
+    {"label": ["a=2"]},
+    {"dangling": ["1"]},
+    {"dangling": ["0"]},
+    {"dangling": ["true"]},
+    {"dangling": ["x"]},
+    {"dangling": ["true", "false"]},
+    {"nonsense": ["1"]},
+    [],
+    7,
+    "nonsense",
+    "",
+    "{",
+    "null",
 ):
     text = filters(value).replace("%3Cone%3E", "<one>")
     s.api("GET", f"/networks?filters={text}")
@@ -111,24 +137,63 @@ s.api("POST", "/networks/create", {"Name": " "})
 s.api("POST", "/networks/create", {"Name": 7})
 s.api("POST", "/networks/create", {"Name": None})
 s.api("POST", "/networks/create", {"Name": ["x"]})
-for number, (key, value) in enumerate([
-    ("Internal", "yes"), ("Internal", None), ("Internal", 1), ("Driver", 7), ("Driver", ""), ("Driver", None), ("Labels", []),
-    ("Labels", {"a": 1}), ("Labels", None), ("Labels", {}), ("Options", "x"), ("Options", {"a": 1}), ("Options", None), ("IPAM", "x"),
-    ("IPAM", None), ("IPAM", {}), ("IPAM", {"Config": None}), ("IPAM", {"Config": []}), ("IPAM", {"Config": [{}]}),
-    ("IPAM", {"Config": {}}), ("IPAM", {"Config": [None]}), ("IPAM", {"Config": [{"Subnet": 7}]}), ("IPAM", {"Config": [{"Subnet": "x"}]}),
-    ("IPAM", {"Driver": "default"}), ("IPAM", {"Driver": ""}), ("IPAM", {"Options": {"a": "b"}}), ("IPAM", {"Options": None}),
-    ("IPAM", {"Config": [{"Subnet": "10.52.0.0/24", "Nonsense": 1}]}), ("EnableIPv6", True), ("EnableIPv6", "x"), ("EnableIPv6", False),
-    ("Attachable", True), ("Ingress", True), ("ConfigOnly", True), ("ConfigFrom", {"Network": "nosuch"}), ("ConfigFrom", {}),
-    ("Scope", "local"), ("Scope", "swarm"), ("Scope", "nonsense"), ("CheckDuplicate", "x"),
-    ("IPAM", {"Config": [{"Subnet": "10.53.0.0/24", "Gateway": "10.53.0.9", "AuxiliaryAddresses": {"x": "10.53.0.10"}}]}),
-    ("IPAM", {"Config": [{"Gateway": "10.53.0.9"}]}), ("IPAM", {"Config": [{"IPRange": "10.53.0.0/24"}]}),
-    ("IPAM", {"Config": [{"Subnet": "10.54.0.0/24", "IPRange": "10.55.0.0/24"}]}),
-    ("IPAM", {"Config": [{"Subnet": "10.54.0.0/24", "AuxiliaryAddresses": []}]}),
-    ("Options", {"com.docker.network.generic": "x"}), ("Options", {"com.docker.network.driver.mtu": ""}),
-]):
+for number, (key, value) in enumerate(
+    [
+        ("Internal", "yes"),
+        ("Internal", None),
+        ("Internal", 1),
+        ("Driver", 7),
+        ("Driver", ""),
+        ("Driver", None),
+        ("Labels", []),
+        ("Labels", {"a": 1}),
+        ("Labels", None),
+        ("Labels", {}),
+        ("Options", "x"),
+        ("Options", {"a": 1}),
+        ("Options", None),
+        ("IPAM", "x"),
+        ("IPAM", None),
+        ("IPAM", {}),
+        ("IPAM", {"Config": None}),
+        ("IPAM", {"Config": []}),
+        ("IPAM", {"Config": [{}]}),
+        ("IPAM", {"Config": {}}),
+        ("IPAM", {"Config": [None]}),
+        ("IPAM", {"Config": [{"Subnet": 7}]}),
+        ("IPAM", {"Config": [{"Subnet": "x"}]}),
+        ("IPAM", {"Driver": "default"}),
+        ("IPAM", {"Driver": ""}),
+        ("IPAM", {"Options": {"a": "b"}}),
+        ("IPAM", {"Options": None}),
+        ("IPAM", {"Config": [{"Subnet": "10.52.0.0/24", "Nonsense": 1}]}),
+        ("EnableIPv6", True),
+        ("EnableIPv6", "x"),
+        ("EnableIPv6", False),
+        ("Attachable", True),
+        ("Ingress", True),
+        ("ConfigOnly", True),
+        ("ConfigFrom", {"Network": "nosuch"}),
+        ("ConfigFrom", {}),
+        ("Scope", "local"),
+        ("Scope", "swarm"),
+        ("Scope", "nonsense"),
+        ("CheckDuplicate", "x"),
+        (
+            "IPAM",
+            {"Config": [{"Subnet": "10.53.0.0/24", "Gateway": "10.53.0.9", "AuxiliaryAddresses": {"x": "10.53.0.10"}}]},
+        ),
+        ("IPAM", {"Config": [{"Gateway": "10.53.0.9"}]}),
+        ("IPAM", {"Config": [{"IPRange": "10.53.0.0/24"}]}),
+        ("IPAM", {"Config": [{"Subnet": "10.54.0.0/24", "IPRange": "10.55.0.0/24"}]}),
+        ("IPAM", {"Config": [{"Subnet": "10.54.0.0/24", "AuxiliaryAddresses": []}]}),
+        ("Options", {"com.docker.network.generic": "x"}),
+        ("Options", {"com.docker.network.driver.mtu": ""}),
+    ]
+):
     s.api("POST", "/networks/create", {"Name": f"field{number}", key: value})
     s.api("GET", f"/networks/field{number}")
-    s.api("DELETE", f"/networks/field{number}", silent=True)
+    s.api("DELETE", f"/networks/field{number}", ignored=True)
 
 s = scenario("network delete and prune, raw")
 s.api("POST", "/networks/create", {"Name": "n1"}, silent=True)
@@ -139,8 +204,18 @@ s.api("DELETE", "/networks/")
 s.api("POST", "/networks/prune")
 s.api("POST", "/networks/create", {"Name": "n1", "Labels": {"a": "1"}}, silent=True)
 s.api("POST", "/networks/create", {"Name": "n2"}, silent=True)
-for value in ({"nonsense": ["1"]}, {"until": ["x"]}, {"until": ["1h", "2h"]}, {"until": ["1h"]}, {"label": ["b"]}, {"label": "b"}, "{", [],
-              {"label": ["a=1"]}, {"label!": ["b"]}):
+for value in (
+    {"nonsense": ["1"]},
+    {"until": ["x"]},
+    {"until": ["1h", "2h"]},
+    {"until": ["1h"]},
+    {"label": ["b"]},
+    {"label": "b"},
+    "{",
+    [],
+    {"label": ["a=1"]},
+    {"label!": ["b"]},
+):
     s.api("POST", f"/networks/prune?filters={filters(value)}")
 s.api("POST", "/networks/prune", raw=b"ignored?")
 s.api("GET", "/networks/prune")
@@ -161,50 +236,115 @@ s.api("POST", "/networks/nosuch/disconnect", {"Container": "web"})
 s.api("POST", "/networks/nosuch/connect", {"Container": "web"})
 s.api("POST", "/networks/two/connect", {"Container": "nosuch"})
 for action in ("connect", "disconnect"):
-    for raw in (None, b"", b"{", b"[]", b"null", b"{}", b'{"Container": ""}', b'{"Container": 7}', b'{"Container": null}',
-                b'{"Container": "web"} trailing'):
+    for raw in (
+        None,
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"Container": ""}',
+        b'{"Container": 7}',
+        b'{"Container": null}',
+        b'{"Container": "web"} trailing',
+    ):
         s.api("POST", f"/networks/two/{action}", raw=raw)
     s.api("POST", f"/networks/two/{action}", raw=b"{}", headers={"Content-Type": "text/plain"})
 for config in (
-    {"IPAMConfig": {"IPv4Address": "10.56.0.9"}}, {"IPAMConfig": {"IPv4Address": "10.58.0.9"}}, {"IPAMConfig": {"IPv4Address": "x"}},
-    {"IPAMConfig": {"IPv6Address": "fd00::9"}}, {"IPAMConfig": {"IPv6Address": "x"}}, {"IPAMConfig": {"LinkLocalIPs": ["169.254.7.7"]}},
-    {"IPAMConfig": {"LinkLocalIPs": ["x"]}}, {"IPAMConfig": None}, {"IPAMConfig": {}}, {"IPAMConfig": "x"}, {"Aliases": ["x", "y"]},
-    {"Aliases": "x"}, {"Aliases": None}, {"Aliases": []}, {"Links": ["web:x"]}, {"Links": "x"}, {"Links": ["nosuch:x"]}, {"DriverOpts": {"a": "b"}},
-    {"DriverOpts": {"a": 1}}, {"DriverOpts": None}, {"IPAddress": "10.56.0.44"}, {"NetworkID": "x", "EndpointID": "y"},
-    {"Nonsense": 1}, "x", None, [],
-    {"IPAMConfig": {"IPv4Address": "10.56.0.1"}}, {"IPAMConfig": {"IPv4Address": "10.56.0.0"}}, {"IPAMConfig": {"IPv4Address": "10.56.0.256"}},
-    {"IPAMConfig": {"IPv4Address": "fd00::1"}}, {"IPAMConfig": {"IPv4Address": "10.56.0.9/24"}},
+    {"IPAMConfig": {"IPv4Address": "10.56.0.9"}},
+    {"IPAMConfig": {"IPv4Address": "10.58.0.9"}},
+    {"IPAMConfig": {"IPv4Address": "x"}},
+    {"IPAMConfig": {"IPv6Address": "fd00::9"}},
+    {"IPAMConfig": {"IPv6Address": "x"}},
+    {"IPAMConfig": {"LinkLocalIPs": ["169.254.7.7"]}},
+    {"IPAMConfig": {"LinkLocalIPs": ["x"]}},
+    {"IPAMConfig": None},
+    {"IPAMConfig": {}},
+    {"IPAMConfig": "x"},
+    {"Aliases": ["x", "y"]},
+    {"Aliases": "x"},
+    {"Aliases": None},
+    {"Aliases": []},
+    {"Links": ["web:x"]},
+    {"Links": "x"},
+    {"Links": ["nosuch:x"]},
+    {"DriverOpts": {"a": "b"}},
+    {"DriverOpts": {"a": 1}},
+    {"DriverOpts": None},
+    {"IPAddress": "10.56.0.44"},
+    {"NetworkID": "x", "EndpointID": "y"},
+    {"Nonsense": 1},
+    "x",
+    None,
+    [],
+    {"IPAMConfig": {"IPv4Address": "10.56.0.1"}},
+    {"IPAMConfig": {"IPv4Address": "10.56.0.0"}},
+    {"IPAMConfig": {"IPv4Address": "10.56.0.256"}},
+    {"IPAMConfig": {"IPv4Address": "fd00::1"}},
+    {"IPAMConfig": {"IPv4Address": "10.56.0.9/24"}},
 ):
     s.api("POST", "/networks/two/connect", {"Container": "web", "EndpointConfig": config})
-    s.api("GET", "/containers/web/json", silent=True)
     s.cli("inspect web --format '{{json .NetworkSettings.Networks.two}}'")
-    s.api("POST", "/networks/two/disconnect", {"Container": "web", "Force": True}, silent=True)
-s.api("POST", "/networks/six/connect", {"Container": "web", "EndpointConfig": {"IPAMConfig": {"IPv6Address": "fd00:57::9"}}})
+    s.api("POST", "/networks/two/disconnect", {"Container": "web", "Force": True}, ignored=True)
+s.api(
+    "POST",
+    "/networks/six/connect",
+    {"Container": "web", "EndpointConfig": {"IPAMConfig": {"IPv6Address": "fd00:57::9"}}},
+)
 s.cli("inspect web --format '{{json .NetworkSettings.Networks.six}}'")
 s.api("POST", "/networks/one/connect", {"Container": "<web>"})
 s.api("POST", "/networks/<one>/disconnect", {"Container": "<web:12>"})
 
 s = scenario("containers, raw")
-s.api("POST", "/containers/create?name=web", {"Image": "box", "Cmd": ["sleep", "86400"]}, capture="web", capture_path=("Id",), show=JSON)
+s.api(
+    "POST",
+    "/containers/create?name=web",
+    {"Image": "box", "Cmd": ["sleep", "86400"]},
+    capture="web",
+    capture_path=("Id",),
+    show=JSON,
+)
 s.api("POST", "/containers/create?name=web", {"Image": "box"}, show=JSON)
 s.api("POST", "/containers/create?name=!", {"Image": "box", "Cmd": ["true"]})
 s.api("POST", "/containers/create?name=x1", {"Image": "nosuch", "Cmd": ["true"]})
 s.api("POST", "/containers/create?name=x2", {"Image": "", "Cmd": ["true"]})
+s.api("DELETE", "/containers/x2", ignored=True)
 s.api("POST", "/containers/create?name=x3", {})
 s.api("POST", "/containers/create?name=x4")
 s.api("POST", "/containers/create?name=x5", raw=b"{")
 s.api("POST", "/containers/create?name=x6", {"Image": "box"})
 s.api("POST", "/containers/create?name=x7", {"Image": "box", "Cmd": "sleep 1"}, silent=True)
 s.api("POST", "/containers/create?name=x8", {"Image": "box", "Cmd": 7})
-s.api("POST", "/containers/create?name=x9", {"Image": "box", "Cmd": ["true"], "HostConfig": {"NetworkMode": "nosuch"}}, silent=True)
+s.api(
+    "POST",
+    "/containers/create?name=x9",
+    {"Image": "box", "Cmd": ["true"], "HostConfig": {"NetworkMode": "nosuch"}},
+    silent=True,
+)
 s.api("POST", "/containers/x9/start")
-s.api("POST", "/containers/create?name=x10", {"Image": "box", "Cmd": ["true"], "HostConfig": {"PortBindings": {"x": [{}]}}})
-s.api("POST", "/containers/create?name=x11", {"Image": "box", "Cmd": ["true"], "HostConfig": {"PortBindings": {"80/tcp": [{"HostPort": "x"}]}}})
+s.api(
+    "POST",
+    "/containers/create?name=x10",
+    {"Image": "box", "Cmd": ["true"], "HostConfig": {"PortBindings": {"x": [{}]}}},
+)
+s.api(
+    "POST",
+    "/containers/create?name=x11",
+    {"Image": "box", "Cmd": ["true"], "HostConfig": {"PortBindings": {"80/tcp": [{"HostPort": "x"}]}}},
+)
 s.api("POST", "/containers/create?name=x12", {"Image": "box", "Cmd": ["true"], "ExposedPorts": {"x": {}}})
 s.api("POST", "/containers/create?name=x13", {"Image": "box", "Cmd": ["true"], "Env": "A=1"})
-s.api("POST", "/containers/create?name=x14",
-      {"Image": "box", "Cmd": ["true"], "NetworkingConfig": {"EndpointsConfig": {"bridge": {}, "host": {}}}}, silent=True)
-s.api("POST", "/containers/create?name=x15", {"Image": "box", "Cmd": ["true"], "HostConfig": {"NetworkMode": "container:nosuch"}})
+s.api(
+    "POST",
+    "/containers/create?name=x14",
+    {"Image": "box", "Cmd": ["true"], "NetworkingConfig": {"EndpointsConfig": {"bridge": {}, "host": {}}}},
+    silent=True,
+)
+s.api(
+    "POST",
+    "/containers/create?name=x15",
+    {"Image": "box", "Cmd": ["true"], "HostConfig": {"NetworkMode": "container:nosuch"}},
+)
 s.api("POST", "/containers/x15/start")
 s.api("POST", "/containers/web/start", show=JSON)
 s.api("POST", "/containers/web/start", show=JSON)
@@ -215,9 +355,25 @@ s.api("GET", "/containers/nosuch/json")
 s.api("GET", "/containers/json?all=x", silent=True)
 s.api("GET", "/containers/json?limit=x")
 s.api("GET", "/containers/json?all=1&size=0")
-for value in ({"name": ["web"]}, {"id": ["<web>"]}, {"status": ["running"]}, {"status": ["x"]}, {"network": ["bridge"]}, {"label": ["x"]},
-              {"exited": ["x"]}, {"before": ["nosuch"]}, {"since": ["nosuch"]}, {"nonsense": ["x"]}, "{", {"is-task": ["x"]},
-              {"publish": ["x"]}, {"health": ["none"]}, {"health": ["x"]}, {"volume": ["x"]}, {"ancestor": ["nosuch"]}):
+for value in (
+    {"name": ["web"]},
+    {"id": ["<web>"]},
+    {"status": ["running"]},
+    {"status": ["x"]},
+    {"network": ["bridge"]},
+    {"label": ["x"]},
+    {"exited": ["x"]},
+    {"before": ["nosuch"]},
+    {"since": ["nosuch"]},
+    {"nonsense": ["x"]},
+    "{",
+    {"is-task": ["x"]},
+    {"publish": ["x"]},
+    {"health": ["none"]},
+    {"health": ["x"]},
+    {"volume": ["x"]},
+    {"ancestor": ["nosuch"]},
+):
     s.api("GET", f"/containers/json?filters={filters(value).replace('%3Cweb%3E', '<web>')}")
 s.api("POST", "/containers/web/exec", {"Cmd": ["true"]}, silent=True, capture="exec", capture_path=("Id",))
 s.api("GET", "/exec/<exec>/json", silent=True)

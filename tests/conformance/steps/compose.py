@@ -44,7 +44,9 @@ s.cli("network create theirs", silent=True)
 s.compose("networks.yaml", "up -d", unordered=True)
 s.compose("networks.yaml", PS, unordered=True)
 s.cli("network inspect nets_edge --format '{{.Driver}} {{.Internal}} {{json .IPAM}} {{json .Options}} {{len .Labels}}'")
-s.cli("network inspect nets_back --format '{{.Driver}} {{.Internal}} {{.EnableIPv6}} {{json .IPAM}} {{len .Containers}}'")
+s.cli(
+    "network inspect nets_back --format '{{.Driver}} {{.Internal}} {{.EnableIPv6}} {{json .IPAM}} {{len .Containers}}'"
+)
 s.compose("networks.yaml", "exec -T middle addresses")
 s.compose("networks.yaml", "exec -T middle routes")
 s.compose("networks.yaml", "exec -T middle resolv")

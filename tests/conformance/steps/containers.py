@@ -54,7 +54,9 @@ s.cli("kill -s USR1 taken")
 s.cli("kill nosuch")
 s.cli("restart -t 0 web")
 s.cli("inspect web --format '{{.State.Status}} {{.RestartCount}}'")
-s.cli("rm web", )
+s.cli(
+    "rm web",
+)
 s.cli("kill web")
 s.cli("wait web")
 s.cli("inspect web --format '{{.State.Status}} {{.State.Running}} {{.State.ExitCode}}'")
@@ -149,7 +151,10 @@ s.cli("port web")
 s.cli("container prune -f --filter label=nosuch")
 
 s = scenario("logs and attach")
-s.cli("run -d --name talk box sh -c 'echo one; sleep 0.3; echo two >&2; sleep 0.3; echo three; touch /tmp/said; sleep 86400'", capture="talk")
+s.cli(
+    "run -d --name talk box sh -c 'echo one; sleep 0.3; echo two >&2; sleep 0.3; echo three; touch /tmp/said; sleep 86400'",
+    capture="talk",
+)
 s.inside("talk", "ls /tmp/said", until=True)
 s.cli("logs talk")
 s.cli("logs --tail 1 talk")
@@ -171,13 +176,18 @@ s.cli("ps -a --format '{{.Names}} {{.Status}}'")
 
 s = scenario("inspect")
 s.cli("network create net", capture="net")
-s.run("--name web --network net --network-alias www --hostname webhost -p 8081:80 --expose 90/udp "
-      "--add-host a.test:192.0.2.1 --dns 192.0.2.53 --dns-search s.test --dns-option ndots:2 -e X=1 --label l=1", capture="web")
+s.run(
+    "--name web --network net --network-alias www --hostname webhost -p 8081:80 --expose 90/udp "
+    "--add-host a.test:192.0.2.1 --dns 192.0.2.53 --dns-search s.test --dns-option ndots:2 -e X=1 --label l=1",
+    capture="web",
+)
 s.cli("inspect web --format '{{json .NetworkSettings}}'")
 s.cli("inspect web --format '{{json .Config}}'")
-s.cli("inspect web --format '{{.HostConfig.NetworkMode}} {{json .HostConfig.PortBindings}} {{.HostConfig.Dns}} "
-      "{{.HostConfig.DnsSearch}} {{.HostConfig.DnsOptions}} {{.HostConfig.ExtraHosts}} {{.HostConfig.PublishAllPorts}} "
-      "{{.HostConfig.Links}} {{json .HostConfig.RestartPolicy}} {{.HostConfig.AutoRemove}} {{.HostConfig.Privileged}}'")
+s.cli(
+    "inspect web --format '{{.HostConfig.NetworkMode}} {{json .HostConfig.PortBindings}} {{.HostConfig.Dns}} "
+    "{{.HostConfig.DnsSearch}} {{.HostConfig.DnsOptions}} {{.HostConfig.ExtraHosts}} {{.HostConfig.PublishAllPorts}} "
+    "{{.HostConfig.Links}} {{json .HostConfig.RestartPolicy}} {{.HostConfig.AutoRemove}} {{.HostConfig.Privileged}}'"
+)
 s.cli("inspect web --format '{{.Name}} {{.Path}} {{.Args}} {{.Platform}} {{.Driver}}'")
 s.cli("inspect web --format '{{json .State}}'")
 s.cli("inspect --type container web --format '{{.Id}}'")
@@ -203,10 +213,22 @@ s.cli("rm web")
 s.cli("network rm other")
 s.cli("network prune -f")
 s.mark("end")
-for options in ("", "--filter type=network", "--filter type=network --filter event=connect", "--filter network=net",
-                "--filter network=<net>", "--filter container=web", "--filter type=container", "--filter event=create",
-                "--filter event=destroy --filter type=network", "--filter scope=local", "--filter scope=swarm",
-                "--filter type=nonsense", "--filter nonsense=1", "--filter label=a"):
+for options in (
+    "",
+    "--filter type=network",
+    "--filter type=network --filter event=connect",
+    "--filter network=net",
+    "--filter network=<net>",
+    "--filter container=web",
+    "--filter type=container",
+    "--filter event=create",
+    "--filter event=destroy --filter type=network",
+    "--filter scope=local",
+    "--filter scope=swarm",
+    "--filter type=nonsense",
+    "--filter nonsense=1",
+    "--filter label=a",
+):
     s.cli(f"events --since <start> --until <end> --format '{{{{json .}}}}' {options}")
 s.cli("events --since <start> --until <end> --filter type=network --filter event=connect")
 s.cli("events --since nonsense --until <end>")

@@ -18,9 +18,30 @@ s.cli("network create net")
 s.run("--name web --hostname webhost --network net --network-alias www --network-alias shared", capture="web")
 s.run("--name two --network net --network-alias shared --network-alias WWW2", capture="two")
 s.run("--name asker --network net")
-for name in ("web", "WEB", "webhost", "www", "two", "www2", "<web:12>", "<two:12>", "<web>", "shared", "web.net", "www.net", "WWW.Net",
-             "<web:12>.net", "web.other", "nosuch", "nosuch.net", "asker", "localhost", "www.internet.test",
-             "alias.internet.test", "nosuch.internet.test"):
+for name in (
+    "web",
+    "WEB",
+    "webhost",
+    "www",
+    "two",
+    "www2",
+    "<web:12>",
+    "<two:12>",
+    "<web>",
+    "shared",
+    "web.net",
+    "www.net",
+    "WWW.Net",
+    "<web:12>.net",
+    "web.other",
+    "nosuch",
+    "nosuch.net",
+    "asker",
+    "localhost",
+    "www.internet.test",
+    "alias.internet.test",
+    "nosuch.internet.test",
+):
     s.inside("asker", f"names {name}.")
 s.inside("asker", "getent ahostsv4 web")
 s.inside("asker", "getent ahostsv4 www.internet.test")
@@ -67,8 +88,21 @@ s.cli("network connect --alias i inner both")
 s.run("--name inb --network beta --network-alias same")
 s.run("--name ina --network alpha --network-alias same")
 s.run("--name ini --network inner --network-alias same")
-for name in ("inb", "ina", "ini", "same", "same.alpha", "same.beta", "same.inner", "both", "a", "b", "i", "both.alpha",
-             "www.internet.test"):
+for name in (
+    "inb",
+    "ina",
+    "ini",
+    "same",
+    "same.alpha",
+    "same.beta",
+    "same.inner",
+    "both",
+    "a",
+    "b",
+    "i",
+    "both.alpha",
+    "www.internet.test",
+):
     s.inside("both", f"names {name}.")
 for name in ("both", "ina", "same", "b", "a", "both.alpha"):
     s.inside("inb", f"names {name}.")
@@ -139,14 +173,28 @@ s.inside("web", "names database.")
 
 s = scenario("dns options and hosts")
 s.cli("network create net")
-for number, options in enumerate([
-    "--dns 192.0.2.1", "--dns 192.0.2.1 --dns 192.0.2.2", "--dns-search a.test --dns-search b.test", "--dns-search .",
-    "--dns-option ndots:3 --dns-option timeout:2", "--dns 192.0.2.1 --dns-search x.test --dns-opt use-vc",
-    "--add-host one:192.0.2.7 --add-host two:192.0.2.8", "--add-host six:fd00::7", "--add-host gw:host-gateway",
-    "--add-host host.docker.internal:host-gateway", "--hostname h1 --domainname d1.test", "--hostname h1.d2.test",
-    "--dns nonsense", "--add-host nonsense", "--add-host x:nonsense", "--add-host one=192.0.2.9", "--dns-search '-bad-'",
-    "--dns 2001:db8::1",
-]):
+for number, options in enumerate(
+    [
+        "--dns 192.0.2.1",
+        "--dns 192.0.2.1 --dns 192.0.2.2",
+        "--dns-search a.test --dns-search b.test",
+        "--dns-search .",
+        "--dns-option ndots:3 --dns-option timeout:2",
+        "--dns 192.0.2.1 --dns-search x.test --dns-opt use-vc",
+        "--add-host one:192.0.2.7 --add-host two:192.0.2.8",
+        "--add-host six:fd00::7",
+        "--add-host gw:host-gateway",
+        "--add-host host.docker.internal:host-gateway",
+        "--hostname h1 --domainname d1.test",
+        "--hostname h1.d2.test",
+        "--dns nonsense",
+        "--add-host nonsense",
+        "--add-host x:nonsense",
+        "--add-host one=192.0.2.9",
+        "--dns-search '-bad-'",
+        "--dns 2001:db8::1",
+    ]
+):
     for network in ("", "--network net"):
         if network == "" and number in (1, 4, 6, 12, 13, 14, 15, 16):
             continue

@@ -21,12 +21,21 @@ s.cli("network create --subnet 10.44.0.0/24 -o com.docker.network.bridge.enable_
 s.cli("network create --subnet 10.45.0.0/24 -o com.docker.network.driver.mtu=1400 small")
 s.cli("network create --subnet 10.46.0.0/24 -o com.docker.network.bridge.enable_ip_masquerade=false bare")
 ADDRESSES: dict[str, str] = {}
-for network, prefix in (("one", "10.41.0"), ("two", "10.42.0"), ("inner", "10.43.0"), ("noicc", "10.44.0"), ("small", "10.45.0"),
-                        ("bare", "10.46.0")):
+for network, prefix in (
+    ("one", "10.41.0"),
+    ("two", "10.42.0"),
+    ("inner", "10.43.0"),
+    ("noicc", "10.44.0"),
+    ("small", "10.45.0"),
+    ("bare", "10.46.0"),
+):
     for number in (1, 2) if network in ("one", "inner", "noicc") else (1,):
         name = f"{network}{number}"
         ADDRESSES[name] = f"{prefix}.{10 + number}"
-        s.run(f"--name {name} --hostname {name} --network {network} --ip {ADDRESSES[name]} -p {8800 + len(ADDRESSES)}:80", "serve")
+        s.run(
+            f"--name {name} --hostname {name} --network {network} --ip {ADDRESSES[name]} -p {8800 + len(ADDRESSES)}:80",
+            "serve",
+        )
 s.run("--name dflt --hostname dflt", "serve")
 s.cli("network connect --ip 10.42.0.99 two one2")
 s.serve("host", "serve 8660")
@@ -36,7 +45,9 @@ for asker in ("one1", "one2", "two1", "inner1", "noicc1", "small1", "bare1", "df
     s.inside(asker, f"get {ADDRESSES.get(asker, '127.0.0.1')} 80", until=True, silent=True)
     s.inside(asker, "matrix " + " ".join(f"{address}:80" for address in ADDRESSES.values()))
 for asker in ("one1", "inner1", "noicc1", "bare1", "dflt"):
-    s.inside(asker, "matrix <internet>:8661 <host>:8660 10.41.0.1:8660 10.43.0.1:8660 <host>:8801 10.42.0.1:8803 <host>:8804")
+    s.inside(
+        asker, "matrix <internet>:8661 <host>:8660 10.41.0.1:8660 10.43.0.1:8660 <host>:8801 10.42.0.1:8803 <host>:8804"
+    )
     s.inside(asker, "pings <internet>")
     s.inside(asker, "pings 10.41.0.1")
     s.inside(asker, "pings 10.43.0.1")
