@@ -88,8 +88,12 @@ class ContainerManager:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Publishes the ports of what runs, then follows the runtime until cancelled."""
-        for container in self._containers.values():
-            if container.alive and not container.state["Phase"]:
+        for container in list(self._containers.values()):
+            if container.state["Phase"] == CREATING:
+                # Nobody was told of it. What the runtime has of it goes when it is there: nobody knows it then.
+                logger.info("forgetting container %s, which was not created to its end", container.name)
+                self._forget(container)
+            elif container.alive and not container.state["Phase"]:
                 self._publish_again(container)
         unsubscribe = self.fabric.events.subscribe(self._fabric_event)
         try:
@@ -161,11 +165,7 @@ class ContainerManager:
         state = runtime.ContainerState.UNSPECIFIED if status is None else status.state
         if container.removed:
             return
-        if phase == CREATING:
-            logger.info("removing container %s, which was not created to its end", container.name)
-            await self._runtime.delete(container.id)
-            self._forget(container)
-        elif phase == REMOVING:
+        if phase == REMOVING:
             await self._remove_rest(container)
         elif phase == STARTING:
             logger.info("container %s was not started to its end: taking it back", container.name)
@@ -472,7 +472,7 @@ class ContainerManager:
     async def remove(self, text: str, *, force: bool = False) -> None:
         """Removes a container, with `force` also a running one."""
         container = self.container(text)
-        if container.removing:
+        if container.removing and container.lock.locked():
             raise conflict(f"removal of container {container.name} is already in progress")
         if container.running:
             if not force:
@@ -492,8 +492,6 @@ class ContainerManager:
         async with container.lock:
             if container.removed:
                 return
-            if container.removing:
-                raise conflict(f"removal of container {container.name} is already in progress")
             if container.running:
                 raise conflict(
                     f"You cannot remove a running container {container.id}. "
@@ -615,6 +613,9 @@ class ContainerManager:
             self.find(container.mode.removeprefix("container:"))
             raise ContainerError(501, "the network mode container:… is not supported: give each container its networks")
         self.networks.check(container)
+        if container.state["Phase"] == STARTING or self._has_guest(container):
+            # What a bridge that was killed left of an earlier start.
+            await self._take_down(container)
         hosts, variables = self._resolve_links(container)
         settings = self.networks.settings(container)
         if hosts:
@@ -732,6 +733,8 @@ class ContainerManager:
         except UnavailableError as error:
             # It is halted when the runtime is back: its list says that it runs.
             logger.warning("the VM of container %s is not halted yet: %s", container.name, error)
+        # The news of what was halted may come when the container runs again.
+        container.exit_seen = datetime.datetime.now(datetime.UTC)
 
     async def _take_back(self, container: Container) -> None:
         try:

@@ -416,7 +416,7 @@ class ContainerRig:
             dataplane,
             UnixAddress(f"{self.helper.directory}/control.sock"),
             UnixAddress(f"{self.helper.directory}/data.sock"),
-            timing=Timing(deadline=5.0, grace=0.2, settle=1.0),
+            timing=Timing(deadline=10.0, grace=5.0, settle=1.0),
         )
         publisher = PortPublisher(self.fabric.helper, dataplane, is_gateway=lambda _: False)
         client = RuntimeClient(UnixAddress(str(self.runtime.socket)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import trio
 from containers_support import ContainerRig, open_container_rig
+
+from host_bridge.store import Store
 
 
 @pytest.fixture
@@ -84,6 +87,20 @@ async def test_killed_during_a_start(rig: ContainerRig, during: str) -> None:
     assert rig.fabric.desired.guests() == []
     assert (await rig.docker("POST", "/containers/web/start")).status == 204
     assert (await rig.inspect("web"))["NetworkSettings"]["Networks"]["app"]["IPAddress"] == "172.18.0.2"
+
+
+async def test_a_start_clears_what_a_killed_one_left(rig: ContainerRig) -> None:
+    container_id = await rig.run_container("web")
+    await rig.kill_bridge()
+    # As if the bridge had been killed right before it noted that the process runs.
+    with Store(rig.directory / "state") as store, store.change():
+        (record,) = store.containers()
+        state = record.state | {"Phase": "starting", "Running": False}
+        store.update_container(dataclasses.replace(record, state=state))
+    await rig.nursery.start(rig._bridge)
+    assert (await rig.docker("POST", "/containers/web/start")).status == 204
+    assert (await rig.inspect("web"))["NetworkSettings"]["IPAddress"] == "172.17.0.2"
+    assert rig.runtime.containers[container_id].main.running
 
 
 async def test_killed_during_a_creation(rig: ContainerRig) -> None:
