@@ -317,16 +317,59 @@ def test_any_container(tmp_path: Path) -> None:
                 check()
 
             await trio.to_thread.run_sync(use)
-            store = rig.fabric.desired.store
-            running = {one.id for one in rig.manager.containers() if one.running}
-            assert {guest.id for guest in store.guests()} == {
-                one.id for one in rig.manager.containers() if one.running and one.mode != "host"
-            }
-            await rig.until(lambda: rig.helper.endpoints.keys() == {endpoint.id for endpoint in store.endpoints()})
-            for container in rig.manager.containers():
-                assert container.id in running or not rig.publisher.published(container.id)
+            await settled(rig)
 
     trio.run(main)
+
+
+def test_many_clients_at_once(tmp_path: Path) -> None:
+    """The same requests, several at a time: whatever wins, what is left fits together."""
+
+    async def at_once(rig: ContainerRig, requests: list[tuple[str, str, object]]) -> None:
+        async def one(method: str, target: str, body: object) -> None:
+            answer = await rig.docker(method, target, body)
+            if answer.status >= 500:
+                assert answer.message.startswith(_DOCKERS_OWN + _CONTAINERS_OWN), (method, target, body, answer)
+
+        async with trio.open_nursery() as nursery:
+            for request in requests:
+                nursery.start_soon(one, *request)
+
+    async def main() -> None:
+        async with open_container_rig(tmp_path) as rig:
+            await rig.docker("POST", "/networks/create", {"Name": "app"})
+            portal = trio.lowlevel.current_trio_token()
+
+            def use() -> None:
+                @settings(EXAMPLES, max_examples=60)
+                @given(st.lists(CONTAINER_REQUESTS, min_size=4, max_size=10))
+                def check(requests: list[tuple[str, str, object]]) -> None:
+                    trio.from_thread.run(at_once, rig, requests, trio_token=portal)
+
+                check()
+
+            await trio.to_thread.run_sync(use)
+            await settled(rig)
+
+    trio.run(main)
+
+
+async def settled(rig: ContainerRig) -> None:
+    """Checks that records, guests, endpoints, the helper and published ports say the same."""
+    store = rig.fabric.desired.store
+    endpoints = store.endpoints()
+    held = [(endpoint.network_id, address) for endpoint in endpoints for address in endpoint.addresses]
+    assert len(held) == len(set(held)), "an address has two holders"
+    assert all(endpoint.active for endpoint in endpoints)
+    containers = rig.manager.containers()
+    assert {guest.id for guest in store.guests()} == {
+        one.id for one in containers if one.running and one.mode != "host"
+    }
+    await rig.until(lambda: rig.helper.endpoints.keys() == {endpoint.id for endpoint in endpoints})
+    networks = {network.id for network in rig.fabric.desired.networks() if network.switched}
+    await rig.until(lambda: rig.helper.networks.keys() == networks)
+    for container in containers:
+        assert container.running or not rig.publisher.published(container.id)
 
 
 PIECES = st.binary(max_size=40) | st.sampled_from(
