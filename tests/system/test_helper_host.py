@@ -172,3 +172,24 @@ async def test_a_large_transfer_to_the_host_and_back() -> None:
                 return bytes(received)
 
         assert await in_thread(transfer) == data
+
+
+async def test_many_connections_at_once_and_some_refused() -> None:
+    async with hosted() as (rig, host):
+        await rig.apply(outgoing(1))
+        guest = await join(rig, 1, 2)
+        outcomes: list[bytes] = []
+
+        async def one(number: int) -> None:
+            address = ("10.77.1.1", HOST, "fd00:77:1::1", HOST6)[number % 4]
+            try:
+                outcomes.append(await trio.to_thread.run_sync(tcp, guest, address, 80 + number % 2))
+            except ConnectionRefusedError:
+                outcomes.append(b"refused")
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                for number in range(80):
+                    nursery.start_soon(one, number)
+        assert sorted(outcomes) == [b"hello"] * 40 + [b"refused"] * 40
+        assert len(host.asked) == 80
