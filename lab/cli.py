@@ -54,6 +54,7 @@ def lab() -> None:
         taploom network connect app web
         taploom network connect app db --alias postgres
         taploom lab exec web -- ping -c1 postgres
+        eval "$(taploom lab up)"; docker run -d --network app --name cache host sleep 1000
         taploom lab down
     """
 

@@ -93,7 +93,7 @@ class Supervisor:
                 *("--socket", self._lab.bridge_address, "--state-dir", str(self._lab.path / "bridge")),
                 *("--helper", f"unix:{self._lab.helper_directory}/control.sock"),
                 *("--docker-socket", self._lab.docker_socket),
-                *_if_known("--runtime", self._lab.runtime_address),
+                *("--runtime", self._lab.runtime_address),
             ],
             env=self._lab.environment(),
             log=self._lab.logs / "bridge.log",
@@ -231,15 +231,6 @@ class Supervisor:
 
 def _python(module: str) -> list[str]:
     return [sys.executable, "-m", module]
-
-
-def _if_known(option: str, value: str) -> list[str]:
-    """An option of the bridge, when this bridge has it."""
-    import importlib.util
-
-    found = importlib.util.find_spec("host_bridge.__main__")
-    known = found is not None and found.origin is not None and f'"{option}"' in Path(found.origin).read_text()
-    return [option, value] if known else []
 
 
 def _add_netns(name: str) -> None:

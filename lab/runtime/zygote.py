@@ -76,6 +76,7 @@ def _become(run: object, argv: list[str], log: str, netns: int, parent: int) -> 
             os.dup2(source, target)
         os.close(output)
         os.close(null)
+        kernel.name_process("taploom-guest")  # the command line stays that of the process it was forked from
         sys.argv = [AGENT, *argv]
         assert callable(run)
         run()
