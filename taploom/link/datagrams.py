@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from taploom.link.loop import READ, WRITE, Loop
 from taploom.link.pump import write_limit
+from taploom.link.splice import widen
 
 __all__ = [
     "MAX_DATAGRAM",
@@ -78,6 +79,7 @@ class _Stream:
     __slots__ = ("_limit", "_scanner", "fd", "sock", "unsent")
 
     def __init__(self, sock: socket.socket) -> None:
+        widen(sock)
         self.sock = sock
         self.fd = sock.fileno()
         self.unsent: memoryview | None = None  # the rest of a batch that was begun

@@ -237,12 +237,23 @@ class LinkServer:
     ) -> None:
         """Replace whatever link the endpoint has by ``stream``; with the endpoint's lock held.
 
-        Until the dialler has its answer, the link before goes on.
+        Until the dialler has its answer, the link before goes on. Where there is none, the carrier is on by then, so
+        that what is sent the moment that somebody hears of the link is queued and not lost.
         """
         tap = endpoint.tap
         if not tap.is_alive():
             raise HandshakeError(f"interface {tap.name} is gone", LinkRefusal.UNAVAILABLE)
-        await stream.send_all(ready(version, features))
+        prepared = not endpoint.up
+        try:
+            if prepared:
+                _prepare(tap, features)
+            await stream.send_all(ready(version, features))
+        except TapError as error:
+            raise HandshakeError(str(error), LinkRefusal.UNAVAILABLE) from error
+        except BaseException:
+            if prepared:
+                _carrier_off(tap)
+            raise
         # From here on the endpoint is in an ordered state whatever happens: nothing waits for the peer.
         with trio.CancelScope(shield=True):
             await self._dataplane.stop(endpoint.link_id)
@@ -250,14 +261,11 @@ class LinkServer:
             endpoint.last_close_reason = "replaced by a new link"
             logger.info("link of endpoint %s: replaced by a new one", endpoint.id)
         try:
-            if tap.offloads != features:
-                # With the carrier off nothing is queued while the offloads change.
-                tap.set_carrier(False)
-                tap.set_offloads(features)
+            if not prepared:
+                _prepare(tap, features)
             self._dataplane.attach_pump(
                 endpoint.link_id, tap.fileno(), stream, features, lambda reason: self._broken(endpoint, reason)
             )
-            tap.set_carrier(True)
         except TapError as error:
             await self._dataplane.stop(endpoint.link_id)
             self._broken(endpoint, str(error))
@@ -274,6 +282,14 @@ class LinkServer:
         _carrier_off(endpoint.tap)
         logger.warning("link of endpoint %s: down: %s", endpoint.id, reason)
         self._on_down(endpoint.id, reason)
+
+
+def _prepare(tap: Tap, features: frozenset[LinkFeature]) -> None:
+    if tap.offloads != features:
+        # With the carrier off nothing is queued while the offloads change.
+        tap.set_carrier(False)
+        tap.set_offloads(features)
+    tap.set_carrier(True)
 
 
 def _carrier_off(tap: Tap) -> None:
