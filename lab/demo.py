@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,19 +49,28 @@ def run(*arguments: str, timeout: float = 90) -> tuple[str, float]:
     Raises:
         StepFailedError: it failed.
     """
-    console.print(f"[bold]$ taploom {shlex.join(arguments)}[/bold]")
+    return _run([TAPLOOM, *arguments], shlex.join(["taploom", *arguments]), timeout)
+
+
+def docker(*arguments: str, timeout: float = 60) -> tuple[str, float]:
+    """Runs a `docker` command against the lab; otherwise as `run`."""
+    return _run(["docker", *arguments], shlex.join(["docker", *arguments]), timeout)
+
+
+def _run(command: list[str], typed: str, timeout: float) -> tuple[str, float]:
+    console.print(f"$ {typed}", style="bold", markup=False)
     began = time.monotonic()
     try:
         result = subprocess.run(
-            [TAPLOOM, *arguments], capture_output=True, text=True, timeout=timeout, env=environment(), check=False
+            command, capture_output=True, text=True, timeout=timeout, env=environment(), check=False
         )
     except subprocess.TimeoutExpired:
-        raise StepFailedError(f"'taploom {shlex.join(arguments)}' did not end within {timeout:.0f} s") from None
+        raise StepFailedError(f"'{typed}' did not end within {timeout:.0f} s") from None
     took = time.monotonic() - began
     for line in (result.stdout + result.stderr).splitlines():
         console.print(f"  {line}", style="dim", markup=False)
     if result.returncode:
-        raise StepFailedError(f"'taploom {shlex.join(arguments)}' exited with {result.returncode}")
+        raise StepFailedError(f"'{typed}' exited with {result.returncode}")
     return result.stdout, took
 
 
@@ -70,7 +80,7 @@ def in_guest(guest: str, *command: str, timeout: float = 60) -> str:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "TAPLOOM_LAB": LAB}
+    return {**os.environ, "TAPLOOM_LAB": LAB, "DOCKER_HOST": f"unix://{Lab(LAB).path}/docker.sock"}
 
 
 def round_trip(output: str) -> str:
@@ -119,6 +129,42 @@ def show_logs() -> None:
         console.print(f"[bold]{path}[/bold]")
         for line in path.read_text(errors="replace").splitlines()[-15:]:
             console.print(f"  {line}", style="dim", markup=False)
+
+
+def show_docker() -> list[Row]:
+    """Containers through Docker's own command, on the same networks.
+
+    Raises:
+        StepFailedError: something did not work.
+    """
+    page = "import http.server; http.server.test(http.server.SimpleHTTPRequestHandler, port=80)"
+    docker("network", "create", "shop")
+    python = os.path.realpath(sys.executable)
+    _, started = docker(
+        *("run", "-d", "--name", "api", "--network", "shop", "--network-alias", "backend"),
+        *("-p", "127.0.0.1::80", "host", python, "-c", page),
+    )
+    rows = [Row("docker run: a container with the machine's own files", "started", f"{started * 1000:.0f} ms")]
+    answer, _ = docker("run", "--rm", "--network", "shop", "host", "getent", "hosts", "backend")
+    rows.append(Row("another one finds it by its alias", answer.split()[0]))
+    published = docker("port", "api", "80")[0].strip()
+    console.print(f"$ curl http://{published}/", style="bold", markup=False)
+    began = time.monotonic()
+    while True:  # the server in the container may still be starting
+        try:
+            with urllib.request.urlopen(f"http://{published}/", timeout=5) as response:
+                rows.append(Row("its published port, from the machine", f"HTTP {response.status}"))
+            break
+        except OSError as error:
+            if time.monotonic() - began > 20:
+                raise StepFailedError(f"http://{published}/ does not answer: {error}") from error
+            time.sleep(0.05)
+    _, connected = docker("network", "connect", "app", "api")
+    reply = in_guest("web", "ping", "-n", "-c1", "-W5", "api")
+    rows.append(Row("docker network connect: pinged from web", round_trip(reply), f"{connected * 1000:.0f} ms"))
+    docker("rm", "-f", "api")
+    docker("network", "rm", "shop")
+    return rows
 
 
 def show() -> list[Row]:
@@ -197,6 +243,7 @@ def show() -> list[Row]:
         raise StepFailedError(f"iperf3 failed: {client.stdout[-300:]}")
     rate = json.loads(client.stdout)["end"]["sum_received"]["bits_per_second"] / 1e9
     rows.append(Row("TCP from web to db (iperf3, MTU 1500)", f"{rate:.2f} Gb/s", "3 s"))
+    rows += show_docker()
     run("status")
     return rows
 
@@ -228,7 +275,10 @@ def main() -> None:
     console.print(table)
     if keep:
         console.print("The lab is still up. Try: [bold]. .venv/bin/activate; export TAPLOOM_LAB=demo[/bold], then")
-        console.print("[bold]taploom lab exec web -- ping db[/bold]; [bold]taploom lab down[/bold] ends it.")
+        console.print(
+            "[bold]taploom lab exec web -- ping db[/bold]; [bold]taploom lab down[/bold] ends it. For docker:"
+        )
+        console.print(f"[bold]export DOCKER_HOST={environment()['DOCKER_HOST']}[/bold]")
     console.print(
         "[green]demo: everything worked; " + ("the lab is up[/green]" if keep else "nothing is left behind[/green]")
     )

@@ -116,8 +116,7 @@ def new_network_namespace(sysctls: dict[str, str]) -> int:
         try:
             unshare(CLONE_NEWNET)  # of this thread only
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as any_socket:
-                fcntl.ioctl(any_socket, _PR_SET_NAME = 15
-_SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", _IFF_UP))  # netdevice(7)
+                fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", _IFF_UP))  # netdevice(7)
             for name, value in sysctls.items():
                 Path("/proc/sys", name).write_text(value)
             created.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
