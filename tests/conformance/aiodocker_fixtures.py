@@ -1,4 +1,4 @@
-"""What aiodocker's own conftest gives its network tests, without the registries and engines that its other tests need."""
+"""What aiodocker's own conftest gives its network tests, without what its other tests need (registries, engines)."""
 
 from __future__ import annotations
 

@@ -56,7 +56,10 @@ _JSON_ERROR = (
     r"^(invalid JSON: |unsupported Content-Type|malformed Content-Type|unexpected content after JSON|invalid name)"
 )
 _SETTINGS = "Addresses are checked before anything is done, and all that is wrong with them is said at once"
-_BODIES = "Errors in a request's body begin with “invalid JSON:”, name the newer types, and what comes after the JSON is refused"
+_BODIES = (
+    "Errors in a request's body begin with “invalid JSON:”, name the newer types, and what comes after the JSON is "
+    "refused"
+)
 _FILTERS = "A malformed filter is a client's error (400) that says “invalid filter”"
 _BRIDGE = "The default bridge's gateway is part of what inspect shows"
 _NAMES = "A blank name of a network is refused with “invalid name: name is empty”"
@@ -98,6 +101,19 @@ NEWER = [
     ),
     Difference("newer", _SETTINGS, r"^(exit|stdout)$", step="--subnet 10.91.0.5/16|--ip-range 10.91.0.0/8|127.0.0.0/8"),
     Difference("newer", _SETTINGS, r"", step="field43"),
+    Difference(
+        "newer",
+        "A name that nobody is there to be asked about is SERVFAIL at once",
+        r"^stdout$",
+        step="in ini: names",
+        ours="SERVFAIL",
+    ),
+    Difference(
+        "newer",
+        "resolv.conf of a container on a user-defined network names no other server than 127.0.0.11",
+        r"^stdout$",
+        without="^nameserver 2001:db8::1$",
+    ),
     Difference("newer", _TEXTS, r"^stderr$", ours="invalid pool request: Pool overlaps"),
     Difference("newer", _TEXTS, r"^stderr$", ours=r"has active endpoints \(name:"),
     Difference(
@@ -107,6 +123,13 @@ NEWER = [
 
 # What taploom does otherwise on purpose.
 DELIBERATE = [
+    Difference(
+        "deliberate",
+        "After a disconnect /etc/hosts has the addresses on the networks that are left",
+        r"^stdout$",
+        scenario="several networks",
+        step="in both: cat /etc/hosts",
+    ),
     Difference(
         "deliberate",
         "A container has a link-local route to each network's DNS server",

@@ -187,7 +187,7 @@ class Dockerd(Engine):
             *(f"{_PROGRAMS}/dockerd", "--host", f"unix://{self.socket}", "--cgroup-parent", f"/{self.machine.name}"),
             *("--data-root", str(directory / "data"), "--exec-root", str(directory / "run")),
             *("--pidfile", str(directory / "docker.pid")),
-            # Docker's own default pools with more after them. It takes the next one, whether or not an earlier one is free
+            # Docker's own default pools with more after them. It takes the next one, even if an earlier one is free
             # again, and its own run out and become smaller ones.
             *(f"--default-address-pool=base={base},size=16" for base in _POOLS),
             log="dockerd.log",
@@ -227,7 +227,7 @@ class TaploomLab(Engine):
         return check(*self.machine.inside(TAPLOOM, *argv), environment=environment, timeout=120)
 
     def beyond(self, *command: str) -> list[str]:
-        # The lab's containers leave through the helper, to an internet of the lab's own. Its servers have this address too.
+        # The lab's containers leave through the helper, to an internet of the lab's own with the same address.
         return self._in_internet("chroot", str(self.root), *command)
 
     def _in_internet(self, *command: str) -> list[str]:

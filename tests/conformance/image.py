@@ -42,12 +42,16 @@ _SCRIPTS = {
         ip -o addr show | awk '$2 != "lo" && $4 !~ /^fe80:/ {print $2, $3, $4}' | sort""",
     "routes": """
         { ip route; ip -6 route | grep -Ev '^(fe80|ff00|multicast|unreachable)'; } |
-            sed -E 's/ (proto|metric|pref|expires|linkdown|hoplimit|error)( [a-z0-9-]+)?//g; s/ +$//; s/ +/ /g' | sort""",
-    "macs": "ip -o link show | grep -v ' lo:' | sed -E 's/^[0-9]+: ([a-z0-9]+).* (link.ether [0-9a-f:]+) .*/\\1 \\2/' | sort",
+            sed -E 's/ (proto|metric|pref|expires|linkdown|hoplimit|error)( [a-z0-9-]+)?//g; s/ +$//; s/ +/ /g' |
+            sort""",
+    "macs": """
+        ip -o link show | grep -v ' lo:' |
+            sed -E 's/^[0-9]+: ([a-z0-9]+).* (link.ether [0-9a-f:]+) .*/\\1 \\2/' | sort""",
     "mtus": "ip -o link show | sed -E 's/^[0-9]+: ([a-z0-9]+)[@:].* mtu ([0-9]+).*/\\1 \\2/' | sort",
     "names": """
         for name; do
-            nslookup "$name" 2>&1 | awk 'NR > 3 && NF' | sed -E 's/^([0-9]+\\.){4}in-addr.arpa/ARPA/; s/ ([0-9]+\\.){4}in-/ ARPA-/' | sort -u
+            nslookup "$name" 2>&1 | awk 'NR > 3 && NF' |
+                sed -E 's/^([0-9]+\\.){4}in-addr.arpa/ARPA/; s/ ([0-9]+\\.){4}in-/ ARPA-/' | sort -u
         done""",
     # resolv.conf's settings: the order of different ones means nothing.
     "resolv": "grep -Ev '^ *(#|$)' /etc/resolv.conf | sed 's/ *$//' | sort",

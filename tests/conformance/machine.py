@@ -22,7 +22,7 @@ T = TypeVar("T")
 HOST_ADDRESS, HOST_ADDRESS6 = "198.51.100.2", "2001:db8:51::2"
 INTERNET_ADDRESS, INTERNET_ADDRESS6 = "198.51.100.1", "2001:db8:51::1"
 
-# Held by the machine's first process. The services of the host are hidden: dockerd would use a containerd that it finds.
+# What a machine's first process does: it holds the namespaces.
 _HOLDER = """
 set -e
 ip link set lo up

@@ -14,7 +14,7 @@ _REPLACEMENTS = [
     (re.compile(r"\b[0-9a-f]{64}\b"), "<id>"),
     (re.compile(r"\b(?=[a-f]*\d)[0-9a-f]{12}\b"), "<id>"),
     (re.compile(r"\b(Less than a|About an?|\d+) (second|minute|hour)s?( ago)?"), "<duration>"),
-    (re.compile(r"\b(endpoint|name|container) \"?/?[a-z]+_[a-z]+[0-9]?\b"), r"\1 <random name>"),
+    (re.compile(r"\b(endpoint|name|container) \"?/?[a-z]+(_[a-z]+)+[0-9]?\b"), r"\1 <random name>"),
     (re.compile(r"/tmp/tlt[^\s/\"]+"), "<directory>"),
 ]
 _MAC = re.compile(r"\b[0-9a-f]{2}(:[0-9a-f]{2}){5}\b")

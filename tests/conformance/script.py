@@ -1,9 +1,10 @@
 """The language that the steps are written in.
 
 A scenario is a list of steps that starts from nothing and ends with everything removed. Words in angle brackets are
-symbols: given by the side (`<host>`, `<internet>`), or captured by an earlier step; `<pool:NETWORK>` is the first three numbers of
-the subnet that a network was given, because which pool is the next free one depends on what was there before. In what a step answers, captured
-values are written as their symbols again, so that "the id that create printed is the one that inspect shows" is compared.
+symbols: given by the side (`<host>`, `<internet>`), or captured by an earlier step; `<pool:NETWORK>` is the first three
+numbers of the subnet that a network was given, because which pool is the next free one depends on what was there
+before. In what a step answers, captured values are written as their symbols again, so that "the id that create printed
+is the one that inspect shows" is compared.
 """
 
 from __future__ import annotations

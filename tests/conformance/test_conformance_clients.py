@@ -1,4 +1,4 @@
-"""The libraries that people drive Docker with: aiodocker's own tests, unchanged, and every network call of docker-py."""
+"""The libraries that people drive Docker with: aiodocker's own tests, and docker-py's network calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many containers from many clients at once, and the bridge killed in the middle: nothing is lost and nothing is left."""
+"""Many containers from many clients at once, and the bridge killed in the middle: nothing is lost, nothing is left."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def client_of(lab: TaploomLab) -> docker.DockerClient:
 
 
 def holdings(lab: TaploomLab) -> dict[str, Any]:
-    """What the lab holds that a leak would add to: file descriptors, interfaces, routes, rows, namespaces, processes."""
+    """What the lab holds that a leak would add to: descriptors, interfaces, routes, rows, namespaces, processes."""
     processes = {name: process["pid"] for name, process in lab.processes().items() if process.get("pid")}
     found: dict[str, Any] = {
         f"fds of {name}": len(list(Path(f"/proc/{processes[name]}/fd").iterdir()))
@@ -199,10 +200,8 @@ def test_no_acknowledged_change_is_lost(lab: TaploomLab) -> None:
                 raise
 
     def remove(client: docker.DockerClient, name: str) -> None:
-        try:
+        with suppress(NotFound):
             client.api.remove_container(name, force=True)
-        except NotFound:
-            pass
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         working = [pool.submit(work, index) for index in range(CLIENTS)]

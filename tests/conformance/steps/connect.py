@@ -13,7 +13,9 @@ def scenario(name: str) -> Scenario:
     return made
 
 
-NETWORKS = "'{{range $name, $n := .NetworkSettings.Networks}}{{$name}} {{$n.IPAddress}} {{$n.Gateway}} {{$n.IPPrefixLen}};{{end}}'"
+NETWORKS = (
+    "'{{range $k, $v := .NetworkSettings.Networks}}{{$k}} {{$v.IPAddress}} {{$v.Gateway}} {{$v.IPPrefixLen}};{{end}}'"
+)
 
 s = scenario("connect and disconnect")
 s.cli("network create one", capture="one")

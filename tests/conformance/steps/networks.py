@@ -81,7 +81,7 @@ s.cli("network create --subnet 10.92.0.0/16 --gateway 10.92.0.254 net92")
 s.cli("network create --subnet 10.93.0.0/16 --ip-range 10.93.5.0/24 net93")
 s.cli("network create --subnet 10.94.0.0/16 --aux-address a=10.94.1.1 --aux-address b=10.94.1.2 net94")
 s.cli(
-    "network create --subnet 10.95.0.0/24 --gateway 10.95.0.1 --ip-range 10.95.0.128/25 --aux-address r=10.95.0.129 net95"
+    "network create --subnet 10.95.0.0/24 --gateway 10.95.0.1 --ip-range 10.95.0.128/25 --aux-address r=10.95.0.9 net95"
 )
 s.cli("network create --ipv6 --subnet fd00:96::/64 net96")
 s.cli(
@@ -214,7 +214,7 @@ s.cli("network create --subnet 172.21.0.0/24 given")
 s.cli("network create again2")
 s.cli("network create again3")
 s.cli(
-    "network inspect --format {{.Name}}{{range.IPAM.Config}}{{.Subnet}}{{.Gateway}}{{end}} again1 given again2 again3".replace(
+    "network inspect --format {{range.IPAM.Config}}{{.Subnet}}{{.Gateway}}{{end}} again1 given again2 again3".replace(
         "range.", "range ."
     )
 )

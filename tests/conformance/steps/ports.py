@@ -94,10 +94,12 @@ s.run("--name c14 -p 80/sctp")
 for number in (2, 4, 5, 6, 7, 8, 10, 11, 12, 13):
     s.cli(f"port c{number}", unordered=True)
     s.cli(f"ps -a --filter name=^c{number}$ --format '{{{{.Ports}}}}'")
-    s.cli(f"inspect c{number} --format {PORTS}")
+    if number not in (8, 10):  # the order of several bindings of a port is any
+        s.cli(f"inspect c{number} --format {PORTS}")
     s.cli(f"inspect c{number} --format '{{{{json .Config.ExposedPorts}}}}'")
 s.cli(
-    "inspect c1 c3 c9 --format '{{len .NetworkSettings.Ports}} {{json .HostConfig.PortBindings}} {{.HostConfig.PublishAllPorts}}'"
+    "inspect c1 c3 c9 --format '{{len .NetworkSettings.Ports}} {{json .HostConfig.PortBindings}} "
+    "{{.HostConfig.PublishAllPorts}}'"
 )
 s.host("get 127.0.0.1 8082", until=True, silent=True)
 s.host("get <host> 8082")
