@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from host_bridge.docker_api import gojson
+from host_bridge.docker_api.endpoints import ENDPOINT_SETTINGS
 from host_bridge.docker_api.errors import DockerError, bad_request
 from host_bridge.docker_api.gojson import (
     ANY,
@@ -184,28 +185,7 @@ HOST_CONFIG: dict[str, Shape] = {
 # Left out of what inspect shows while they are empty.
 OMITTED_WHEN_EMPTY = frozenset({"Annotations", "StorageOpt", "Tmpfs", "Sysctls", "Mounts", "Init"})
 
-_IPAM = Struct("network.EndpointIPAMConfig", {"IPv4Address": STRING, "IPv6Address": STRING, "LinkLocalIPs": _STRINGS})
-ENDPOINT = Struct(
-    "network.EndpointSettings",
-    {
-        "IPAMConfig": Optional(_IPAM),
-        "Links": _STRINGS,
-        "Aliases": _STRINGS,
-        "MacAddress": STRING,
-        "DriverOpts": Map(STRING),
-        "GwPriority": INT,
-        "NetworkID": STRING,
-        "EndpointID": STRING,
-        "Gateway": STRING,
-        "IPAddress": STRING,
-        "IPPrefixLen": INT,
-        "IPv6Gateway": STRING,
-        "GlobalIPv6Address": STRING,
-        "GlobalIPv6PrefixLen": INT,
-        "DNSNames": _STRINGS,
-    },
-)
-_NETWORKING = Struct("network.NetworkingConfig", {"EndpointsConfig": Map(Optional(ENDPOINT))})
+_NETWORKING = Struct("network.NetworkingConfig", {"EndpointsConfig": Map(Optional(ENDPOINT_SETTINGS))})
 _HOST = Struct("container.HostConfig", HOST_CONFIG)
 CREATE = Struct(
     "runconfig.ContainerConfigWrapper",
