@@ -27,6 +27,7 @@ class Exec:
         exit_code: None while it has not ended.
         pid: as the host sees it, 0 when unknown.
         used: True once it was started: it is not started twice.
+        started: True once the runtime has started it.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Exec:
     exit_code: int | None = None
     pid: int = 0
     used: bool = False
+    started: bool = False
     columns: int = 0
     rows: int = 0
     changed: Signal = field(default_factory=Signal)

@@ -1066,13 +1066,17 @@ class ContainerManager:
                     raise not_running(one.container.id) from error
                 raise _runtime_failed(error) from error
             raise
+        one.started = True
         one.changed.notify()
 
     async def exec_resize(self, exec_id: str, columns: int, rows: int) -> None:
         """Sets the size of a further process's terminal, also of one that is about to start."""
         one = self.execs.get(exec_id)
         one.columns, one.rows = columns, rows
-        if one.running and one.pid is not None:
+        if one.running:
+            # It may be on its way with the size that it had.
+            await one.changed.until(lambda: one.started or not one.running)
+        if one.running:
             await self._resize(one.container, columns, rows, one.id)
 
     async def resize(self, text: str, columns: int, rows: int) -> None:
