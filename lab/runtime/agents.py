@@ -20,6 +20,7 @@ logger = logging.getLogger("taploom.runtime")
 
 _POLL = 0.004
 _BACKOFF = 0.5
+_ATTEMPTS = 5
 _HEALTHY_AFTER = 2.0
 
 
@@ -56,16 +57,32 @@ class Zygote:
             OSError: it could not be started.
         """
         request = json.dumps({"argv": list(argv), "log": str(log)}).encode()
-        descriptors = array.array("i", [netns])
-        async with self._lock:
-            assert self._socket is not None
-            # Shielded: an answer that nobody takes would be the next one's.
-            with trio.CancelScope(shield=True):
-                await self._socket.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
-                answer, ancillary, _, _ = await self._socket.recvmsg(1 << 16, socket.CMSG_LEN(4))
-        for _, _, data in ancillary:
-            return array.array("i", data[:4])[0]
+        answer = b""
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                await trio.sleep(_BACKOFF)  # it is being started again
+            async with self._lock:
+                # Shielded: an answer that nobody takes would be the next one's.
+                with trio.CancelScope(shield=True):
+                    try:
+                        answer, pidfd = await self._ask(request, netns)
+                    except (OSError, trio.ClosedResourceError) as error:
+                        logger.warning("cannot ask for an agent: %s", error)
+                        continue
+            if pidfd is not None:
+                return pidfd
         raise OSError(errno.EIO, f"the agent could not be started: {answer.decode(errors='replace') or 'no answer'}")
+
+    async def _ask(self, request: bytes, netns: int) -> tuple[bytes, int | None]:
+        assert self._socket is not None
+        descriptors = array.array("i", [netns])
+        await self._socket.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
+        answer, ancillary, _, _ = await self._socket.recvmsg(1 << 16, socket.CMSG_LEN(4))
+        for _, _, data in ancillary:
+            pidfd = array.array("i", data[:4])[0]
+            os.set_inheritable(pidfd, False)
+            return answer, pidfd
+        return answer, None
 
 
 class Agent:

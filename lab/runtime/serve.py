@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -24,10 +25,16 @@ from taploom.rpc import Server
 
 logger = logging.getLogger("taploom.runtime")
 
+_MAX_FILES = 1 << 20
+
 
 def run(name: str, machine_proc: int) -> int:
     """Serves the lab's containers until the process is ended; nothing has to be put away by hand then."""
     setup_logging("lab.runtime", os.environ.get("TAPLOOM_LOG_LEVEL", "info"))
+    # A container takes up to ten descriptors. Containers inherit the limit: as much as dockerd gives them.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = min(hard, _MAX_FILES) if hard != resource.RLIM_INFINITY else _MAX_FILES
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     trio.run(_serve, Lab(name), machine_proc)
     return 0
 

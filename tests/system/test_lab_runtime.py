@@ -451,6 +451,23 @@ async def test_an_agent_that_is_killed_comes_back(runtime: Runtime) -> None:
     assert (await runtime.status(container)).state == v1.ContainerState.RUNNING
 
 
+async def test_the_process_that_agents_are_forked_from_comes_back(runtime: Runtime) -> None:
+    container = await runtime.create("box")
+    booted = await runtime.boot(container)
+    pid = await runtime.start(container, *SLEEP)
+    control = Path(booted.guest_address.removeprefix("unix:"))
+    control.unlink()
+    agent = next(pid for pid in in_namespace_of(pid) if b"python" in cmdline(pid))
+    zygote = int(Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[1])
+    assert b"zygote" in cmdline(zygote)
+    os.kill(zygote, signal.SIGKILL)
+    with trio.fail_after(20):
+        while not control.exists():
+            await trio.sleep(0.01)
+    assert (await runtime.status(container)).pid == pid
+    await runtime.boot(await runtime.create("box"))
+
+
 def cmdline(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
