@@ -492,9 +492,9 @@ class Fabric:
         network = self.desired.store.network(endpoint.network_id)
         if network is None or not network.default_bridge:
             return
-        for other in self.desired.store.endpoints(network_id=network.id):
-            if other.links and other.guest_id in self.guests:
-                self.guests[other.guest_id].touch(RESOLVER_KEY)
+        for guest_id in self.desired.store.guests_with_links(network.id):
+            if guest_id in self.guests:
+                self.guests[guest_id].touch(RESOLVER_KEY)
 
     def _emit(self, kind: EventKind, endpoint: EndpointRecord) -> None:
         network = self.desired.store.network(endpoint.network_id)

@@ -600,6 +600,11 @@ class Store:
         row = self._first("SELECT * FROM endpoints WHERE id = ?", endpoint_id)
         return None if row is None else self._endpoint(row)
 
+    def guests_with_links(self, network_id: str) -> list[str]:
+        """The ids of the guests that have names of their own for others on the network."""
+        rows = self._all("SELECT guest_id FROM endpoints WHERE network_id = ? AND links <> '[]'", network_id)
+        return [guest_id for (guest_id,) in rows]
+
     def endpoint_of(self, network_id: str, guest_id: str) -> EndpointRecord | None:
         """The endpoint of a guest on a network."""
         row = self._first("SELECT * FROM endpoints WHERE network_id = ? AND guest_id = ?", network_id, guest_id)
