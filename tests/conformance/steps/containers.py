@@ -152,7 +152,7 @@ s.cli("container prune -f --filter label=nosuch")
 
 s = scenario("logs and attach")
 s.cli(
-    "run -d --name talk box sh -c 'echo one; sleep 0.3; echo two >&2; sleep 0.3; echo three; touch /tmp/said; sleep 1d'",
+    "run -d --name talk box sh -c 'echo one; sleep .3; echo two >&2; sleep .3; echo three; touch /tmp/said; sleep 1d'",
     capture="talk",
 )
 s.inside("talk", "ls /tmp/said", until=True)
