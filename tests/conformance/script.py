@@ -195,7 +195,7 @@ class Performer:
             enter = self._engine.on_host if step.kind == "host" else self._engine.on_internet
             done = run(enter(*argv), timeout=20)
         elif step.kind == "compose":
-            done = run([COMPOSE, *argv], environment=self._engine.environment(DOCKER_API_VERSION="1.41"), timeout=90)
+            done = run([COMPOSE, *argv], environment=self._engine.environment(), timeout=90)
         else:
             version = {} if step.newest else {"DOCKER_API_VERSION": "1.41"}
             done = self._engine.cli(*argv, input=step.input, **version)
