@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -31,7 +31,7 @@ from agent_helper.spec import (
     parse_uplink,
 )
 from agent_helper.stack import Stack
-from agent_helper.uplink import KernelEnd, outside_mtu
+from agent_helper.uplink import KernelEnd, usable
 from taploom.contracts.taploom.helper.v1 import Endpoint, Network, SyncRequest, Uplink
 from taploom.link import Tap
 from taploom.supervise import SupervisedProcess
@@ -165,7 +165,7 @@ class Fabric:
     async def _apply_uplink(self, spec: UplinkSpec | None) -> None:
         networks = [network.spec for network in self.networks.values()]
         if spec is not None:
-            spec = replace(spec, mtu=await trio.to_thread.run_sync(outside_mtu))
+            spec = await trio.to_thread.run_sync(usable, spec)
         self.uplink = spec
 
         def in_nb(txn: Txn) -> None:

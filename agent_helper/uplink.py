@@ -43,6 +43,8 @@ _RTN_LOCAL, _RT_SCOPE_HOST, _RT_SCOPE_LINK = 2, 254, 253  # rtnetlink.h
 _NUD_PERMANENT = 0x80  # neighbour.h
 _IFA_F_NODAD = 0x02
 
+_IPV6 = Path("/proc/sys/net/ipv6")
+
 Route = tuple[str, str, int]  # destination, next hop or "", MTU
 Neighbour = tuple[str, str]  # address, MAC address
 
@@ -183,7 +185,11 @@ class KernelEnd:
         with IPRoute() as ipr:
             for family in _FAMILIES:
                 while True:
-                    if not _tried(partial(ipr.rule, "del", family=family, priority=_RULE_PRIORITY), errno.ENOENT):
+                    if not _tried(
+                        partial(ipr.rule, "del", family=family, priority=_RULE_PRIORITY),
+                        errno.ENOENT,
+                        errno.EAFNOSUPPORT,
+                    ):
                         break
                 with contextlib.suppress(NetlinkError):
                     ipr.flush_routes(family=family, table=_RULE_TABLE)
@@ -207,7 +213,7 @@ class KernelEnd:
                     flags = {"flags": _IFA_F_NODAD} if address.version == 6 else {}
                     ipr.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen, **flags)
                 loopback = socket.if_nametoindex("lo")
-                for family in _FAMILIES:
+                for family in (socket.AF_INET if a.version == 4 else socket.AF_INET6 for a in spec.addresses):
                     rule = {"priority": _RULE_PRIORITY, "table": _RULE_TABLE, "fwmark": firewall.MARK}
                     ipr.rule("add", family=family, iifname=INTERFACE, **rule)
                     local = {"type": _RTN_LOCAL, "scope": _RT_SCOPE_HOST if family == socket.AF_INET else 0}
@@ -271,8 +277,17 @@ class KernelEnd:
             self._rules = rules
 
 
-def outside_mtu() -> int:
-    """The MTU of the interfaces of the machine's default routes, the smallest, in bytes; blocks for a millisecond.
+def usable(spec: UplinkSpec) -> UplinkSpec | None:
+    """The uplink as this machine can have it: with the MTU of its way on, and without IPv6 where there is none.
+
+    Blocks for a millisecond.
+    """
+    addresses = tuple(address for address in spec.addresses if address.version == 4 or _IPV6.exists())
+    return replace(spec, addresses=addresses, mtu=_outside_mtu()) if addresses else None
+
+
+def _outside_mtu() -> int:
+    """The MTU of the interfaces of the machine's default routes, the smallest, in bytes.
 
     The uplink must not have a larger one: ovs-vswitchd up to 3.2 cuts TCP segments anew, to the MTU of the port that
     they leave by (netdev_linux_prepend_vnet_hdr), and nothing on the way makes them smaller again.
@@ -349,6 +364,7 @@ def _settings(interface: str) -> None:
         (f"ipv4/conf/{interface}/accept_redirects", "0"),
         (f"ipv4/conf/{interface}/send_redirects", "0"),
         (f"ipv4/conf/{interface}/route_localnet", "0"),
+        (f"ipv6/conf/{interface}/disable_ipv6", "0"),
         (f"ipv6/conf/{interface}/accept_ra", "0"),
         (f"ipv6/conf/{interface}/accept_redirects", "0"),
         (f"ipv6/conf/{interface}/forwarding", "1"),
