@@ -28,6 +28,7 @@ class Exec:
         pid: as the host sees it, 0 when unknown.
         used: True once it was started: it is not started twice.
         started: True once the runtime has started it.
+        quiet: True for the bridge's own: no events tell of it.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Exec:
     pid: int = 0
     used: bool = False
     started: bool = False
+    quiet: bool = False
     columns: int = 0
     rows: int = 0
     changed: Signal = field(default_factory=Signal)

@@ -176,6 +176,9 @@ class ContainerManager:
             if state is runtime.ContainerState.RUNNING:
                 assert status is not None
                 container.state["Pid"] = status.pid
+                for one in self.execs.running_in(container):
+                    if one.started and one.id not in status.process_ids:
+                        self.exec_ended(one.id, GONE_EXIT_CODE)
                 return
             code, moment = GONE_EXIT_CODE, None
             if status is not None and state is runtime.ContainerState.EXITED:
@@ -189,6 +192,9 @@ class ContainerManager:
                 await self._remove_guest(container)
             if container.restarting and container.restart_scope is None:
                 self._spawn(self._restart_later, container)
+            elif container.host["AutoRemove"] and container.status == "exited":
+                # The bridge was killed between its end and its removal.
+                self._spawn(self._auto_remove, container)
 
     def _happened(self, event: runtime.WatchEventsResponse) -> None:
         if event.exited is not None:
@@ -212,7 +218,8 @@ class ContainerManager:
         if one is None or not one.running:
             return
         one.ended(code)
-        self.tell(one.container, "exec_die", execID=one.id, exitCode=str(code))
+        if not one.quiet:
+            self.tell(one.container, "exec_die", execID=one.id, exitCode=str(code))
 
     async def _exited(
         self, container: Container, code: int, out_of_memory: bool, moment: datetime.datetime | None

@@ -233,6 +233,7 @@ class _Containers:
         return json_response({"Processes": own, "Titles": titles})
 
     async def _output(self, one: Exec) -> tuple[str, str]:
+        one.quiet = True
         self._manager.execs.use(one)
         client = await self._manager.runtime_client()
         output, errors = bytearray(), bytearray()

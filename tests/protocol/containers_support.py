@@ -94,10 +94,15 @@ class FakeRuntime(RuntimeServiceBase):
             task_status.started()
             await Server([self]).serve(listener)
 
-    def stop(self) -> None:
-        """Ends as a runtime does that is killed: with all its containers' processes."""
+    def hang_up(self) -> None:
+        """Closes its socket and connections; what it runs goes on."""
         assert self._scope is not None
         self._scope.cancel()
+        self.socket.unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """Ends as a runtime does that is killed: with all its containers' processes."""
+        self.hang_up()
         for container in self.containers.values():
             for process in container.processes.values():
                 process.running = False
@@ -106,7 +111,6 @@ class FakeRuntime(RuntimeServiceBase):
                 container.guest = None
             container.booted = None
             container.processes.clear()
-        self.socket.unlink(missing_ok=True)
 
     async def _called(self, name: str) -> None:
         self.calls.append(name)
@@ -338,6 +342,7 @@ class FakeRuntime(RuntimeServiceBase):
                 status.state = runtime.ContainerState.BOOTED
             if main.running:
                 status.state, status.pid = runtime.ContainerState.RUNNING, main.pid
+                status.process_ids = [key for key, one in container.processes.items() if key and one.running]
             elif main.exited is not None:
                 status.state = runtime.ContainerState.EXITED
                 status.exit_code, status.finished_at = main.exited.exit_code, main.exited.time

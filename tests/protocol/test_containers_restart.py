@@ -170,3 +170,32 @@ async def test_without_runtime_there_is_a_clear_refusal(rig: ContainerRig) -> No
     assert answer.status == 501
     assert "--runtime" in answer.message
     assert len((await rig.docker("GET", "/containers/json?all=1")).value) == 1
+
+
+async def test_a_removal_that_was_still_to_come(rig: ContainerRig) -> None:
+    await rig.run_container("web", HostConfig={"AutoRemove": True})
+    rig.runtime.hold["delete"] = trio.Event()
+    rig.runtime.end(rig.runtime.named("web"), 0)
+    await rig.until(lambda: "delete" in rig.runtime.calls)
+    await rig.kill_bridge()
+    # As if it had been killed before it noted that the container is to be removed.
+    with Store(rig.directory / "state") as store, store.change():
+        (record,) = store.containers()
+        store.update_container(dataclasses.replace(record, state=record.state | {"Phase": ""}))
+    rig.runtime.hold.pop("delete").set()
+    await rig.start_bridge()
+    await rig.until(lambda: not rig.manager.containers())
+    assert not rig.runtime.containers
+
+
+async def test_an_exec_that_ended_while_the_runtime_was_away(rig: ContainerRig) -> None:
+    container_id = await rig.run_container("web")
+    exec_id = (await rig.docker("POST", "/containers/web/exec", {"Cmd": ["sleep", "9"]})).value["Id"]
+    assert (await rig.docker("POST", f"/exec/{exec_id}/start", {"Detach": True})).status == 200
+    # The event is lost with the connection; the process and the container are the same when it is back.
+    rig.runtime.lost_events = True
+    rig.runtime.end(rig.runtime.containers[container_id], 0, exec_id)
+    rig.runtime.hang_up()
+    await rig.nursery.start(rig.runtime.run)
+    await rig.until(lambda: not rig.manager.execs.get(exec_id).running)
+    assert (await rig.inspect("web"))["State"]["Running"]
