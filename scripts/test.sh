@@ -21,7 +21,9 @@ scripts/conformance-setup.sh || exit 1
 before=$(leftovers)
 began=$(date +%s)
 # Files run side by side, one lab or more each: they mostly wait, so there are more of them than cores.
-python -m pytest tests --numprocesses 3 --dist loadfile "$@"
+summary=$(mktemp)
+trap 'rm -f "$summary"' EXIT
+TAPLOOM_CONFORMANCE_SUMMARY=$summary python -m pytest tests --numprocesses 3 --dist loadfile "$@"
 result=$?
 after=$(leftovers)
 if [ "$before" != "$after" ]; then
@@ -29,6 +31,7 @@ if [ "$before" != "$after" ]; then
 	diff <(echo "$before") <(echo "$after")
 	result=1
 fi
+cat "$summary"
 took=$(($(date +%s) - began))
 if [ $result = 0 ]; then
 	echo "make test: all passed in $((took / 60)) min $((took % 60)) s; nothing left behind"

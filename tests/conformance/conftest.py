@@ -1,8 +1,10 @@
-"""The two sides are started once for the whole directory."""
+"""The two sides are started once per process of pytest. TAPLOOM_CONFORMANCE_SUMMARY: a file for the script's summary."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from comparison import Pair
@@ -20,6 +22,9 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
         yield sides
     finally:
         sides.close()
+        summary = os.environ.get("TAPLOOM_CONFORMANCE_SUMMARY")
+        if summary and sides.tally.steps:
+            Path(summary).write_text(f"{sides.tally}\n")
         reporter = request.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None and sides.tally.steps:
             reporter.write_line(f"\n{sides.tally}")
