@@ -19,6 +19,7 @@ from typing import Final
 import trio
 
 from agent_helper.firewall import LET_IN, REFUSED
+from agent_helper.unreachable import checksum
 
 logger = logging.getLogger("taploom.helper.door")
 
@@ -207,8 +208,4 @@ def with_checksum(frame: bytes) -> bytes:
         addresses = frame[26:34]
     segment = frame[at : at + 16] + b"\0\0" + frame[at + 18 : end]
     data = addresses + struct.pack(">II", len(segment), _TCP) + segment
-    data += b"\0" * (len(data) % 2)
-    total = sum(struct.unpack(f">{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return frame[: at + 16] + struct.pack(">H", ~total & 0xFFFF) + frame[at + 18 :]
+    return frame[: at + 16] + struct.pack(">H", checksum(data)) + frame[at + 18 :]

@@ -25,6 +25,7 @@ from typing import Any, Final
 import trio
 
 from agent_helper.errors import InvalidSpecError
+from agent_helper.unreachable import port_unreachable
 from taploom.contracts.taploom.helper.v1 import StreamWanted
 from taploom.contracts.taploom.link.v1 import LinkHello, LinkRefusal, StreamProtocol, StreamTarget
 from taploom.limits import raise_descriptor_limit
@@ -390,6 +391,7 @@ class Streams:
             with self._counted(network_id):
                 carrier = await self._ask(StreamProtocol.UDP, network_id, *destination)
                 if carrier is None:
+                    port_unreachable(source[:2], destination, len(self._flows[key][0]))
                     return
                 async with carrier:
                     peer = _flow_socket(source, destination)

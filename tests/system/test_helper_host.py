@@ -83,12 +83,12 @@ def tcp(guest: Guest, address: str, port: int = 80) -> bytes:
         return data
 
 
-def udp(guest: Guest, address: str, count: int = 3) -> list[bytes]:
+def udp(guest: Guest, address: str, count: int = 3, port: int = 80) -> list[bytes]:
     """The answers to datagrams sent from one socket, which takes them from this address only."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with in_netns(guest.netns, lambda: socket.socket(family, socket.SOCK_DGRAM)) as client:
         client.settimeout(5)
-        client.connect((address, 80))
+        client.connect((address, port))
         answers = []
         for number in range(count):
             client.send(b"%d" % number)
@@ -118,6 +118,8 @@ async def test_every_gateway_and_host_address_reaches_the_host_from_every_networ
                 assert host.asked == [(UDP, f"n{number}", address, 80)]
                 with pytest.raises(ConnectionRefusedError):
                     await in_thread(tcp, guest, address, 81)
+                with pytest.raises(ConnectionRefusedError):
+                    await in_thread(udp, guest, address, 1, 81)
                 assert guest.ping(address), address
             # Beside all that, connections the other way are told from those of containers.
             with listen(guest.netns, f"10.77.{number}.2", 80) as server:
