@@ -10,9 +10,8 @@ packages="openvswitch-switch ovn-central ovn-host dnsmasq-base nftables crun bus
 iperf3 dnsutils tcpdump procps util-linux ca-certificates git"
 # Node.js comes from the distribution only where there is no npm at all: another source's nodejs brings its own.
 command -v npm >/dev/null || packages="$packages npm"
-# The client only is wanted, but this release has it in no package of its own.
-command -v docker >/dev/null || packages="$packages docker.io"
-# The docker command, which drives a lab; any that is there does. Its daemon is not started.
+# The docker command drives a lab; any that is there does. Debian 12 has it in one package with the daemon, which is not
+# started.
 command -v docker >/dev/null || packages="$packages docker.io"
 
 python=""
