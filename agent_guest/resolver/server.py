@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import socket as stdlib
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 import dns.name
 import trio
 
-from . import wire
+from . import redirect, wire
 from .config import RESOLVER_ADDRESS, Upstream
 from .exchange import ask_network, exchange_tcp, exchange_udp, receive_framed
 from .lookup import (
@@ -37,6 +38,7 @@ SUSPECT_TIMEOUT, SUSPECT_GRACE, SUSPECT_PERIOD = 0.1, 0.02, 5.0
 """A network that was silent gets less time for a while, so that a dead one does not slow every name."""
 MAX_UDP_QUERIES, MAX_UPSTREAM_QUERIES = 256, 128
 MAX_CONNECTIONS, MAX_PIPELINED = 32, 16
+_PORT_ATTEMPTS = 8
 IDLE_TIMEOUT, WRITE_TIMEOUT = 10.0, 10.0
 """Seconds that a TCP client may be idle (RFC 7766, 6.2.3), or may take to read an answer."""
 
@@ -134,20 +136,46 @@ class Resolver:
 
 
 class ResolverServer:
-    """The resolver on 127.0.0.11:53."""
+    """The resolver on 127.0.0.11:53.
+
+    Where the kernel can redirect, it has another port in truth: port 53 is the container's own then (see redirect).
+    """
 
     def __init__(self, resolver: Resolver, address: str = RESOLVER_ADDRESS, port: int = 53) -> None:
         self._resolver = resolver
         self._address = (address, port)
         self._udp: stdlib.socket | None = None
         self._tcp: stdlib.socket | None = None
+        self._redirected = False
 
     def bind(self) -> None:
         """Opens the sockets. Raises OSError, such as EADDRINUSE."""
         self.close()
+        address, port = self._address
+        if port:
+            try:
+                self._open_any_port()
+                redirect.install(address, port, self.port)
+                self._redirected = True
+                return
+            except OSError as error:
+                self.close()
+                logger.info("names are served on port %d itself, no redirection: %s", port, error.strerror)
+        self._open(port)
+
+    def _open_any_port(self) -> None:
+        for attempt in range(_PORT_ATTEMPTS):
+            try:
+                self._open(0)
+                return
+            except OSError as error:  # free for UDP, but not for TCP
+                if error.errno != errno.EADDRINUSE or attempt == _PORT_ATTEMPTS - 1:
+                    raise
+
+    def _open(self, port: int) -> None:
         try:
             self._udp = stdlib.socket(stdlib.AF_INET, stdlib.SOCK_DGRAM | stdlib.SOCK_CLOEXEC)
-            self._udp.bind(self._address)
+            self._udp.bind((self._address[0], port))
             self._tcp = stdlib.socket(stdlib.AF_INET, stdlib.SOCK_STREAM | stdlib.SOCK_CLOEXEC)
             self._tcp.setsockopt(stdlib.SOL_SOCKET, stdlib.SO_REUSEADDR, 1)
             self._tcp.bind(self._udp.getsockname())
@@ -169,6 +197,10 @@ class ResolverServer:
 
     def close(self) -> None:
         """Closes the sockets; serve must have ended."""
+        if self._redirected:
+            self._redirected = False
+            with contextlib.suppress(OSError):
+                redirect.remove()
         for socket in (self._udp, self._tcp):
             if socket is not None:
                 socket.close()

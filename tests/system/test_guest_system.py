@@ -42,7 +42,6 @@ from taploom.contracts.taploom.guest.v1 import (
 )
 from taploom.contracts.taploom.link.v1 import LinkFeature
 from taploom.link import Dataplane, Tap, dial_link, new_secret, open_dataplane
-from taploom.rpc import RpcError, StatusCode
 
 pytestmark = pytest.mark.system
 
@@ -601,14 +600,18 @@ async def test_resolv_conf_and_the_port(rig: Rig) -> None:
     path = rig.guest.resolv_conf
     original = path.read_bytes()
     with inside(rig.guest.netns):
-        taken = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        taken = [socket.socket(socket.AF_INET, kind) for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM)]
     rig.guest.ip("link", "set", "lo", "up")
-    with taken:
-        taken.bind(("0.0.0.0", 53))
-        with pytest.raises(RpcError, match="another program has the port") as caught:
-            await rig.resolver()
-        assert caught.value.code == StatusCode.FAILED_PRECONDITION
-        assert path.read_bytes() == original
+    for sock in taken:  # a program that serves names itself keeps its port
+        sock.bind(("0.0.0.0", 53))
+    await rig.resolver()
+    for tcp in (False, True):
+        assert (await rig.ask("nobody", tcp=tcp)).rcode() == dns.rcode.NXDOMAIN
+    await rig.resolver(enabled=False)
+    for sock in taken:
+        sock.close()
+    assert path.read_bytes() == original
+    assert "taploom" not in run_in(rig.guest.netns, "nft", "list", "ruleset")
     rig.guest.ip("link", "set", "lo", "down")
     await rig.resolver(search=["a.example", "b"], options=["timeout:1"])
     assert path.read_text().splitlines()[1:] == [
@@ -627,7 +630,7 @@ async def test_resolv_conf_and_the_port(rig: Rig) -> None:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ask)
-        await until(lambda: "127.0.0.11:53" in run_in(rig.guest.netns, "ss", "-Hlun"), "the port is bound")
+        await until(lambda: "127.0.0.11:" in run_in(rig.guest.netns, "ss", "-Hlun"), "the port is bound")
         await until(
             lambda: any(line.split()[1] != "0" for line in run_in(rig.guest.netns, "ss", "-Hlun").splitlines()),
             "the query has arrived",
@@ -654,6 +657,20 @@ async def test_resolv_conf_and_the_port(rig: Rig) -> None:
     assert path.read_bytes() != original
     assert await rig.guest.stop() == 0
     assert path.read_bytes() == original
+
+
+def test_the_port_itself_is_taken_where_nothing_can_be_redirected() -> None:
+    script = "from agent_guest.resolver.server import *; s = ResolverServer(Resolver()); s.bind(); print(s.port)"
+        "from agent_guest.resolver.server import *; s = ResolverServer(Resolver()); s.bind(); print(s.port); s.bind()"
+    )
+    taken = "import socket; t = socket.socket(type=socket.SOCK_DGRAM); t.bind(('0.0.0.0', 53)); "
+    with namespace() as netns:
+        run_in(netns, "ip", "link", "set", "lo", "up")
+        powerless = ("setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", sys.executable, "-c")
+        assert run_in(netns, *powerless, script) == "53\n"
+        with pytest.raises(AssertionError, match="Address already in use"):
+            run_in(netns, *powerless, taken + script)
+        assert run_in(netns, "nft", "list", "ruleset") == ""
 
 
 async def test_bind_mounted_files(tmp_path: Path) -> None:
@@ -726,7 +743,7 @@ async def test_direct_and_back_while_it_runs(rig: Rig) -> None:
     await rig.join(rig.one)
 
     def listening() -> bool:
-        return "127.0.0.11:53" in run_in(rig.guest.netns, "ss", "-Hlun")
+        return "127.0.0.11:" in run_in(rig.guest.netns, "ss", "-Hlun")
 
     values: dict[str, object] = {"upstreams": [f"192.0.2.{n}" for n in range(1, 5)], "search": ["a.example"]}
     for _ in range(3):
