@@ -1,4 +1,4 @@
-"""The two sides are started once per process of pytest. TAPLOOM_CONFORMANCE_SUMMARY: a file for the script's summary."""
+"""The two sides, once per process of pytest. TAPLOOM_CONFORMANCE_SUMMARY names a file for the summary."""
 
 from __future__ import annotations
 

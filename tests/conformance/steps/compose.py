@@ -13,7 +13,7 @@ def scenario(name: str) -> Scenario:
     return made
 
 
-PS = "ps -a --format '{{.Service}} {{.Name}} {{.State}} {{.Ports}} {{.Networks}}'"
+PS = "ps -a --format '{{.Service}} {{.Name}} {{.State}} {{.Ports}}'"
 
 s = scenario("compose, two services")
 s.compose("two.yaml", "up -d", unordered=True)
