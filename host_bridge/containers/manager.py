@@ -79,7 +79,7 @@ class ContainerManager:
         self.execs = Execs()
         self.on_event: EventSink = lambda kind, action, actor, attributes: None
         self.explain: Callable[[BridgeError], tuple[int, str]] = lambda error: (500, str(error))
-        self.networks = ContainerNetworks(fabric, publisher, self._name_of)
+        self.networks = ContainerNetworks(fabric, publisher, self._name_of, self._note)
         self._store = fabric.desired.store
         self._containers = {record.id: Container.of(record) for record in self._store.containers()}
         self._nursery: trio.Nursery | None = None
@@ -94,6 +94,8 @@ class ContainerManager:
                 logger.info("forgetting container %s, which was not created to its end", container.name)
                 self._forget(container)
             elif container.alive and not container.state["Phase"]:
+                if self.networks.align(container):
+                    self._save(container)
                 self._publish_again(container)
         unsubscribe = self.fabric.events.subscribe(self._fabric_event)
         try:
@@ -256,18 +258,12 @@ class ContainerManager:
         container = self._containers.get(event.endpoint.guest_id)
         if container is None or container.lock.locked() or not container.alive:
             return
-        if event.kind == "endpoint-connect" and event.network.name not in container.networks:
-            container.networks[event.network.name] = create.wanted_endpoint({"Aliases": event.endpoint.aliases}) | {
-                "GwPriority": event.endpoint.gateway_priority,
-                "Named": True,
-            }
-        elif event.kind == "endpoint-disconnect":
-            container.networks.pop(event.network.name, None)
         self._spawn(self._retarget, container)
 
     async def _retarget(self, container: Container) -> None:
         async with container.lock:
             if container.alive:
+                self.networks.align(container)
                 self.networks.target(container)
                 self._save(container)
 
@@ -467,6 +463,9 @@ class ContainerManager:
         with self._store.change(durable=durable):
             self._store.update_container(container.record())
         container.changed.notify()
+
+    def _note(self, container: Container) -> None:
+        self._save(container, durable=False)
 
     def _forget(self, container: Container) -> None:
         with self._store.change():
@@ -990,7 +989,10 @@ class ContainerManager:
             return
         async with found.lock:
             self._check_there(found, text)
-            if await self.networks.connect(found, network, options, settings):
+            published = list(found.state["Published"])
+            if await self.networks.connect(found, network, options, settings) and (
+                not found.running or published != found.state["Published"]
+            ):
                 self._save(found)
 
     async def disconnect(self, network: str, text: str, *, force: bool = False) -> None:
@@ -1002,9 +1004,11 @@ class ContainerManager:
             return
         async with found.lock:
             self._check_there(found, text)
-            running = found.running
+            running, published = found.alive, list(found.state["Published"])
             record_or_none = await self.networks.disconnect(found, network, force=force)
-            self._save(found)
+            switched = record_or_none is not None and record_or_none.switched
+            if not (running and switched) or published != found.state["Published"]:
+                self._save(found)
         if record_or_none is not None and not (running and record_or_none.switched):
             attributes = {
                 "container": found.id,

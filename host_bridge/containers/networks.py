@@ -13,7 +13,7 @@ import trio
 from host_bridge.containers import create, ports, resolvconf
 from host_bridge.containers.errors import ContainerError, conflict, invalid
 from host_bridge.containers.model import JSON, Container
-from host_bridge.errors import BridgeError, NetworkNotFoundError
+from host_bridge.errors import BridgeError, NetworkNotFoundError, NotConnectedError
 from host_bridge.fabric import Fabric
 from host_bridge.model import EndpointOptions, EndpointRecord, GuestSettings, NetworkRecord
 from host_bridge.ports import PortBinding, PublishedPort
@@ -46,12 +46,21 @@ class ContainerNetworks:
         fabric: guests, networks, endpoints.
         publisher: published ports.
         container_name: the name of the container of a name or id, for links; None: there is none.
+        note: writes a container's record without waiting for the disk. The fabric's own commit that follows makes it
+            durable: the log of the database is written in order.
     """
 
-    def __init__(self, fabric: Fabric, publisher: Publisher, container_name: Callable[[str], str | None]) -> None:
+    def __init__(
+        self,
+        fabric: Fabric,
+        publisher: Publisher,
+        container_name: Callable[[str], str | None],
+        note: Callable[[Container], None],
+    ) -> None:
         self._fabric = fabric
         self._publisher = publisher
         self._container_name = container_name
+        self._note = note
 
     # What is there
 
@@ -288,6 +297,8 @@ class ContainerNetworks:
         if before is not None:
             raise ContainerError(403, f"endpoint with name {container.name} already exists in network {network.name}")
         container.networks[network.name] = wanted
+        wanted["Named"] = True
+        self._note(container)
         try:
             await self._connect_guest(container, network.name)
             try:
@@ -298,6 +309,7 @@ class ContainerNetworks:
                 raise
         except BaseException:
             container.networks.pop(network.name, None)
+            self._note(container)
             raise
         return True
 
@@ -330,11 +342,53 @@ class ContainerNetworks:
             raise invalid("container cannot be disconnected from host network or connected to host network")
         if network.name not in container.networks:
             raise ContainerError(500, f"container {container.id} is not connected to network {network.name}")
+        wanted = container.networks.pop(network.name)
         if network.switched and not container.restarting:
-            await self._fabric.disconnect(network.id, container.id)
-        container.networks.pop(network.name, None)
+            self._note(container)
+            try:
+                await self._fabric.disconnect(network.id, container.id)
+            except NotConnectedError:
+                logger.debug("container %s was taken off %s meanwhile", container.name, network.name)
+            except BridgeError:
+                container.networks[network.name] = wanted
+                self._note(container)
+                raise
         self.target(container)
         return network
+
+    def align(self, container: Container) -> bool:
+        """Has the record of a container that runs say what its endpoints are; True when it did not.
+
+        A bridge that is killed may have written the one and not the other, and endpoints come and go by the bridge's
+        own API too.
+        """
+        if container.mode == "host" or container.mode.startswith("container:"):
+            return False
+        live = {network.name: endpoint for network, endpoint in self.endpoints(container.id)}
+        lost = [
+            name
+            for name in container.networks
+            if name not in live and (network := self.network(name)) is not None and network.switched
+        ]
+        for name in lost:
+            del container.networks[name]
+        found = [name for name in live if name not in container.networks]
+        for name in found:
+            container.networks[name] = _wanted_of(live[name])
+        return bool(lost or found)
+
+
+def _wanted_of(endpoint: EndpointRecord) -> JSON:
+    """What an endpoint that is there was asked to be."""
+    options = EndpointOptions(
+        addresses=endpoint.static_addresses,
+        aliases=endpoint.aliases,
+        gateway_priority=endpoint.gateway_priority,
+        mac_address=endpoint.mac_address if endpoint.static_mac else "",
+        links=endpoint.links,
+        driver_options=endpoint.driver_options,
+    )
+    return _wanted(options, None) | {"Named": True}
 
 
 def publishing_failed(container: Container, reason: str) -> ContainerError:

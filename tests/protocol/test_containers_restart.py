@@ -199,3 +199,34 @@ async def test_an_exec_that_ended_while_the_runtime_was_away(rig: ContainerRig) 
     await rig.nursery.start(rig.runtime.run)
     await rig.until(lambda: not rig.manager.execs.get(exec_id).running)
     assert (await rig.inspect("web"))["State"]["Running"]
+
+
+async def test_a_connect_that_was_written_by_half(rig: ContainerRig) -> None:
+    await rig.docker("POST", "/networks/create", {"Name": "app"})
+    await rig.docker("POST", "/networks/create", {"Name": "back"})
+    await rig.run_container("web")
+    await rig.docker("POST", "/networks/app/connect", {"Container": "web", "EndpointConfig": {"Aliases": ["www"]}})
+    await rig.kill_bridge()
+    # As if it had been killed between the two records of a connect, and of a disconnect.
+    with Store(rig.directory / "state") as store, store.change():
+        (record,) = store.containers()
+        networks = dict(record.config["Networks"])
+        networks["back"] = networks.pop("app")
+        store.update_container(dataclasses.replace(record, config=record.config | {"Networks": networks}))
+    await rig.start_bridge()
+    networks = (await rig.inspect("web"))["NetworkSettings"]["Networks"]
+    assert sorted(networks) == ["app", "bridge"]
+    assert networks["app"]["Aliases"][0] == "www"
+    assert (await rig.docker("POST", "/networks/back/connect", {"Container": "web"})).status == 200
+    assert (await rig.docker("POST", "/networks/app/disconnect", {"Container": "web"})).status == 200
+
+
+async def test_endpoints_that_came_by_the_own_api(rig: ContainerRig) -> None:
+    await rig.docker("POST", "/networks/create", {"Name": "app"})
+    await rig.run_container("web")
+    await rig.fabric.connect("app", "web")
+    await rig.until(lambda: "app" in rig.manager.container("web").networks)
+    await rig.fabric.disconnect("bridge", "web")
+    await rig.until(lambda: list(rig.manager.container("web").networks) == ["app"])
+    await rig.docker("POST", "/containers/web/restart?t=0")
+    assert sorted((await rig.inspect("web"))["NetworkSettings"]["Networks"]) == ["app"]
