@@ -305,6 +305,9 @@ async def _carry_input(requests: ReceiveStream[v1.AttachProcessRequest], process
         async for request in requests:
             if request.stdin:
                 await process.streams.write(request.stdin)
+    except RpcError as error:
+        if error.code is not StatusCode.CANCELLED:  # it detached; the call itself is being ended
+            raise
     finally:
         # Also when the other side is gone: a process that reads to the end of its input is not to wait for ever.
         with trio.CancelScope(shield=True):
