@@ -661,8 +661,6 @@ async def test_resolv_conf_and_the_port(rig: Rig) -> None:
 
 def test_the_port_itself_is_taken_where_nothing_can_be_redirected() -> None:
     script = "from agent_guest.resolver.server import *; s = ResolverServer(Resolver()); s.bind(); print(s.port)"
-        "from agent_guest.resolver.server import *; s = ResolverServer(Resolver()); s.bind(); print(s.port); s.bind()"
-    )
     taken = "import socket; t = socket.socket(type=socket.SOCK_DGRAM); t.bind(('0.0.0.0', 53)); "
     with namespace() as netns:
         run_in(netns, "ip", "link", "set", "lo", "up")
