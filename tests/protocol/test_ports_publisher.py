@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import resource
 import socket
 import struct
 import time
@@ -18,6 +22,7 @@ from taploom.address import Address, UnixAddress, open_listener
 from taploom.contracts.taploom.helper.v1 import StreamWanted
 from taploom.contracts.taploom.link.v1 import StreamProtocol
 from taploom.link import Dataplane, open_dataplane
+from taploom.link.connections import ConnectionServer
 from tests.protocol.stream_support import (
     Helper,
     echo,
@@ -132,6 +137,50 @@ async def test_tcp(tmp_path: Path) -> None:
         rig.publisher.release("web")
         assert rig.publisher.published("web") == ()
         assert await connection_fails(port)
+
+
+async def test_connections_have_a_limit(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig, tcp_server(echo) as target:
+        rig.publisher._budget.limit = 2
+        port = rig.publisher.publish("web", [PortBinding(target)])[0].host_port
+        rig.publisher.set_target("web", ["127.0.0.1"])
+        held = []
+        for _ in range(2):
+            held.append(await trio.open_tcp_stream("127.0.0.1", port))
+            await held[-1].send_all(b"x")
+            assert await held[-1].receive_some() == b"x"
+        assert await connection_fails(port)
+        await held.pop().aclose()
+        await until(lambda: rig.publisher.connections == 1)
+        assert await ask("127.0.0.1", port, b"again") == b"again"
+        await held.pop().aclose()
+
+
+async def test_descriptors_that_run_short_only_make_connections_wait(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig, tcp_server(echo) as target:
+        port = rig.publisher.publish("web", [PortBinding(target)])[0].host_port
+        rig.publisher.set_target("web", ["127.0.0.1"])
+        assert await ask("127.0.0.1", port, b"x") == b"x"
+        owner = rig.publisher._owners["web"]
+        server = owner.ports[0].server
+        assert isinstance(server, ConnectionServer)
+        with socket.socket() as client, contextlib.ExitStack() as held:
+            client.setblocking(False)
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            highest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, limits[1]))
+            held.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+            with contextlib.suppress(OSError):
+                while True:
+                    held.callback(os.close, os.dup(client.fileno()))
+            assert client.connect_ex(("127.0.0.1", port)) in (0, errno.EINPROGRESS)
+            await until(lambda: server._paused)
+            held.close()
+            rig.publisher._tend(owner, flows_before=0, openings_before=0)  # as it is done every few seconds
+            stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
+            await stream.send_all(b"after all")
+            assert await stream.receive_some() == b"after all"
+            assert not server._paused
 
 
 async def test_helper_behind_a_vmm(tmp_path: Path) -> None:

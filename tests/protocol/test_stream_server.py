@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import random
+import selectors
 import socket
 import struct
 import time
@@ -52,6 +53,13 @@ def datagram(data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + data
 
 
+@pytest.fixture(params=["DefaultSelector", "PollSelector"])
+def selector(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's best, and what others have."""
+    monkeypatch.setattr(selectors, "DefaultSelector", getattr(selectors, request.param))
+
+
+@pytest.mark.usefixtures("selector")
 async def test_bytes_and_half_close_both_ways(tmp_path: Path) -> None:
     data = random.Random(1).randbytes(5_000_003)
     async with open_helper(tmp_path) as helper, tcp_server(echo) as port, await helper.open(port) as stream:
@@ -68,6 +76,7 @@ async def test_bytes_and_half_close_both_ways(tmp_path: Path) -> None:
         await until(lambda: helper.streams.active == 0)
 
 
+@pytest.mark.usefixtures("selector")
 async def test_target_closes_first(tmp_path: Path) -> None:
     got: list[bytes] = []
 
@@ -97,6 +106,7 @@ async def test_bytes_right_behind_the_hello(tmp_path: Path) -> None:
         assert await receive_exactly(stream, 5) == b"early"
 
 
+@pytest.mark.usefixtures("selector")
 async def test_target_that_resets_breaks_the_stream(tmp_path: Path) -> None:
     async def server(stream: trio.SocketStream) -> None:
         await receive_exactly(stream, 1)
@@ -110,6 +120,7 @@ async def test_target_that_resets_breaks_the_stream(tmp_path: Path) -> None:
                 await stream.send_all(b"y")
 
 
+@pytest.mark.usefixtures("selector")
 async def test_stream_that_breaks_resets_the_target(tmp_path: Path) -> None:
     """Also when the host had closed its direction before: that was no end in order."""
     seen: list[str] = []
@@ -258,6 +269,7 @@ async def test_many_streams_leak_nothing(tmp_path: Path) -> None:
         gc.collect()
 
 
+@pytest.mark.usefixtures("selector")
 async def test_datagrams(tmp_path: Path) -> None:
     async with (
         open_helper(tmp_path) as helper,
