@@ -60,11 +60,13 @@ async def helper(tmp_path: Path, nursery: trio.Nursery) -> FakeHelper:
 @pytest.fixture
 async def bridge(tmp_path: Path, helper: FakeHelper) -> AsyncIterator[Bridge]:
     process = Bridge(tmp_path, helper.control, "--docker-group", str(os.getegid()))
-    await process.start()
-    yield process
-    assert process.process is not None
-    process.process.kill()
-    process.process.wait()
+    try:
+        await process.start()
+        yield process
+    finally:
+        if process.process is not None:
+            process.process.kill()
+            process.process.wait()
 
 
 async def test_a_killed_bridge_keeps_what_it_acknowledged(bridge: Bridge) -> None:
