@@ -77,6 +77,7 @@ class Streams:
         self._terminal: int | None = None
         self._reads: set[trio.CancelScope] = set()
         self._exited_at = float("inf")
+        self._exited = trio.Event()
         self.ended = trio.Event()
 
     def open_terminal(self, master: int, *, stdin: bool) -> None:
@@ -135,19 +136,21 @@ class Streams:
             await self._input.aclose()
 
     async def carry(self) -> None:
-        """Carries output until its end; after `exited` only as long as it comes without a pause."""
+        """Carries output until its end and `exited`; after that only as long as it comes without a pause."""
         if self._log is not None:
             self._log.start()
         try:
             async with trio.open_nursery() as nursery:
                 for stream, source in self._outputs:
                     nursery.start_soon(self._carry, stream, source)
+                await self._exited.wait()  # it may have closed its outputs and still read
         finally:
             self.close()
 
     def exited(self) -> None:
         """The process is gone; others may still have its streams."""
         self._exited_at = trio.current_time()
+        self._exited.set()
         for scope in self._reads:
             scope.deadline = self._exited_at + DRAIN_TIMEOUT
 

@@ -237,6 +237,8 @@ async def test_input(runtime: Runtime) -> None:
             assert message.stdout == b"got " + line
     await runtime.until(other, v1.ContainerState.EXITED)
     assert (await runtime.run("box", "cat")).exit_code == 0  # no input: /dev/null
+    closed = await runtime.run("box", "sh", "-c", "exec >&- 2>&-; read a; exit $a", stdin_data=b"7\n")
+    assert closed.exit_code == 7
 
 
 async def test_a_terminal(runtime: Runtime) -> None:
