@@ -7,9 +7,9 @@ The ways of packets, with OVN 23.03 and the userspace data path:
 
 - Container to the outside: its router translates the source to the router's address on the uplink (not where
   masquerading is off), the kernel forwards, and masquerades on the way out.
-- Container to its own gateway: the address is the router's, and no policy or route can send it on. The router translates
-  the destination to a stand-in, an address that nobody has; the kernel translates it back, by the source, so that
-  listeners and answers have the gateway's. Echo requests the router answers before it translates.
+- Container to its own gateway: the address is the router's, and no policy or route can send it on. The router
+  translates the destination to a stand-in, an address that nobody has; the kernel translates it back, by the source, so
+  that listeners and answers have the gateway's. Echo requests the router answers before it translates.
 - Container to another network's gateway, or to the host: leaves by the default route with its destination as it is.
 - The kernel into a network (published ports): its router translates the source to the network's gateway.
 - Network to network: never forwarded here, and ACLs on the uplink switch keep routers from each other.
