@@ -15,7 +15,7 @@ from taploom.link import Tap, TapError
 from . import plan
 from .netlink import GONE, Netlink, NetlinkError
 from .spec import InterfaceSpec, SpecError
-from .state import ALIAS_PREFIX, KernelState, LinkState
+from .state import ALIAS_PREFIX, NAMES_TABLE, KernelState, LinkState
 
 logger = logging.getLogger("taploom.guest.kernel")
 
@@ -160,6 +160,13 @@ class Kernel:
     def converge_routes(self, specs: Mapping[int, InterfaceSpec]) -> list[plan.Step]:
         """Makes the routes over the given links be as described; returns the steps that were needed."""
         steps = plan.plan_routes(specs, self._netlink.routes())
+        versions = {r.destination.version for r in plan.wanted_routes(specs) if r.table == NAMES_TABLE}
+        for version in versions:
+            try:
+                self._netlink.consult_names_table(version)
+            except NetlinkError as error:
+                if error.errno != errno.EEXIST:
+                    raise
         for step in steps:
             self._execute(step)
         return steps

@@ -14,7 +14,19 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from .state import AddressState, Ip, KernelState, LinkState, Network, RouteState, network, parse_interface, parse_ip
+from .state import (
+    MAIN_TABLE,
+    NAMES_TABLE,
+    AddressState,
+    Ip,
+    KernelState,
+    LinkState,
+    Network,
+    RouteState,
+    network,
+    parse_interface,
+    parse_ip,
+)
 
 _T = TypeVar("_T")
 
@@ -29,7 +41,9 @@ SOL_NETLINK, NETLINK_EXT_ACK = 270, 11
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
-RT_TABLE_MAIN, RTN_UNICAST = 254, 1
+RTN_UNICAST = 1
+RTM_NEWRULE, FR_ACT_TO_TBL, FRA_PRIORITY = 32, 1, 6  # linux/fib_rules.h
+RULE_PREFERENCE = 32700  # just before the main table
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE = 0x1, 0x10, 0x40
 RTMGRP_IPV6_IFADDR, RTMGRP_IPV6_ROUTE = 0x100, 0x400
@@ -84,7 +98,7 @@ class Netlink:
         return self._dump(_IFADDRMSG.pack(0, 0, 0, 0, 0), RTM_GETADDR, read_address)
 
     def routes(self) -> list[RouteState]:
-        """The unicast routes of the main table, both families; routes with several next hops are left out."""
+        """The unicast routes of the main and the names' table, both families, but not those with several next hops."""
         found = []
         for family in (socket.AF_INET, socket.AF_INET6):
             found += self._dump(_RTMSG.pack(family, 0, 0, 0, 0, 0, 0, 0, 0), RTM_GETROUTE, read_route)
@@ -130,6 +144,12 @@ class Netlink:
     def replace_route(self, route: RouteState) -> None:
         """Adds the route, in place of the one with the same destination and metric if there is one."""
         self._request(_route_message(route, create=True), RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE)
+
+    def consult_names_table(self, version: int) -> None:
+        """Has the names' table looked at before the main one. Raises EEXIST when it is so already."""
+        body = _RTMSG.pack(_FAMILY[version], 0, 0, 0, NAMES_TABLE, 0, 0, FR_ACT_TO_TBL, 0)
+        body += _attribute(FRA_PRIORITY, _UINT32.pack(RULE_PREFERENCE))
+        self._request(body, RTM_NEWRULE, NLM_F_CREATE | NLM_F_EXCL)
 
     def delete_route(self, route: RouteState) -> None:
         self._request(_route_message(route, create=False), RTM_DELROUTE)
@@ -265,16 +285,16 @@ def read_address(message: bytes) -> AddressState | None:
 
 
 def read_route(message: bytes) -> RouteState | None:
-    """A route out of an RTM_NEWROUTE message with its header; None unless it is unicast, in the main table, with one
-    next hop."""
+    """A route out of an RTM_NEWROUTE message with its header; None unless it is unicast, in one of the agent's tables,
+    with one next hop."""
     if len(message) < _HEADER.size + _RTMSG.size:
         return None
     family, length, _src, _tos, table, protocol, _scope, kind, _flags = _RTMSG.unpack_from(message, _HEADER.size)
     found = attributes(message, _HEADER.size + _RTMSG.size)
     index = _number(found.get(RTA_OIF))
     destination = _ip(family, found.get(RTA_DST, _ANY.get(family)))
-    in_table = _number(found.get(RTA_TABLE)) or table
-    if kind != RTN_UNICAST or in_table != RT_TABLE_MAIN or index is None or destination is None:
+    table = _number(found.get(RTA_TABLE)) or table
+    if kind != RTN_UNICAST or table not in (MAIN_TABLE, NAMES_TABLE) or index is None or destination is None:
         return None
     if length > destination.max_prefixlen:
         return None
@@ -284,6 +304,7 @@ def read_route(message: bytes) -> RouteState | None:
         index=index,
         metric=_number(found.get(RTA_PRIORITY)) or 0,
         protocol=protocol,
+        table=table,
     )
 
 
@@ -325,7 +346,7 @@ def _route_message(route: RouteState, *, create: bool) -> bytes:
     else:
         scope = 255  # RT_SCOPE_NOWHERE: any scope matches
     family, length = _FAMILY[destination.version], destination.prefixlen
-    body = _RTMSG.pack(family, length, 0, 0, RT_TABLE_MAIN, route.protocol, scope, RTN_UNICAST, 0)
+    body = _RTMSG.pack(family, length, 0, 0, route.table, route.protocol, scope, RTN_UNICAST, 0)
     body += _attribute(RTA_OIF, _UINT32.pack(route.index))
     if length:
         body += _attribute(RTA_DST, destination.network_address.packed)

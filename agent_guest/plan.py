@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ipaddress import IPv6Interface
 
 from .spec import InterfaceSpec
-from .state import AddressState, IpInterface, LinkState, RouteState, network, parse_interface
+from .state import NAMES_TABLE, AddressState, IpInterface, LinkState, RouteState, network, parse_interface
 
 PROTOCOL = 84
 """rtm_protocol of the agent's routes: in the range left to programs (rtnetlink(7)), used by none of rt_protos."""
@@ -180,7 +180,7 @@ def wanted_routes(specs: Mapping[int, InterfaceSpec]) -> list[RouteState]:
         servers = [server for server in spec.dns_servers if not (server.version == 6 and server.is_link_local)]
         for server in servers:
             destination = network(str(server))
-            routes.append(RouteState(destination, None, index, DEFAULT_METRIC[server.version], PROTOCOL))
+            routes.append(RouteState(destination, None, index, DEFAULT_METRIC[server.version], PROTOCOL, NAMES_TABLE))
         for route in spec.routes:
             metric = DEFAULT_METRIC[route.destination.version]
             routes.append(RouteState(route.destination, route.gateway, index, metric, PROTOCOL))
@@ -219,4 +219,5 @@ def _same(one: RouteState, other: RouteState) -> bool:
         and one.gateway == other.gateway
         and one.index == other.index
         and one.metric == other.metric
+        and one.table == other.table
     )

@@ -24,6 +24,8 @@ parse_ip = ip_address
 parse_interface = ip_interface
 network = ip_network
 
+MAIN_TABLE, NAMES_TABLE = 254, 84
+"""RT_TABLE_MAIN, and the table of the routes to DNS servers: `ip route` is to show what it shows with Docker."""
 ALIAS_PREFIX = "taploom:"
 """What the alias (IFLA_IFALIAS) of every interface of the agent starts with; the endpoint's id follows."""
 
@@ -58,13 +60,14 @@ class AddressState:
 
 @dataclass(frozen=True, slots=True)
 class RouteState:
-    """A unicast route of the main table. ``metric`` 0 is IPv4's default; IPv6's is 1024."""
+    """A unicast route. ``metric`` 0 is IPv4's default; IPv6's is 1024."""
 
     destination: Network
     gateway: Ip | None
     index: int
     metric: int
     protocol: int
+    table: int = MAIN_TABLE
 
 
 @dataclass(frozen=True, slots=True)
