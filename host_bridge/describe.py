@@ -129,8 +129,9 @@ def _host_entries(
             names += [target] if target != alias else []
             entries.append(guest.HostEntry(address=other.addresses[0], names=names))
     if dns_name(settings.hostname):
-        full = f"{settings.hostname}.{settings.domainname}" if dns_name(settings.domainname) else ""
-        names = [full, settings.hostname] if full else [settings.hostname]
+        full = f"{settings.hostname}.{settings.domainname}" if dns_name(settings.domainname) else settings.hostname
+        # As Docker has it: the whole name, then its first label.
+        names = [full, full.partition(".")[0]] if "." in full else [full]
         entries += [
             guest.HostEntry(address=address, names=names) for endpoint in endpoints for address in endpoint.addresses
         ]
