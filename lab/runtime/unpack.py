@@ -133,6 +133,7 @@ def _extract(file: _Hashed, root: str) -> int:
         raise
     directories: list[tarfile.TarInfo] = []
     with archive:
+        archive.extraction_filter = _as_it_is  # Python 3.11.2 has no filters, and does just that
         for member in archive:
             member.name = _inside(member.name, member.name)
             if member.islnk():
@@ -142,7 +143,7 @@ def _extract(file: _Hashed, root: str) -> int:
             if member.name == "." and not member.isdir():
                 raise UnpackError("the root of an image must be a directory")
             _make_way(member, root)
-            archive.extract(member, root, numeric_owner=True, filter=_as_it_is)
+            archive.extract(member, root, numeric_owner=True)
             if member.isdir():
                 directories.append(member)
             size += member.size if member.isreg() else 0

@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import image
+from docker_cli import CACHE, CLI
 from machine import HOST_ADDRESS, HOST_ADDRESS6, INTERNET_ADDRESS, INTERNET_ADDRESS6, Machine, check, run, until
-from setup_cache import CACHE
 
 IMAGE = "box"
-# The newest client: what is in front of the distribution's in PATH, or trixie's.
-CLI = found if (found := shutil.which("docker")) not in (None, "/usr/bin/docker") else f"{CACHE}/trixie/usr/bin/docker"
 COMPOSE = f"{CACHE}/trixie/usr/libexec/docker/cli-plugins/docker-compose"
 # Where another dockerd, its containerd and docker-proxy are, to see what a later version does; else Debian's.
 _PROGRAMS = os.environ.get("TAPLOOM_CONFORMANCE_DOCKER", "/usr/sbin")

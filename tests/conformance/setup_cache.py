@@ -1,13 +1,11 @@
-"""What the tests here take from package registries: kept outside the checkout, by version."""
+"""Fetches what the tests here take from package registries."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from machine import check
 
-CACHE = Path(os.environ.get("TAPLOOM_CACHE", "/var/cache/taploom")) / "conformance"
 _SETUP = Path(__file__).parents[2] / "scripts/conformance-setup.sh"
 
 

@@ -12,9 +12,9 @@ import pytest
 from comparison import Pair
 from docker.errors import APIError, NotFound
 from docker.types import IPAMConfig, IPAMPool
+from docker_cli import CACHE
 from engines import IMAGE, Engine
 from machine import run
-from setup_cache import CACHE
 
 pytestmark = pytest.mark.system
 _HERE = Path(__file__).parent

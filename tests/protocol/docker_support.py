@@ -14,6 +14,7 @@ from typing import Any
 import h11
 import trio
 from bridge_support import Rig, open_rig
+from docker_cli import CLI
 
 from host_bridge.containers import ContainerManager
 from host_bridge.docker_api import containers
@@ -22,8 +23,6 @@ from host_bridge.docker_api.server import serve_docker
 from host_bridge.ports import PortPublisher
 from taploom.address import UnixAddress, open_listener
 from taploom.link import open_dataplane
-
-CLI = "/usr/local/bin/docker"
 
 
 @dataclass

@@ -17,12 +17,12 @@ import docker
 import docker.errors
 import pytest
 import requests
+from docker_cli import CLI
 from fabric import Fabric, fabric, until
 from runtime_client import busybox_tar
 
 pytestmark = pytest.mark.system
 
-CLI = "/usr/local/bin/docker"
 SLEEP = ("sleep", "1000")
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from docker_cli import CLI
 from fabric import Fabric, fabric, until
 from runtime_client import busybox_tar
 
 pytestmark = pytest.mark.system
-
-DOCKER = shutil.which("docker") or "docker"
 
 
 class Docker:
@@ -37,7 +35,7 @@ class Docker:
     def command(self, *arguments: str, stdin: bytes = b"", timeout: float = 60) -> subprocess.CompletedProcess[bytes]:
         """Runs a command, whatever it exits with."""
         return subprocess.run(
-            [DOCKER, *arguments], input=stdin, capture_output=True, env=self._environment, timeout=timeout, check=False
+            [CLI, *arguments], input=stdin, capture_output=True, env=self._environment, timeout=timeout, check=False
         )
 
 
