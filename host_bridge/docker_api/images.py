@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import trio
@@ -32,6 +32,7 @@ def register(add: attach.Add, manager: ContainerManager, log: EventLog) -> None:
     routes = _Images(manager, log)
     add("GET", "/images/json", routes.list)
     add("POST", "/images/create", routes.create)
+    add("POST", "/images/prune", routes.prune)
     add("GET", "/images/{name:.+?}/json", routes.inspect)
     add("GET", "/images/{name:.+?}/history", routes.history)
     add("POST", "/images/{name:.+?}/tag", routes.tag)
@@ -112,6 +113,35 @@ class _Images:
         await self._found(request.params["name"])
         raise not_implemented("there is no registry to push to: copy the image's root file system instead")
 
+    async def prune(self, request: Request) -> Answer:
+        """Removes the images that no container uses: those without a reference, or all with dangling=false."""
+        filters = Filters.parse(request.first("filters"))
+        filters.check_keys({"dangling", "label", "label!", "until"})
+        if filters.get("until"):
+            raise not_implemented("pruning by age is not supported")
+        dangling = filters.boolean("dangling", default=True)
+        images = [] if self._manager.runtime is None else await self._runtime.images()
+        used = {one.config["Image"] for one in self._manager.containers()}
+        deleted: list[JSON] = []
+        reclaimed = 0
+        for image in images:
+            labels = dict(image.config.labels) if image.config is not None else {}
+            unwanted = not filters.labels("label", labels) or (
+                filters.get("label!") and filters.labels("label!", labels)
+            )
+            if image.host or image.id in used or (dangling and image.references) or unwanted:
+                continue
+            try:
+                removed = await self._runtime.remove_image(image.id, force=False)
+            except RpcError as error:
+                if error.code in (StatusCode.NOT_FOUND, StatusCode.FAILED_PRECONDITION):
+                    continue  # it is gone, or a container of it has just been made
+                raise
+            deleted += self._removed(image, removed)
+            reclaimed += image.size_bytes if removed.deleted_id else 0
+        await trio.lowlevel.checkpoint()
+        return json_response({"ImagesDeleted": deleted or None, "SpaceReclaimed": reclaimed})
+
     async def remove(self, request: Request) -> Answer:
         name, force = request.params["name"], request.flag("force")
         image = await self._found(name)
@@ -156,13 +186,17 @@ class _Images:
             if error.code is StatusCode.FAILED_PRECONDITION:
                 raise ContainerError(409, f"conflict: {error.message}") from error
             raise
+        return json_response(self._removed(image, removed))
+
+    def _removed(self, image: runtime.Image, removed: runtime.RemoveImageResponse) -> Sequence[JSON]:
+        """What was removed as Docker lists it; its events are told."""
         result: list[JSON] = [{"Untagged": text} for text in removed.untagged]
         for text in removed.untagged:
             self._log("image", "untag", image.id, {"name": text})
         if removed.deleted_id:
             result.append({"Deleted": removed.deleted_id})
             self._log("image", "delete", removed.deleted_id, {"name": removed.deleted_id})
-        return json_response(result)
+        return result
 
     async def create(self, request: Request) -> Answer:
         if request.first("fromSrc"):

@@ -344,6 +344,9 @@ async def test_images(rig: ContainerRig) -> None:
     assert "docker import" in answer.message
     assert (await rig.docker("POST", "/images/box/tag?repo=other&tag=2")).status == 201
     assert (await rig.docker("DELETE", "/images/other:2")).value == [{"Untagged": "other:2"}]
+    # An image with a name stays.
+    assert (await rig.docker("POST", "/images/prune")).value == {"ImagesDeleted": None, "SpaceReclaimed": 0}
+    assert (await rig.docker("GET", "/images/tool:1/json")).status == 200
     answer = await rig.docker("POST", "/containers/create", {"Image": "none", "Cmd": ["sleep"]})
     assert (answer.status, answer.message) == (404, "No such image: none:latest")
 

@@ -83,6 +83,20 @@ def test_a_container_beside_a_guest(lab: Fabric, docker: Docker) -> None:
     assert "db" in lab.run("lab", "status")
 
 
+def test_prune(docker: Docker) -> None:
+    docker("import", "-", "other", stdin=busybox_tar())
+    docker("tag", "box", "kept")
+    docker("run", "-d", "--name", "one", "kept", "sleep", "1000")
+    docker("import", "--change", "LABEL other=1", "-", stdin=busybox_tar())  # has no name: goes first
+    assert "deleted: sha256:" in docker("image", "prune", "-f")
+    docker("image", "prune", "-af")
+    assert "other" not in docker("images")
+    assert "kept" in docker("images")
+    assert "host" in docker("images")
+    docker("system", "prune", "-f")
+    docker("exec", "one", "true")
+
+
 def test_the_internet(lab: Fabric, docker: Docker) -> None:
     assert "198.51.100.1" in lab.run("lab", "exec", "--internet", "--", "ip", "address", "show", "dev", "lo")
     docker("network", "create", "--ipv6", "app")
