@@ -192,8 +192,7 @@ class _Containers:
             raise not_implemented("pruning by age is not supported")
 
         def wanted(container: Container) -> bool:
-            labels = container.docker["Labels"] or {}
-            return filters.labels("label", labels) and not (filters.get("label!") and filters.labels("label!", labels))
+            return filters.prunes(container.docker["Labels"] or {})
 
         removed = await self._manager.prune(wanted)
         return json_response({"ContainersDeleted": removed or None, "SpaceReclaimed": 0})

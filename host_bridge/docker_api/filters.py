@@ -98,6 +98,10 @@ class Filters:
                 return False
         return True
 
+    def prunes(self, labels: Mapping[str, str]) -> bool:
+        """Whether `label` and `label!` let what has these labels be pruned."""
+        return self.labels("label", labels) and not ("label!" in self and self.labels("label!", labels))
+
 
 # Python's expressions can take exponential time where Go's take linear: a group that repeats must repeat nothing and
 # have no alternatives inside, and few things may repeat at all. Names and ids have at most 64 characters.

@@ -126,10 +126,7 @@ class _Images:
         reclaimed = 0
         for image in images:
             labels = dict(image.config.labels) if image.config is not None else {}
-            unwanted = not filters.labels("label", labels) or (
-                filters.get("label!") and filters.labels("label!", labels)
-            )
-            if image.host or image.id in used or (dangling and image.references) or unwanted:
+            if image.host or image.id in used or (dangling and image.references) or not filters.prunes(labels):
                 continue
             try:
                 removed = await self._runtime.remove_image(image.id, force=False)

@@ -391,9 +391,7 @@ class Networks:
         def unwanted(network: NetworkRecord) -> bool:
             if network.config_only or (until is not None and network.created_at.timestamp() * 1e9 > until):
                 return False
-            if not filters.labels("label", network.labels):
-                return False
-            return "label!" not in filters or not filters.labels("label!", network.labels)
+            return filters.prunes(network.labels)
 
         self._pruning = True
         try:
