@@ -23,7 +23,7 @@ began=$(date +%s)
 # Files run side by side, one lab or more each: they mostly wait, so there are more of them than cores.
 summary=$(mktemp)
 trap 'rm -f "$summary"' EXIT
-TAPLOOM_CONFORMANCE_SUMMARY=$summary python -m pytest tests --numprocesses 3 --dist loadfile "$@"
+TAPLOOM_CONFORMANCE_SUMMARY=$summary python -m pytest tests/unit tests/protocol tests/system tests/conformance --numprocesses 3 --dist loadfile "$@"
 result=$?
 after=$(leftovers)
 if [ "$before" != "$after" ]; then
