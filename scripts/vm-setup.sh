@@ -1,36 +1,31 @@
 #!/bin/sh
-# Installs what the kernel, the VM images and the VM lab need beyond `make setup`. Run as root on Debian; running it again
-# changes nothing. No service is started.
+# Installs what building and running virtual machines needs on Debian 12: QEMU, a vhost-user vsock device, and the tools
+# of the builders of kernel and images. Does nothing where it has been done. Run as root.
 #
-# - Debian packages: QEMU for both architectures, compilers, what a Linux build uses, archive tools.
-# - vhost-device-vsock, which Debian has from forky on, unpacked below the cache directory.
-#
-# Environment: see scripts/debian.sh
+# Environment: TAPLOOM_CACHE  where what does not come from this release is unpacked (default /var/cache/taploom)
 set -eu
-. "$(dirname "$0")/debian.sh"
+cd "$(dirname "$0")/.."
 
-cache=$taploom_cache/vm
+. scripts/debian.sh
 
-# Debian's vhost-device-vsock needs only glibc 2.34.
-fetch_vsock_device() {
-	[ ! -x "$cache/forky/usr/bin/vhost-device-vsock" ] || return 0
-	rm -rf "$cache/forky.new" "$cache/forky"
-	from_suite forky "$cache/forky.new" vhost-device-vsock
-	"$cache/forky.new/usr/bin/vhost-device-vsock" --version >/dev/null ||
-		fail "forky's vhost-device-vsock does not run on this release"
-	mv "$cache/forky.new" "$cache/forky"
-}
-
-mkdir -p "$cache"
-exec 9>"$cache/lock"
-flock 9
-
-# kernel/build: a Linux build, BTF (dwarves), the cross compiler for arm64
-packages="gcc libc6-dev make flex bison bc libelf-dev libssl-dev dwarves cpio kmod lz4 zstd xz-utils rsync python3 \
-gcc-aarch64-linux-gnu libc6-dev-arm64-cross debian-archive-keyring ca-certificates util-linux"
-# virtual machines
-packages="$packages qemu-system-x86 qemu-system-arm"
+# Packages of this release, by what needs them.
+lab="qemu-system-x86 qemu-system-arm"
+# A Linux build, BTF (dwarves), and the cross compiler for arm64, with which the images' init is built too.
+kernel="gcc libc6-dev make flex bison bc libelf-dev libssl-dev dwarves cpio kmod lz4 zstd xz-utils python3 \
+gcc-aarch64-linux-gnu libc6-dev-arm64-cross debian-archive-keyring"
 
 # shellcheck disable=SC2086
-install_packages $packages
-fetch_vsock_device
+install_packages $lab $kernel
+
+# The device's other half: QEMU's own vsock device needs the host kernel's, this one is a process with a Unix socket.
+# Debian has it from release 14 on; the program needs glibc 2.34.
+vsock=$taploom_cache/vhost-device-vsock
+mkdir -p "$taploom_cache"
+exec 9>"$taploom_cache/vm-setup.lock"
+flock 9
+if [ ! -x "$vsock/usr/bin/vhost-device-vsock" ]; then
+	rm -rf "$vsock.new" "$vsock"
+	from_suite forky "$vsock.new" vhost-device-vsock
+	"$vsock.new/usr/bin/vhost-device-vsock" --version >/dev/null || fail "vhost-device-vsock does not run on this release"
+	mv "$vsock.new" "$vsock"
+fi
