@@ -69,6 +69,8 @@ def cached(cache: Path, kind: str, key: str, build: Callable[[Path], None]) -> t
             os.utime(place)
             return place, True
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".new-*"):  # by a build that was killed: the lock is ours
+            shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
         try:
             work.chmod(0o755)
