@@ -45,7 +45,9 @@ __all__ = [
     "data_address",
     "open_listener",
     "parse_address",
+    "send_all",
     "set_buffers",
+    "write_limit",
 ]
 
 logger = logging.getLogger("taploom.address")
@@ -62,6 +64,7 @@ _SO_RCVBUFFORCE: Final = 33
 _SO_PEERGROUPS: Final = 59
 _MAX_OPTION: Final = 1024  # the socket module takes no more
 _VSOCK_BUFFER: Final = 8 << 20
+_VSOCK_WRITE: Final = 28 * 1024
 _UNIX_BUFFER: Final = 4 << 20
 # sun_path holds 108 bytes on Linux and 104 on macOS, the final NUL included.
 _MAX_PATH: Final = 103 if sys.platform == "darwin" else 107
@@ -252,6 +255,30 @@ def set_buffers(sock: socket.socket | trio.socket.SocketType) -> None:
                 break
             except OSError:
                 size //= 2
+
+
+def write_limit(sock: socket.socket | trio.socket.SocketType) -> int:
+    """Bytes that one write to ``sock`` may have: 28 KiB on vsock, else no limit worth the name.
+
+    A guest's kernel makes one packet of each write, up to 64 KiB. Kernels from 6.17 on, and the stable ones that have
+    it too (6.12.117 is one), put what does not fit into an allocation of 32 KiB, with 44 bytes of header and the
+    kernel's own 320, into several fragments: a chain of three descriptors and more. Devices that follow the rust-vmm
+    crate virtio-vsock (vhost-device-vsock 0.3.0 among them) take two at most and drop such a packet without a word:
+    the bytes are missing from the stream, their credit never comes back, and the connection stalls. Between 32,404
+    and 32,768 bytes it depends on how fragmented the guest's memory is.
+    """
+    return _VSOCK_WRITE if sock.family == getattr(socket, "AF_VSOCK", None) else 1 << 30
+
+
+async def send_all(stream: trio.abc.SendStream, data: bytes | bytearray | memoryview) -> None:
+    """``stream.send_all(data)`` in writes that any stream of ``connect`` and of a listener can take (write_limit)."""
+    if len(data) <= _VSOCK_WRITE:
+        await stream.send_all(data)
+        return
+    with memoryview(data) as view:
+        for start in range(0, len(view), _VSOCK_WRITE):
+            with view[start : start + _VSOCK_WRITE] as piece:
+                await stream.send_all(piece)
 
 
 async def connect(

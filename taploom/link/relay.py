@@ -10,8 +10,9 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
+from taploom.address import write_limit
 from taploom.link.loop import CHUNK, READ, WRITE, Loop
-from taploom.link.pump import Counters, write_limit
+from taploom.link.pump import Counters
 
 __all__ = ["Relay"]
 

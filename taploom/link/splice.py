@@ -16,9 +16,8 @@ from typing import Final
 
 import trio
 
-from taploom.address import set_buffers
+from taploom.address import set_buffers, write_limit
 from taploom.link.loop import CHUNK, HANGUP, READ, WRITE, Loop
-from taploom.link.pump import write_limit
 
 __all__ = ["Splice", "plain_socket", "reset", "tune_tcp", "widen"]
 

@@ -19,6 +19,8 @@ import h2.exceptions
 import h2.settings
 import trio
 
+from taploom.address import send_all
+
 from .framing import (
     PREFIX_SIZE,
     CompressedMessageError,
@@ -345,7 +347,7 @@ class Connection:
             if self._outbound:
                 data, self._outbound = self._outbound, bytearray()
                 try:
-                    await self._transport.send_all(data)
+                    await send_all(self._transport, data)
                 except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
                     self.finish("the peer closed the connection")
                     return
