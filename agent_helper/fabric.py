@@ -57,11 +57,20 @@ class LinkPorts(Protocol):
 
 
 @dataclass
+class Changes:
+    """Of what is there already: how often what packets meet in OVN was changed, and how many of that are in force."""
+
+    made: int = 0
+    in_force: int = 0
+
+
+@dataclass
 class NetworkState:
     """A network as it is. `message` is the description last applied."""
 
     spec: NetworkSpec
     message: Network
+    changes: Changes = field(default_factory=Changes)
     dns: DnsServer | None = None
     endpoints: dict[str, EndpointState] = field(default_factory=dict)
     holders: dict[str, str] = field(default_factory=dict)  # address or MAC -> endpoint_id
@@ -74,6 +83,7 @@ class EndpointState:
     spec: EndpointSpec
     message: Endpoint
     network: NetworkState
+    changes: Changes = field(default_factory=Changes)
     tap: Tap | None = None
     linked: bool = False  # known to the data links' server
     gone: trio.Event = field(default_factory=trio.Event)
@@ -112,6 +122,7 @@ class Fabric:
         self._on_lost = on_lost
         self._numbers = itertools.count()  # of interfaces; a name is never used twice, see _open_tap
         self.uplink: UplinkSpec | None = None
+        self._uplink_changes = Changes()
         self.kernel = KernelEnd(stack.programs["nft"], self._numbers)
         self._gate = SharedLock()
         self._network_locks = KeyedLocks()
@@ -161,11 +172,14 @@ class Fabric:
         async with self._gate.exclusive():
             with trio.CancelScope(shield=True):
                 await self._apply_uplink(spec)
+        await self._come_into_force(self._uplink_changes)
 
     async def _apply_uplink(self, spec: UplinkSpec | None) -> None:
         networks = [network.spec for network in self.networks.values()]
         if spec is not None:
             spec = await trio.to_thread.run_sync(usable, spec)
+        if self.endpoints and not self.kernel.is_for(spec):
+            self._uplink_changes.made += 1
         self.uplink = spec
 
         def in_nb(txn: Txn) -> None:
@@ -200,6 +214,9 @@ class Fabric:
         async with self._gate.shared(), self._network_locks.exclusive(spec.network_id):
             with trio.CancelScope(shield=True):
                 await self._apply_network(spec, message)
+        network = self.networks.get(spec.network_id)
+        if network is not None:
+            await self._come_into_force(network.changes)
 
     async def _apply_network(self, spec: NetworkSpec, message: Network) -> None:
         network = self.networks.get(spec.network_id)
@@ -227,6 +244,8 @@ class Fabric:
                     f"endpoint {endpoint.spec.endpoint_id} stands in the way: {exc.message}"
                 ) from exc
         self.kernel.set_network(spec)
+        if spec != old and network.endpoints:
+            network.changes.made += 1
         await _together(partial(self._stack.nb.transact, ensure), partial(self.kernel.converge, spec.network_id))
         if _dns_part(spec) != _dns_part(old) or (spec.dns_servers and network.dns is None):
             # Rare enough to be done from the start: a network's names are files, its server starts in milliseconds.
@@ -382,6 +401,8 @@ class Fabric:
             endpoint = EndpointState(spec, message, network)
             self.endpoints[spec.endpoint_id] = endpoint
             network.endpoints[spec.endpoint_id] = endpoint
+        if endpoint.tap is not None and endpoint.spec.port_addresses != spec.port_addresses:
+            endpoint.changes.made += 1
         for key in _keys(endpoint.spec):
             network.holders.pop(key, None)
         endpoint.spec, endpoint.message = spec, message
@@ -558,6 +579,7 @@ class Fabric:
                     f"the port of endpoint {endpoint.spec.endpoint_id} was not programmed within {_UP_TIMEOUT:.0f} s "
                     f"({error}); look at GetHealth and apply it again"
                 )
+            await self._come_into_force(endpoint.changes)
             if self._nursery is not None:  # for bursts: nobody has to wait for it
                 self._nursery.start_soon(self._stack.enlarge_packet_sockets)
 
@@ -566,6 +588,21 @@ class Fabric:
                 logger.error("dnsmasq of network %s does not know %s", endpoint.spec.network_id, endpoint.spec.names)
 
         await _together(programmed, known)
+
+    async def _come_into_force(self, *changes: Changes) -> None:
+        """Returns once no packet is treated any more as it was before the changes. Nothing that is new waits here: it
+        is told by `ovn-installed`."""
+        pending = [(one, one.made) for one in changes if one.in_force < one.made]
+        if not pending:
+            return
+        with trio.move_on_after(_UP_TIMEOUT) as scope:
+            await self._stack.wait_in_force()
+        if scope.cancelled_caught:
+            raise UnavailableError(
+                f"the change was not in force within {_UP_TIMEOUT:.0f} s; look at GetHealth and apply it again"
+            )
+        for one, made in pending:
+            one.in_force = max(one.in_force, made)
 
     # The whole
 
@@ -603,6 +640,7 @@ class Fabric:
         async with trio.open_nursery() as nursery:
             for endpoint in endpoints:
                 nursery.start_soon(settle, endpoint)
+        await self._come_into_force(self._uplink_changes, *(network.changes for network in self.networks.values()))
         self._spare_wanted.set()
         return SyncOutcome(endpoints, removed, failures)
 

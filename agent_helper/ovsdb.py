@@ -37,7 +37,7 @@ class Txn:
         self._idl = idl
         self._txn = txn
         self._deleted: set[tuple[str, Any]] = set()
-        self._incremented = False
+        self.counted = 0  # the value that `increment` has given to the column
 
     def rows(self, table: str) -> Iterable[Row]:
         """All rows of a table that the transaction has not deleted."""
@@ -82,13 +82,12 @@ class Txn:
         return table in self._idl.tables and column in self._idl.tables[table].columns
 
     def increment(self, row: Row, column: str) -> None:
-        if not self._incremented:
-            self._incremented = True
-            row.increment(column)
-
-    @property
-    def increments(self) -> bool:
-        return self._incremented
+        """Adds one to a counter, once in a transaction. (The IDL's own `increment` does nothing in a transaction that
+        does nothing else.)"""
+        if not self.counted:
+            row.verify(column)
+            self.counted = getattr(row, column, 0) + 1
+            setattr(row, column, self.counted)
 
 
 def _plain(value: Any) -> Any:
@@ -108,7 +107,7 @@ class _Job:
         self.op = op
         self.done = False
         self.value: Any = None
-        self.increment = 0
+        self.counted = 0
         self.error: Exception | None = None
 
 
@@ -118,17 +117,13 @@ class _Command(command.BaseCommand):  # type: ignore[misc]  # untyped library
     def __init__(self, api: _Api, jobs: list[_Job]) -> None:
         super().__init__(api)
         self.jobs = jobs
-        self.new_increment: int | None = None
-        self._txn: Txn | None = None
+        self.counted = 0
 
     def run_idl(self, txn: Any) -> None:
-        self._txn = Txn(self.api.idl, txn)
+        ours = Txn(self.api.idl, txn)
         for job in self.jobs:
-            job.value = job.op(self._txn)
-
-    def post_commit(self, txn: Any) -> None:
-        if self._txn is not None and self._txn.increments:
-            self.new_increment = txn.get_increment_new_value()
+            job.value = job.op(ours)
+        self.counted = ours.counted
 
     def __str__(self) -> str:
         return f"{len(self.jobs)} operations"
@@ -285,7 +280,7 @@ class Database:
             raise
         if job.error is not None:
             raise job.error
-        return job.value, job.increment
+        return job.value, job.counted
 
     async def _commit(self, jobs: list[_Job]) -> None:
         try:
@@ -312,7 +307,7 @@ class Database:
         txn.add(cmd)
         txn.commit()
         for job in jobs:
-            job.increment = cmd.new_increment or 0
+            job.counted = cmd.counted
 
     # The IDL's thread from here on.
 

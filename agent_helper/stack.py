@@ -6,6 +6,7 @@ The databases are the daemons' working memory and no more: they are created afre
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -21,7 +22,7 @@ import trio
 
 from agent_helper import links
 from agent_helper.errors import SetupError, UnavailableError
-from agent_helper.ovsdb import Database, Txn
+from agent_helper.ovsdb import Database, Txn, Values
 from agent_helper.packet_sockets import enlarge_packet_sockets
 from taploom.supervise import SupervisedProcess
 
@@ -211,6 +212,10 @@ class Stack:
                 nursery.start_soon(self._run_controller)
                 nursery.start_soon(self._kick_controller)
                 nursery.start_soon(self._prove_connections)
+                self.waiting_for = "ovn-controller to register its chassis"
+                assert self._sb is not None
+                await self._sb.mirrors["Chassis"].wait(CHASSIS, lambda row: row is not None)
+                self.waiting_for = "OVN to program the data path"
                 await self.wait_programmed()
                 await nursery.start(self._stand_in)  # only now: the daemons have their connections
                 self.waiting_for = ""
@@ -485,20 +490,45 @@ class Stack:
 
     async def wait_programmed(self) -> None:
         """Returns once the chassis has programmed all that the northbound database had when this was called."""
-        assert self._sb is not None
-        self.waiting_for = "ovn-controller to register its chassis"
-        await self._sb.mirrors["Chassis"].wait(CHASSIS, lambda row: row is not None)
-        self.waiting_for = "OVN to program the data path"
+        mirror = self.nb.mirrors["NB_Global"]
 
         def op(txn: Txn) -> None:
             row = txn.only("NB_Global") or txn.insert("NB_Global")
             txn.increment(row, "nb_cfg")
 
-        _, wanted = await self.nb.transact_counted(op)
-        mirror = self.nb.mirrors["NB_Global"]
-        while not any(row["hv_cfg"] >= wanted for row in mirror.rows.values()):
-            key = next(iter(mirror.rows), "")
-            await mirror.wait(key, lambda row: row is None or row["hv_cfg"] >= wanted)
+        while True:
+            _, wanted = await self.nb.transact_counted(op)
+
+            def counted(row: Values | None, wanted: int = wanted) -> bool:
+                return row is None or row["hv_cfg"] >= wanted or row["nb_cfg"] < wanted
+
+            row = await mirror.wait(next(iter(mirror.rows), ""), counted)
+            if row is not None and row["hv_cfg"] >= wanted:
+                return
+            # The database was lost meanwhile, and its count with it.
+
+    async def wait_in_force(self) -> None:
+        """As `wait_programmed`, and no packet is treated any more as one like it was before.
+
+        When ovn-controller says that it has programmed everything, vswitchd has its OpenFlow flows, but the data path
+        keeps what was made of those before until vswitchd comes to look through it.
+        """
+        await self.wait_programmed()
+        with contextlib.suppress(OSError, trio.BrokenResourceError):  # one that just starts has kept nothing
+            await self._control(self.run_dir / "ovs-vswitchd.ctl", "revalidator/purge")
+
+    async def _control(self, socket: Path, command: str) -> None:
+        """Has a daemon do a command of ovs-appctl(8) (ovs-vswitchd(8), "Runtime Management Commands")."""
+        async with await trio.open_unix_socket(str(socket)) as stream:
+            await stream.send_all(json.dumps({"id": 0, "method": command, "params": []}).encode())
+            answer = b""
+            async for data in stream:
+                answer += data
+                with contextlib.suppress(ValueError):  # there is more to come
+                    error = json.loads(answer)["error"]
+                    if error is not None:
+                        logger.warning("%s: %s", command, error)
+                    return
 
     @staticmethod
     async def _connected(path: Path) -> trio.SocketStream:

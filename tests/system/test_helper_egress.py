@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 import pytest
-from test_helper_rig import Guest, Rig, endpoint, eventually, helper, in_netns, network, rpc_status, sh
+from test_helper_rig import Guest, Rig, endpoint, helper, in_netns, network, rpc_status, sh
 
 from taploom.contracts.taploom.helper.v1 import (
     ApplyUplinkRequest,
@@ -168,10 +168,11 @@ async def test_networks_without_masquerading_keep_their_own_addresses() -> None:
             for address in (f"10.77.{number}.2", f"fd00:77:{number}::2"):
                 with listen(netns, address, 80):
                     assert not answers(net.netns, address, 80)
-        # Changed live.
-        await rig.apply(outgoing(1))
+        # Changed live, to and fro: in force when apply returns.
         with listen(net.netns, INSIDE, 80) as server:
-            assert peer_seen(server, guest.netns, INSIDE) == OUTER
+            for disabled, seen in ((False, OUTER), (True, "10.77.1.2")) * 3:
+                await rig.apply(outgoing(1, masquerade_disabled=disabled))
+                assert peer_seen(server, guest.netns, INSIDE) == seen
 
 
 async def test_internal_networks_have_no_way_out() -> None:
@@ -185,8 +186,8 @@ async def test_internal_networks_have_no_way_out() -> None:
                 assert not guest.ping(address, wait=1), address
         # Changed live, both ways.
         await rig.apply(outgoing(1), outgoing(2, internal=True))
-        await eventually(lambda: inside.ping(INSIDE, wait=1))
-        await eventually(lambda: not outside.ping(INSIDE, wait=1))
+        assert inside.ping(INSIDE)
+        assert not outside.ping(INSIDE, wait=1)
         assert outside.ping("10.77.2.1")
 
 
@@ -269,7 +270,7 @@ async def test_isolated_endpoints_reach_all_but_each_other() -> None:
 
         assert reached() == [True, True]
         await rig.apply(outgoing(1, endpoints_isolated=True))
-        await eventually(lambda: reached() == [False, False])
+        assert reached() == [False, False]
         assert else_reached() == [True] * 5
         for target, hop in detours:
             a.run("ip", "route", "add", target, "via", hop)
@@ -282,7 +283,7 @@ async def test_isolated_endpoints_reach_all_but_each_other() -> None:
         for target, _ in detours:
             a.run("ip", "route", "del", target)
         await rig.apply(outgoing(1))
-        await eventually(lambda: reached() == [True, True])
+        assert reached() == [True, True]
 
 
 async def test_a_route_of_the_machines_own_stays() -> None:
