@@ -13,7 +13,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 _T = TypeVar("_T")
 
@@ -56,7 +56,7 @@ class NetlinkSocket:
         """Closes the socket."""
         self._socket.close()
 
-    def __enter__(self) -> NetlinkSocket:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
