@@ -21,6 +21,7 @@ _COMMANDS = {
     "network": ("host_bridge.commands.network", "network", "Networks, and which guests are on them."),
     "guest": ("host_bridge.commands.guest", "guest", "Guests: VMs with an agent in them."),
     "status": ("host_bridge.commands.status", "status", "How every component and link is."),
+    "kernel": ("host_bridge.commands.kernel", "kernel", "Whether a Linux kernel has what guests and helper need."),
 }
 # Help lines of the groups that ship with taploom; others are named after the package that they come from.
 _KNOWN_HELP = {"lab": "Run the whole fabric on this machine."}
