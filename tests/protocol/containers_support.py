@@ -394,6 +394,10 @@ class ContainerRig:
     async def start_bridge(self) -> None:
         """Starts a bridge on the state that there is; it is ready when this returns."""
         await self.nursery.start(self._bridge)
+        await self.connected()
+
+    async def connected(self) -> None:
+        """Waits until the bridge has found helper and runtime."""
         with trio.fail_after(20):
             while not (self.fabric.helper.connected and self.manager.runtime and self.manager.runtime.connected):
                 await trio.sleep(0.005)

@@ -40,6 +40,10 @@ class Peer:
     def data_address(self) -> Address:
         return self._rig.data
 
+    async def streams_ready(self) -> None:
+        while self.stream_secret is None:
+            await trio.sleep(0.002)
+
     async def refuse_stream(self, token: bytes) -> None:
         await self._rig.client.refuse_stream(RefuseStreamRequest(token=token))
 
