@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import trio
@@ -17,13 +16,17 @@ from ovs.db import idl as ovs_idl
 from ovsdbapp import exceptions as ovsdb_exceptions
 from ovsdbapp.backend.ovs_idl import command, connection, idlutils, transaction
 
+from agent_helper import json_parser
 from agent_helper.errors import HelperError, UnavailableError
+from agent_helper.schemas import Schema, part_of
 
 logger = logging.getLogger("taploom.helper.ovsdb")
 
 T = TypeVar("T")
 Row = Any  # ovs.db.idl.Row has a column per attribute; the library is untyped
 Values = dict[str, Any]
+
+json_parser.install()
 
 # Reconnect delays in ms. The library's (1 s to 8 s) suit remote servers; ours is a child, back within milliseconds.
 _BACKOFF_MIN, _BACKOFF_MAX = 10, 200
@@ -202,7 +205,7 @@ class Database:
 
     Args:
         remote: where ovsdb-server listens, such as `unix:/run/x/db.sock`.
-        schema: the schema file that the database was created from.
+        schema: what the database was created from.
         tables: the tables and columns to replicate. Tables with a `name` column are indexed by it.
         mirror: the tables and columns to keep in `mirrors`.
         on_dump: called in trio's thread after each (re)connection, once the database's content is there, and after a
@@ -213,18 +216,18 @@ class Database:
     def __init__(
         self,
         remote: str,
-        schema: Path,
+        schema: Schema,
         *,
         tables: Mapping[str, list[str]],
         mirror: Mapping[str, list[str]],
         on_dump: Callable[[], None],
         on_change: Callable[[str, str, Values | None], None] | None = None,
     ) -> None:
-        helper = ovs_idl.SchemaHelper(str(schema))
-        self.name: str = helper.schema_json["name"]
-        for table, columns in tables.items():
-            known = helper.schema_json["tables"].get(table, {}).get("columns", {})
-            helper.register_columns(table, [column for column in columns if column in known])
+        part = part_of(schema, tables)
+        self.name: str = part["name"]
+        helper = ovs_idl.SchemaHelper(schema_json=part)
+        for table, content in part["tables"].items():
+            helper.register_columns(table, list(content["columns"]))
         self._columns = mirror
         self._on_dump = on_dump
         self._on_change = on_change
