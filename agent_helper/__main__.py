@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     setup_logging("agent_helper", arguments.log_level)
     if arguments.log_level != "debug":
-        for name in ("ovsdbapp", "pyroute2"):
+        for name in ("ovsdbapp",):
             logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if os.geteuid():
