@@ -53,8 +53,10 @@ def mirror(label: str = "Debian") -> str:
     return found[0] if found else ""
 
 
-def packages(suite: str, arch: str, names: Iterable[str], *, cache: Path, update: bool = False) -> list[Package]:
-    """The packages of these names and all that they depend on, downloaded, sorted by name.
+def packages(
+    suite: str, arch: str, names: Iterable[str], *, cache: Path, update: bool = False, closure: bool = True
+) -> list[Package]:
+    """The packages of these names, and all that they depend on, downloaded, sorted by name.
 
     Args:
         suite: a release's code name, such as "trixie"; its -updates and, where this machine knows that archive, its
@@ -63,6 +65,7 @@ def packages(suite: str, arch: str, names: Iterable[str], *, cache: Path, update
         names: packages' names, or name=version.
         cache: the cache's root.
         update: ask the archive again although these names were resolved before.
+        closure: with all that they depend on; otherwise these packages alone.
 
     Raises:
         BuildError: no archive, a package that does not exist, or a file that is not what the archive says.
@@ -70,11 +73,11 @@ def packages(suite: str, arch: str, names: Iterable[str], *, cache: Path, update
     wanted = sorted(set(names))
     home = cache / "debian" / f"{suite}-{arch}"
     store = cache / "debian" / "archives"
-    key = hashlib.sha256("\n".join(wanted).encode()).hexdigest()
+    key = hashlib.sha256("\n".join([f"closure={closure}", *wanted]).encode()).hexdigest()
     remembered = home / "resolved" / f"{key}.json"
     with locked(home / "lock"):
         if update or not remembered.is_file():
-            found = _resolve(suite, arch, wanted, home)
+            found = _resolve(suite, arch, wanted, home, closure)
             remembered.parent.mkdir(parents=True, exist_ok=True)
             remembered.write_text(json.dumps([{**asdict(p), "path": p.path.name} for p in found], indent=1))
         listed = [Package(**entry) for entry in json.loads(remembered.read_text())]
@@ -102,24 +105,14 @@ def unpack(found: Iterable[Package], root: Path) -> None:
         (root / "lib64").unlink()
 
 
-def _resolve(suite: str, arch: str, wanted: Sequence[str], home: Path) -> list[Package]:
+def _resolve(suite: str, arch: str, wanted: Sequence[str], home: Path, closure: bool) -> list[Package]:
     options = _configure(suite, arch, home)
     run(["apt-get", *options, "update", "-q"])
     with tempfile.TemporaryDirectory() as empty:
         (Path(empty) / "partial").mkdir()
-        output = run(
-            [
-                "apt-get",
-                *options,
-                "-o",
-                f"Dir::Cache::archives={empty}",
-                "install",
-                "--print-uris",
-                "-qq",
-                "-y",
-                *wanted,
-            ]
-        )
+        archives = ["-o", f"Dir::Cache::archives={empty}"]
+        action = "install" if closure else "download"
+        output = run(["apt-get", *options, *archives, action, "--print-uris", "-qq", "-y", *wanted])
     found = []
     for line in output.splitlines():
         match = _URI_LINE.match(line)
