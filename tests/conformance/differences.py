@@ -174,15 +174,6 @@ DELIBERATE = [
     ),
     Difference(
         "deliberate",
-        "Every gateway is the host in IPv6 as in IPv4, and an internal network is unreachable at once from another one",
-        r"^stdout$",
-        scenario="reachability with six",
-        step="in a1: matrix",
-        real=r"\[fd00:49::11\]:80 Connection timed out\n\[fd00:49::1\]:80 Connection timed out$",
-        ours=r"\[fd00:49::11\]:80 Network is unreachable\n\[fd00:49::1\]:80 Connection refused$",
-    ),
-    Difference(
-        "deliberate",
         "The host has no route to the networks: it reaches containers at published ports",
         r"^exit$",
         step="on the host: get 10.41.0.11 80",
@@ -262,7 +253,6 @@ DELIBERATE = [
         "deliberate",
         "The peer of a published connection is always the network's gateway, as with Docker's userland proxy",
         r"^stdout$",
-        # With IPv6 dockerd's proxy has another address of the host while the gateway's is still being checked (DAD).
         real=r"sees \[?(::ffff:)?<(host|internet)6?>",
         ours=r"sees \S+\.1\]?$",
     ),
