@@ -106,7 +106,8 @@ def build(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, 
 def cache_key(arch: str, source: Source, requested: dict[str, str], tools: Toolchain) -> str:
     """The hash of all that decides about the kernel's bytes."""
     symbols = [f"{name}={value}" for name, value in sorted(requested.items())]
-    return inputs_hash([arch, source.sha256, *tools.lines(), *symbols], [Path(recipe.__file__)], ROOT)
+    files = [Path(recipe.__file__), compilation.BOOTCONFIG]
+    return inputs_hash([arch, source.sha256, *tools.lines(), *symbols], files, ROOT)
 
 
 def _build(

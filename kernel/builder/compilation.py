@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections import deque
@@ -16,6 +17,9 @@ from taploom.kconfig import parse, render
 from .fragments import lost
 from .progress import Progress
 from .recipe import TARGETS, make_variables
+
+BOOTCONFIG = Path(__file__).resolve().parents[1] / "bootconfig"
+"""Parameters that are built into the kernel."""
 
 _STEP = re.compile(r"^\s+([A-Z][A-Z0-9_]*)(?: \[M\])?\s+(\S+)")
 # What make and the compilers would take from the caller's environment.
@@ -42,6 +46,7 @@ def configure(arch: str, source: Path, objects: Path, requested: Mapping[str, st
         BuildError: requested symbols that did not survive, each by its name.
     """
     objects.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(BOOTCONFIG, objects / "taploom.bootconfig")  # CONFIG_BOOT_CONFIG_EMBED_FILE
     wanted = objects / "requested.config"
     wanted.write_text(render(dict(requested)))
     _make(arch, source, objects, [f"KCONFIG_ALLCONFIG={wanted}", "allnoconfig"])
