@@ -7,9 +7,9 @@ import sys
 
 def main() -> None:
     """The command taploom-guest-agent."""
-    from .lean import without_openssl
+    from taploom.lean import without_unused
 
-    without_openssl()  # before the imports below
+    without_unused()  # before the imports below
     from .cli import run
 
     sys.exit(run(sys.argv[1:]))
