@@ -55,7 +55,7 @@ class Verdict:
     @property
     def modules(self) -> tuple[Finding, ...]:
         """There, if somebody loads modules."""
-        return tuple(f for f in self.findings if f.state == "m")
+        return tuple(f for f in self.findings if f.state == "m" and f.level is not Level.FORBIDDEN)
 
     @property
     def answer(self) -> str:

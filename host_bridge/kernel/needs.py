@@ -79,7 +79,7 @@ _MACHINE = (
     useful("HW_RANDOM_VIRTIO", "random numbers from the host early in the boot"),
     useful("HOTPLUG_PCI_PCIE|HOTPLUG_PCI_ACPI|VIRTIO_MMIO", "a vsock device replaced while the VM runs"),
     useful("HIGH_RES_TIMERS", "latencies below a timer tick"),
-    useful("IKCONFIG_PROC", "the running kernel can be checked without its configuration file"),
+    useful("IKCONFIG_PROC", "checking the running kernel without its configuration file"),
 )
 
 CONSUMERS: tuple[Consumer, ...] = (
