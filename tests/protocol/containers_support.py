@@ -398,7 +398,7 @@ class ContainerRig:
 
     async def connected(self) -> None:
         """Waits until the bridge has found helper and runtime."""
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while not (self.fabric.helper.connected and self.manager.runtime and self.manager.runtime.connected):
                 await trio.sleep(0.005)
 
@@ -443,7 +443,7 @@ class ContainerRig:
 
     async def until(self, condition) -> None:  # type: ignore[no-untyped-def]
         """Waits for a condition that nothing signals."""
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while not condition():
                 await trio.sleep(0.005)
 

@@ -44,6 +44,7 @@ from taploom.rpc import RpcError, open_channel
 pytestmark = pytest.mark.system
 
 T = TypeVar("T")
+PATIENCE = 60.0  # s for what takes milliseconds on a machine that has nothing else to do
 FEATURES = frozenset({LinkFeature.VNET_HDR, LinkFeature.TSO})
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -71,7 +72,7 @@ def in_netns(name: str, function: Callable[[], T]) -> T:
         os.close(before)
 
 
-async def eventually(condition: Callable[[], object], within: float = 20.0) -> None:
+async def eventually(condition: Callable[[], object], within: float = PATIENCE) -> None:
     """Returns once the condition holds."""
     with trio.fail_after(within):
         while not condition():
@@ -172,7 +173,7 @@ class Rig:
         ]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(argv, stdout=log, stderr=log, cwd=Path(__file__).parents[2])
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE):
             while True:
                 try:
                     stream = await connect(UnixAddress(str(self.folder / "control.sock")))
@@ -199,7 +200,7 @@ class Rig:
             self._channel_scope.cancel()
             if self.process is not None:
                 self.process.send_signal(signum)
-                with trio.fail_after(15):
+                with trio.fail_after(PATIENCE):
                     while self.process.poll() is None:
                         await trio.sleep(0.01)
                 self.process = None
@@ -216,18 +217,18 @@ class Rig:
         statuses = []
         for message in messages:
             if isinstance(message, Network):
-                await self.client.apply_network(ApplyNetworkRequest(network=message), timeout=20)
+                await self.client.apply_network(ApplyNetworkRequest(network=message), timeout=PATIENCE)
             else:
-                response = await self.client.apply_endpoint(ApplyEndpointRequest(endpoint=message), timeout=20)
+                response = await self.client.apply_endpoint(ApplyEndpointRequest(endpoint=message), timeout=PATIENCE)
                 assert response.status is not None
                 statuses.append(response.status)
         return statuses
 
     async def delete_endpoint(self, endpoint_id: str) -> None:
-        await self.client.delete_endpoint(DeleteEndpointRequest(endpoint_id=endpoint_id), timeout=20)
+        await self.client.delete_endpoint(DeleteEndpointRequest(endpoint_id=endpoint_id), timeout=PATIENCE)
 
     async def delete_network(self, network_id: str) -> None:
-        await self.client.delete_network(DeleteNetworkRequest(network_id=network_id), timeout=20)
+        await self.client.delete_network(DeleteNetworkRequest(network_id=network_id), timeout=PATIENCE)
 
     async def guest(self, message: Endpoint, *, mtu: int = 1500, gateway: str = "", dns: str = "") -> Guest:
         """Applies the endpoint and makes a guest with its interface up and its link joined."""
