@@ -1,6 +1,6 @@
-"""What the lab adds to the guest image: the process server, an OCI runtime for containers, and tools.
+"""What the lab adds to the images: the process server, an OCI runtime for containers, and tools.
 
-It is an initramfs archive that is joined to the guest image's: the image itself stays as it is built for everyone.
+It is an initramfs archive that is joined to an image's: the image itself stays as it is built for everyone.
 """
 
 from __future__ import annotations
@@ -32,52 +32,51 @@ _NAMES = ("libnss_files.so.2", "libnss_dns.so.2")  # opened by libc where it is 
 # Files of ours: name here, place in the VM, mode.
 _FILES = (
     ("lab.conf", "etc/taploom/services.d/lab.conf", 0o644),
+    ("uplink.conf", "etc/taploom/services.d/uplink.conf", 0o644),
     ("container.sh", "usr/libexec/taploom-lab/container", 0o755),
+    ("uplink.sh", "usr/libexec/taploom-lab/uplink", 0o755),
 )
-_ARCHIVE = "payload.cpio"
-_INITRD = "guest.cpio"
 
 
-def build(arch: str, image: Path, output: Path, *, cache: Path, say: Callable[[str], None]) -> Path:
-    """Makes the initramfs of the lab's guests: the guest image and the payload, neither compressed.
-
-    The host unpacks the image once; every boot of an emulated processor would take longer over it.
+def build(arch: str, *, cache: Path, say: Callable[[str], None]) -> Path:
+    """Makes the archive of what the lab adds; returns its path in the cache.
 
     Args:
         arch: x86_64 or arm64.
-        image: the guest image, guest-initfs.cpio.zst.
-        output: the directory that gets payload.cpio and guest.cpio.
         cache: where what was built stays.
         say: is told what is being done.
-
-    Returns:
-        The path of guest.cpio.
 
     Raises:
         images.common.tools.BuildError: a compiler or package is missing.
     """
     found = debian.packages(SUITE, arch, _PROGRAMS, cache=cache)
     texts = [arch, *(f"{package.name} {package.version} {package.sha256}" for package in found)]
-    files = [*_SOURCES.iterdir(), Path(__file__)]
-    key = inputs_hash(texts, files, tools.CHECKOUT)
+    key = inputs_hash(texts, [*_SOURCES.iterdir(), Path(__file__)], tools.CHECKOUT)
 
-    def make_payload(directory: Path) -> None:
-        say("payload: the lab's process server, crun, iperf3 and other tools")
+    def make(directory: Path) -> None:
+        say("building what the lab adds to the images: its process server, crun, iperf3 and other tools")
         with tempfile.TemporaryDirectory(prefix="taploom-payload-") as work:
-            _make(arch, found, Path(work), directory / _ARCHIVE)
+            _make(arch, found, Path(work), directory / "payload.cpio")
 
-    payload, _ = cached(cache, f"lab-payload/{arch}", key, make_payload)
+    return cached(cache, f"lab-payload/{arch}", key, make)[0] / "payload.cpio"
 
-    def make_initrd(directory: Path) -> None:
-        say("joining guest image and payload")
+
+def join(name: str, arch: str, image: Path, payload: Path, output: Path, *, cache: Path) -> Path:
+    """Makes the initramfs of a lab's VMs: an image and the payload, neither compressed; output/NAME.cpio.
+
+    The host unpacks the image once; every boot with an emulated processor would take longer over it.
+    """
+    key = inputs_hash([file_sha256(image), file_sha256(payload)], [], Path("/"))
+
+    def make(directory: Path) -> None:
         raw = directory / "image.cpio"
         run(["zstd", "-q", "-d", image, "-o", raw])
-        cpio.concatenate([raw, payload / _ARCHIVE], directory / _INITRD)
+        cpio.concatenate([raw, payload], directory / f"{name}.cpio")
         raw.unlink()
 
-    initrd, _ = cached(cache, f"lab-guest/{arch}", inputs_hash([key, file_sha256(image)], [], Path("/")), make_initrd)
-    publish(initrd, output)
-    return output / _INITRD
+    built, _ = cached(cache, f"lab-{name}/{arch}", key, make)
+    publish(built, output / name)
+    return output / name / f"{name}.cpio"
 
 
 def _make(arch: str, found: list[debian.Package], work: Path, out: Path) -> None:
