@@ -25,7 +25,7 @@ began=$(date +%s)
 summary=$(mktemp)
 trap 'rm -f "$summary"' EXIT
 TAPLOOM_CONFORMANCE_SUMMARY=$summary python -m pytest \
-	tests/conformance/test_conformance_script.py tests/conformance tests/system tests/protocol tests/unit \
+	tests/conformance tests/system tests/protocol tests/unit \
 	--numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"
 result=$?
 after=$(leftovers)
