@@ -490,7 +490,7 @@ class Rig:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Waits for a condition that nothing signals."""
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while not condition():
                 await trio.sleep(0.005)
 
