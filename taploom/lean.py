@@ -5,6 +5,7 @@ and in a VM without hardware acceleration seconds of its start.
   goes over vsock between a VM and its host.
 - `importlib.metadata`, with the whole of `email`: two libraries ask it for their own version.
 - `dateutil`: the contracts use it to read timestamps from JSON.
+- `bz2` and `lzma`: shutil can make archives with them where they are there.
 
 Only an agent's own process does this, never a test's or an importer's: it is called by `__main__` modules, before they
 import anything else.
@@ -22,6 +23,7 @@ def without_unused() -> None:
     without_openssl()
     without_metadata()
     without_dateutil()
+    without_compression()
 
 
 def without_openssl() -> None:
@@ -52,6 +54,13 @@ def without_dateutil() -> None:
         return
     sys.modules["dateutil.parser"] = _Missing("dateutil.parser")
     sys.modules["dateutil"] = _Missing("dateutil", parser=sys.modules["dateutil.parser"])
+
+
+def without_compression() -> None:
+    """To be called before anything imports `shutil`; does nothing when that has happened."""
+    if "shutil" not in sys.modules:
+        for name in ("bz2", "lzma"):
+            sys.modules[name] = None  # type: ignore[assignment]  # the import system's documented "not importable"
 
 
 def installed_version(name: str) -> str:

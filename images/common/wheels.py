@@ -83,7 +83,7 @@ def wheels(lock: Path, names: Iterable[str], *, python: str, cache: Path) -> lis
 
 
 def unpack(wheel: Wheel, root: Path) -> None:
-    """Unpacks a wheel's modules, without its metadata, into a folder of sys.path.
+    """Unpacks a wheel's modules into a folder of sys.path; of its metadata only the folder's name, with the version.
 
     Raises:
         BuildError: the wheel has compiled parts or names that leave the folder.
@@ -95,6 +95,8 @@ def unpack(wheel: Wheel, root: Path) -> None:
                 raise BuildError(f"{wheel.path}: {name} leaves its folder")
             if name.suffix == ".so":
                 raise BuildError(f"{wheel.path} has compiled parts ({name}): only pure wheels go into images")
+            if name.parts[0].endswith(".dist-info"):
+                (root / name.parts[0]).mkdir(parents=True, exist_ok=True)
             if member.is_dir() or name.parts[0].endswith((".dist-info", ".data")):
                 continue
             target = root / name

@@ -270,7 +270,8 @@ def test_the_projects_own_lock_file_pins_wheels_that_pip_finds(tmp_path: Path) -
     assert f"--hash=sha256:{wheel.sha256}" in wheels.pins(lock)["hpack"]
     wheels.unpack(wheel, tmp_path / "root")
     assert (tmp_path / "root/hpack/__init__.py").is_file()
-    assert [path.name for path in (tmp_path / "root").iterdir()] == ["hpack"]
+    assert sorted(path.name for path in (tmp_path / "root").iterdir()) == ["hpack", f"hpack-{wheel.version}.dist-info"]
+    assert not any((tmp_path / f"root/hpack-{wheel.version}.dist-info").iterdir())
 
 
 @pytest.mark.parametrize("member", ["pkg/_native.so", "../outside.py"])
