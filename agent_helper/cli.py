@@ -22,6 +22,7 @@ from agent_helper.errors import SetupError
 from agent_helper.events import Events
 from agent_helper.fabric import Fabric
 from agent_helper.firewall import Redirect
+from agent_helper.outside import Outside, keep_outside, parse_outside
 from agent_helper.service import HelperService, daemon_message
 from agent_helper.stack import Stack, find_programs, new_instance_id
 from agent_helper.streams import MAX_HANDSHAKES, Streams
@@ -73,6 +74,14 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="DIR",
         help="for sockets, databases and logs; nothing in it is kept",
     )
+    parser.add_argument(
+        "--net",
+        default="none",
+        metavar="WAY",
+        help="the way out of the machine: none (something else configures it), dhcp[,INTERFACE], "
+        "ADDRESS/PREFIX[,GATEWAY][,INTERFACE], or kernel: taploom.net=WAY of the kernel's command line, else dhcp "
+        "(%(default)s)",
+    )
     parser.add_argument("--log-level", default="info", choices=LEVELS)
     parser.add_argument("--version", action="version", version=f"agent_helper {__version__}")
     return parser.parse_args(argv)
@@ -96,7 +105,7 @@ def _locked(state_dir: Path) -> Iterator[None]:
         os.close(fd)
 
 
-async def _serve(control: Address, data: Address, state_dir: Path) -> None:
+async def _serve(control: Address, data: Address, state_dir: Path, outside: Outside) -> None:
     events = Events()
     instance_id = new_instance_id()
     programs = find_programs()
@@ -151,6 +160,7 @@ async def _serve(control: Address, data: Address, state_dir: Path) -> None:
         server.health.set(_SERVICE, False)
         control_listener, data_listener = await open_listener(control), await open_listener(data)
         nursery.start_soon(_until_signal, nursery.cancel_scope, server)
+        nursery.start_soon(keep_outside, outside, stack.log_dir / "udhcpc.log")
         nursery.start_soon(server.serve, control_listener)
         nursery.start_soon(link_server.serve, data_listener)
         began = datetime.now(UTC)
@@ -195,7 +205,8 @@ def run(argv: Sequence[str]) -> int:
         if os.geteuid():
             raise SetupError("it must run as root: it creates TAP devices and network namespaces")
         with _locked(arguments.state_dir.absolute()):
-            serve = partial(_serve, arguments.control, arguments.data, arguments.state_dir.absolute())
+            outside = parse_outside(arguments.net)
+            serve = partial(_serve, arguments.control, arguments.data, arguments.state_dir.absolute(), outside)
             trio.run(serve, strict_exception_groups=True)
     except* (SetupError, AddressError, OSError) as group:
         print(f"agent_helper: {_first(group)}", file=sys.stderr)  # noqa: T201 -- the one line for people
