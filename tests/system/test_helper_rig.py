@@ -125,11 +125,11 @@ class Guest:
     def run(self, *args: str, check: bool = True) -> str:
         return sh("ip", "netns", "exec", self.netns, *args, check=check)
 
-    def ping(self, address: str, count: int = 1, wait: int = 2) -> bool:
+    def ping(self, address: str, count: int = 1, wait: int = 10) -> bool:
         return " 0% packet loss" in self.run("ping", "-n", f"-c{count}", "-i0.1", f"-W{wait}", address, check=False)
 
     def dig(self, server: str, *question: str) -> str:
-        return self.run("dig", f"@{server}", "+tries=1", "+time=2", *question, check=False).strip()
+        return self.run("dig", f"@{server}", "+tries=1", "+time=5", *question, check=False).strip()
 
     def raw(self) -> socket.socket:
         """A packet socket on the interface: sends and receives whole frames."""
