@@ -1,6 +1,6 @@
 # `make help` lists what there is to do.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint protos lock bench clean
+.PHONY: help setup demo test test-vm lint protos lock bench clean
 PYTHON := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(CURDIR)/node_modules/.bin:$(PATH):/usr/sbin:/sbin
 
@@ -15,6 +15,9 @@ demo: setup ## run the whole fabric on this machine and show it working; root; K
 
 test: setup lint ## every test that needs no virtual machine; root
 	@scripts/test.sh
+
+test-vm: setup ## build kernel and images, verify the kernel, and run the tests over virtual machines; root
+	@scripts/test-vm.sh
 
 lint: setup ## formatting, lint, types, and the contracts: lint, breaking changes, generated code
 	ruff format --check .

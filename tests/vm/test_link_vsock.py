@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import fcntl
 import itertools
+import os
 import shutil
+import signal
 import socket
 import termios
 from collections.abc import Callable, Iterator
@@ -167,18 +170,33 @@ def test_why_writes_are_short(peers: tuple[Peer, Peer], portal: Portal) -> None:
     portal.call(run)
 
 
+@contextlib.contextmanager
+def paused(peer: Peer) -> Iterator[None]:
+    """The VM does nothing. QEMU's own `stop` would stop the device too."""
+    os.kill(peer.vm.qemu_pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(peer.vm.qemu_pid, signal.SIGCONT)
+
+
+def unread_by_peer(sock: socket.socket) -> int:
+    """TIOCOUTQ (unix(7) calls it SIOCOUTQ): bytes that were sent and not yet read."""
+    queued = array.array("i", [0])
+    fcntl.ioctl(sock, termios.TIOCOUTQ, queued)
+    return queued[0]
+
+
 def test_requests_that_nobody_waits_for_any_more(peers: tuple[Peer, Peer], portal: Portal) -> None:
     """A VM that is paused answers late; until then nobody closes the sockets."""
     peer = peers[0]
 
     async def run() -> None:
         with trio.fail_after(SECONDS):
-            async with peer.vm.qmp() as qmp:
-                await qmp.execute("stop")
+            with paused(peer):
                 for _ in range(5):
                     with pytest.raises(TimeoutError):
                         await open_stream(peer.address, Operation.ECHO, 0, timeout=0.2)
-                await qmp.execute("cont")
             stream = await open_stream(peer.address, Operation.ECHO, 0)
             await stream.send_all(b"there?")
             assert await stream.receive_some(100) == b"there?"
@@ -193,31 +211,17 @@ def test_what_becomes_of_a_device_whose_request_is_abandoned(peers: tuple[Peer, 
 
     async def run() -> None:
         with trio.fail_after(SECONDS):
-            async with peer.vm.qmp() as qmp:
-                await qmp.execute("stop")
-                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as raw:
-                    raw.connect(str(peer.vm.machine.vsock_socket))
-                    raw.sendall(b"CONNECT %d\n" % PORT)
-                    await _read_by_the_device(raw)
-                await qmp.execute("cont")
+            with paused(peer), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as raw:
+                raw.connect(str(peer.vm.machine.vsock_socket))
+                raw.sendall(b"CONNECT %d\n" % PORT)
+                while unread_by_peer(raw):
+                    await trio.sleep(0.01)
             with pytest.raises((TimeoutError, ConnectionError)):
                 await open_stream(peer.address, Operation.ECHO, 0, timeout=2)
             await peer.vm.restart_vsock()
             await (await peer.vm.wait_connect(PORT)).aclose()
 
     portal.call(run)
-
-
-async def _read_by_the_device(raw: socket.socket) -> None:
-    while _unread_by_peer(raw):
-        await trio.sleep(0.01)
-
-
-def _unread_by_peer(raw: socket.socket) -> int:
-    """SIOCOUTQ (unix(7)): bytes that were sent and not yet read."""
-    queued = array.array("i", [0])
-    fcntl.ioctl(raw, termios.TIOCOUTQ, queued)
-    return queued[0]
 
 
 def test_a_stream_that_the_host_closes_ends_in_the_guest(peers: tuple[Peer, Peer], portal: Portal) -> None:
