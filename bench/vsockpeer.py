@@ -71,13 +71,14 @@ async def open_stream(
     pause: float = 0,
     send: int = 0,
     receive: int = 0,
-    timeout: float = 30,  # noqa: ASYNC109 - handed to connect()
+    timeout: float = 30,  # noqa: ASYNC109 - part of what connect()'s error says
 ) -> trio.SocketStream:
     """A stream on which the VM at ``address`` does something; its first byte is the other end's first.
 
     ``number`` is what its result is asked for by, 0 to 4095; ``pause`` in seconds.
     """
     stream = await connect(address, timeout=timeout)
+    # Whoever gives up on it now gives up on a stream that is there, which is nothing special.
     request = _REQUEST.pack(operation, number, size, int(pause * 1e6), send, receive)
     await stream.send_all(request)
     if await stream.receive_some(1) != b"k":

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import termios
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,11 +174,15 @@ def test_why_writes_are_short(peers: tuple[Peer, Peer], portal: Portal) -> None:
 @contextlib.contextmanager
 def paused(peer: Peer) -> Iterator[None]:
     """The VM does nothing. QEMU's own `stop` would stop the device too."""
-    os.kill(peer.vm.qemu_pid, signal.SIGSTOP)
+    pid = peer.vm.qemu_pid
+    os.kill(pid, signal.SIGSTOP)
     try:
+        threads = list(Path(f"/proc/{pid}/task").glob("*/stat"))
+        while any(stat.read_text().rpartition(")")[2].split()[0] != "T" for stat in threads):
+            time.sleep(0.01)
         yield
     finally:
-        os.kill(peer.vm.qemu_pid, signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
 
 
 def unread_by_peer(sock: socket.socket) -> int:
