@@ -13,9 +13,11 @@ lab="qemu-system-x86 qemu-system-arm"
 # A Linux build, BTF (dwarves), and the cross compiler for arm64, with which the images' init is built too.
 kernel="gcc libc6-dev make flex bison bc libelf-dev libssl-dev dwarves cpio kmod lz4 zstd xz-utils python3 \
 gcc-aarch64-linux-gnu libc6-dev-arm64-cross debian-archive-keyring"
+# kernel/verify's eBPF programs
+verify="clang libbpf-dev"
 
 # shellcheck disable=SC2086
-install_packages $lab $kernel
+install_packages $lab $kernel $verify
 
 # The device's other half: QEMU's own vsock device needs the host kernel's, this one is a process with a Unix socket.
 # Debian has it from release 14 on; the program needs glibc 2.34.
