@@ -79,6 +79,20 @@ async def eventually(condition: Callable[[], object], within: float = PATIENCE) 
             await trio.sleep(0.02)
 
 
+async def answered(*questions: Callable[[], bool]) -> list[bool]:
+    """The answers to questions that are asked at once: those that nobody answers take their time."""
+    answers = [False] * len(questions)
+
+    async def ask(place: int) -> None:
+        answers[place] = await trio.to_thread.run_sync(questions[place], limiter=limiter)
+
+    limiter = trio.CapacityLimiter(16)
+    async with trio.open_nursery() as nursery:
+        for place in range(len(questions)):
+            nursery.start_soon(ask, place)
+    return answers
+
+
 def network(number: int, *, ipv6: bool = False, **fields: object) -> Network:
     """Network `n<number>` with subnet 10.77.<number>.0/24."""
     subnets, gateways = [f"10.77.{number}.0/24"], [f"10.77.{number}.1"]
