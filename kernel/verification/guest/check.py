@@ -32,7 +32,7 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(
-    name: str, group: str, does: str, *, seconds: float = 45, alone: bool = False
+    name: str, group: str, does: str, *, seconds: float = 90, alone: bool = False
 ) -> Callable[[Callable[[], str | None]], Callable[[], str | None]]:
     """Registers a check.
 

@@ -122,13 +122,13 @@ def nft_tproxy() -> str:
     "iptables-nft-nat",
     GROUP,
     "DNAT, MASQUERADE, REDIRECT and TPROXY by iptables on nf_tables, traffic through each",
-    seconds=60,
+    seconds=120,
 )
 def iptables_nft() -> str:
     return _all_of("iptables-nft")
 
 
-@check("iptables-legacy-nat", GROUP, "the same four by iptables' own tables", seconds=60)
+@check("iptables-legacy-nat", GROUP, "the same four by iptables' own tables", seconds=120)
 def iptables_legacy() -> str:
     return _all_of("iptables-legacy")
 

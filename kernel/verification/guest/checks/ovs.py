@@ -173,7 +173,7 @@ def ovs_geneve() -> str:
         return only_udp(wire.frames(), 6081, "GENEVE")
 
 
-@check("ovs-tunnels", GROUP, "VXLAN and GRE ports and an internal port; a policed port and a meter", seconds=60)
+@check("ovs-tunnels", GROUP, "VXLAN and GRE ports and an internal port; a policed port and a meter", seconds=120)
 def ovs_tunnels() -> str:
     with _switch() as switch:
         one = switch.host("one", 1)
