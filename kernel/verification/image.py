@@ -194,6 +194,8 @@ def _own(root: Path, objects: Path) -> None:
     shutil.copytree(objects, root / BOOK.lstrip("/") / "bpf")
     for name in ("dev", "proc", "sys", "run", "tmp", "mnt", "var", "root", "etc"):
         (root / name).mkdir(exist_ok=True)
+    # getprotobyname(3), which ipset asks.
+    (root / "etc/protocols").write_text("icmp 1 ICMP\ntcp 6 TCP\nudp 17 UDP\nsctp 132 SCTP\n")
     init = root / "init"
     init.write_text(_INIT)
     init.chmod(0o755)

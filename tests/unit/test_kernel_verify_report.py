@@ -82,7 +82,7 @@ def test_every_feature_that_is_promised_has_a_check() -> None:
     promised = """
         only-lo vsock-host no-vsock-loopback overlayfs cgroup-controllers seccomp user-namespaces veth vlan bridge
         bridge-vlan-filtering tap dummy ifb macvlan ipvlan-l2 ipvlan-l3 vxlan geneve gre wireguard nft-dnat
-        nft-masquerade nft-redirect nft-tproxy iptables-nft-nat conntrack htb tbf netem police esp-aes-gcm
+        nft-masquerade nft-redirect nft-tproxy iptables-nft-dnat conntrack htb tbf netem police esp-aes-gcm
         esp-aes-cbc-hmac bpf-jit bpf-btf bpf-core bpf-tc bpf-xdp bpf-socket-lb bpf-sockmap bpf-maps
         ovs-flows ovs-ct ovs-nat ovs-geneve cni-bridge cni-ptp cni-macvlan cni-ipvlan cni-vlan
         cni-host-local cni-portmap cni-bandwidth cni-tuning cni-firewall cni-loopback

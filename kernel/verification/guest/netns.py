@@ -13,6 +13,7 @@ import re
 import socket
 import struct
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from .check import CheckError, run, step
 from .system import CLONE_NEWNET, MS_BIND, mount, setns, unshare
 
+Lines = Sequence[str]
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
 
@@ -117,11 +119,16 @@ class Namespace:
         return str(self.ip_json("link", "show", "dev", device)[0]["address"])
 
 
-def veth(a: Namespace, b: Namespace, device: str = "eth0", other: str = "") -> None:
-    """Connects two namespaces by a veth pair, both ends up."""
+def veth(
+    a: Namespace, b: Namespace, device: str = "eth0", other: str = "", *, then_a: Lines = (), then_b: Lines = ()
+) -> None:
+    """Connects two namespaces by a veth pair, both ends up; then more lines of ip(8) are run in each.
+
+    Few processes: under emulation each takes a tenth of a second.
+    """
     other = other or device
-    a.ip(f"link add {device} type veth peer name {other} netns {b.name}", f"link set {device} up")
-    b.ip(f"link set {other} up")
+    a.ip(f"link add {device} type veth peer name {other} netns {b.name}", f"link set {device} up", *then_a)
+    b.ip(f"link set {other} up", *then_b)
 
 
 def linked(
@@ -129,19 +136,22 @@ def linked(
 ) -> tuple[Namespace, Namespace]:
     """Two namespaces, a and b, with a veth pair and an address on each end."""
     a, b = Namespace("a"), Namespace("b")
-    veth(a, b, device)
-    a.ip(f"address add {addresses[0]} dev {device}")
-    b.ip(f"address add {addresses[1]} dev {device}")
+    lines = [[f"address add {address} dev {device}"] for address in addresses]
+    veth(a, b, device, then_a=lines[0], then_b=lines[1])
     return a, b
 
 
 def routed() -> tuple[Namespace, Namespace, Namespace]:
     """A client (10.1.0.2) and a server (10.2.0.2) with a router (.1 on both sides, devices left and right) between."""
     client, router, server = Namespace("client"), Namespace("router"), Namespace("server")
-    veth(client, router, "eth0", "left")
-    veth(server, router, "eth0", "right")
-    client.ip("address add 10.1.0.2/24 dev eth0", "route add default via 10.1.0.1")
-    server.ip("address add 10.2.0.2/24 dev eth0", "route add default via 10.2.0.1")
-    router.ip("address add 10.1.0.1/24 dev left", "address add 10.2.0.1/24 dev right")
+    for number, (end, device) in enumerate(((client, "left"), (server, "right")), 1):
+        veth(
+            router,
+            end,
+            device,
+            "eth0",
+            then_a=[f"address add 10.{number}.0.1/24 dev {device}"],
+            then_b=[f"address add 10.{number}.0.2/24 dev eth0", f"route add default via 10.{number}.0.1"],
+        )
     router.sysctl("net/ipv4/ip_forward", 1)
     return client, router, server

@@ -103,6 +103,12 @@ def _pods(network: _Network) -> tuple[Namespace, Namespace, str, str]:
     return one, two, _address(network.add(one)), _address(network.add(two))
 
 
+def _uplink(outside: Namespace, host: Namespace) -> None:
+    """A veth pair between the outside (192.0.2.1) and the host (192.0.2.2, device uplink)."""
+    lines = ["address add 192.0.2.1/24 dev eth0"], ["address add 192.0.2.2/24 dev uplink"]
+    veth(outside, host, "eth0", "uplink", then_a=lines[0], then_b=lines[1])
+
+
 def _gone(network: _Network, *pods: Namespace) -> None:
     """DEL of the pods; then they have no interface but lo, and their addresses are free."""
     for pod in pods:
@@ -117,9 +123,7 @@ def _gone(network: _Network, *pods: Namespace) -> None:
 @check("cni-bridge", GROUP, "bridge with gateway, masquerade and hairpin: pod to pod, pod to host, pod to outside")
 def cni_bridge() -> str:
     host, outside = Namespace("host"), Namespace("outside")
-    veth(outside, host, "eth0", "uplink")
-    outside.ip("address add 192.0.2.1/24 dev eth0")
-    host.ip("address add 192.0.2.2/24 dev uplink")
+    _uplink(outside, host)
     bridge = {"type": "bridge", "bridge": "cni0", "isGateway": True, "ipMasq": True, "hairpinMode": True}
     network = _Network(host, bridge | {"ipam": _ipam(routes=[{"dst": "0.0.0.0/0"}])})
     one, two, _, address = _pods(network)
@@ -251,9 +255,7 @@ def cni_loopback() -> str:
 )
 def cni_portmap() -> str:
     host, outside = Namespace("host"), Namespace("outside")
-    veth(outside, host, "eth0", "uplink")
-    outside.ip("address add 192.0.2.1/24 dev eth0")
-    host.ip("address add 192.0.2.2/24 dev uplink")
+    _uplink(outside, host)
     host.sysctl("net/ipv4/ip_forward", 1)
     # The CHECK of 1.1.1 looks for the rules of an IPv4 pod in ip6tables, too, where that is in the PATH.
     programs = Path("/run/iptables")
@@ -351,9 +353,8 @@ def cni_tuning() -> str:
 )
 def cni_firewall() -> str:
     host, outside = Namespace("host"), Namespace("outside")
-    veth(outside, host, "eth0", "uplink")
-    outside.ip("address add 192.0.2.1/24 dev eth0", "route add default via 192.0.2.2")
-    host.ip("address add 192.0.2.2/24 dev uplink")
+    _uplink(outside, host)
+    outside.ip("route add default via 192.0.2.2")
     host.sysctl("net/ipv4/ip_forward", 1)
     host.run("iptables", "-w", "-P", "FORWARD", "DROP")
     ptp = {"type": "ptp", "ipam": _ipam(routes=[{"dst": "0.0.0.0/0"}])}

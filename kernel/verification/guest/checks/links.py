@@ -55,9 +55,8 @@ def _bridged(count: int, options: str = "") -> tuple[Namespace, list[Namespace]]
     hosts = []
     for number in range(1, count + 1):
         host = Namespace(f"h{number}")
-        veth(host, switch, "eth0", f"p{number}")
-        switch.ip(f"link set p{number} master br0")
-        host.ip(f"address add 10.1.0.{number}/24 dev eth0")
+        lines = [f"address add 10.1.0.{number}/24 dev eth0"], [f"link set p{number} master br0"]
+        veth(host, switch, "eth0", f"p{number}", then_a=lines[0], then_b=lines[1])
         hosts.append(host)
     return switch, hosts
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..check import CheckError, check, expect, run, step, wait_for
 from ..netns import Namespace, linked, routed, veth
@@ -98,51 +99,16 @@ def _tproxy(language: str) -> str:
     return "accepted as 10.2.0.2:80"
 
 
-@check("nft-dnat", GROUP, "a router forwards its port 80 to a server; the client sees the router's address")
-def nft_dnat() -> str:
-    return _dnat("nft")
-
-
-@check("nft-masquerade", GROUP, "a server without a route back is reached, and sees the router's address")
-def nft_masquerade() -> str:
-    return _masquerade("nft")
-
-
-@check("nft-redirect", GROUP, "connections to port 80 are taken by a listener on 7000")
-def nft_redirect() -> str:
-    return _redirect("nft")
-
-
-@check("nft-tproxy", GROUP, "a proxy on the router accepts connections with the server's address as its own")
-def nft_tproxy() -> str:
-    return _tproxy("nft")
-
-
-@check(
-    "iptables-nft-nat",
-    GROUP,
-    "DNAT, MASQUERADE, REDIRECT and TPROXY by iptables on nf_tables, traffic through each",
-    seconds=120,
-)
-def iptables_nft() -> str:
-    return _all_of("iptables-nft")
-
-
-@check("iptables-legacy-nat", GROUP, "the same four by iptables' own tables", seconds=120)
-def iptables_legacy() -> str:
-    return _all_of("iptables-legacy")
-
-
-def _all_of(language: str) -> str:
-    for kind in (_dnat, _masquerade, _redirect, _tproxy):
-        step(f"{language}: {kind.__name__[1:]}")
-        try:
-            kind(language)
-        except CheckError as error:
-            raise CheckError(f"{kind.__name__[1:]}: {error}") from None
-        for name in ("client", "router", "server"):
-            run("ip", "netns", "delete", name)
-    return "four kinds"
+_KINDS: dict[str, tuple[Callable[[str], str], str]] = {
+    "dnat": (_dnat, "a router forwards its port 80 to a server; the client sees the router's address"),
+    "masquerade": (_masquerade, "a server without a route back is reached, and sees the router's address"),
+    "redirect": (_redirect, "connections to port 80 are taken by a listener on 7000"),
+    "tproxy": (_tproxy, "a proxy on the router accepts connections with the server's address as its own"),
+}
+_LANGUAGES = {"nft": "", "iptables-nft": "by iptables on nf_tables: ", "iptables-legacy": "by iptables' own tables: "}
+for _language, _how in _LANGUAGES.items():
+    for _kind, (_function, _does) in _KINDS.items():
+        check(f"{_language}-{_kind}", GROUP, _how + _does)(functools.partial(_function, _language))
 
 
 @check("nat-ipv6", GROUP, "DNAT and masquerade of IPv6 by nftables")
@@ -237,9 +203,8 @@ def nft_families() -> str:
     switch = Namespace("switch")
     switch.ip("link add br0 type bridge", "link set br0 up")
     for number, namespace in ((1, a), (2, b)):
-        veth(namespace, switch, "eth0", f"p{number}")
-        switch.ip(f"link set p{number} master br0")
-        namespace.ip(f"address add 10.1.0.{number}/24 dev eth0")
+        lines = [f"address add 10.1.0.{number}/24 dev eth0"], [f"link set p{number} master br0"]
+        veth(namespace, switch, "eth0", f"p{number}", then_a=lines[0], then_b=lines[1])
     _nft(
         switch,
         """table bridge t { counter hits {}
@@ -298,6 +263,7 @@ def conntrack() -> str:
     router.sysctl("net/netfilter/nf_conntrack_tcp_loose", 0)
     with router:
         events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)  # NETLINK_NETFILTER
+    events.bind((0, 0))
     events.setsockopt(270, 1, 1)  # SOL_NETLINK, NETLINK_ADD_MEMBERSHIP: NFNLGRP_CONNTRACK_NEW
     events.settimeout(PATIENCE)
     talk(client, server, "10.2.0.2")
@@ -334,9 +300,8 @@ def bridge_netfilter() -> str:
     a, b, switch = Namespace("a"), Namespace("b"), Namespace("switch")
     switch.ip("link add br0 type bridge", "link set br0 up")
     for number, namespace in ((1, a), (2, b)):
-        veth(namespace, switch, "eth0", f"p{number}")
-        switch.ip(f"link set p{number} master br0")
-        namespace.ip(f"address add 10.1.0.{number}/24 dev eth0")
+        lines = [f"address add 10.1.0.{number}/24 dev eth0"], [f"link set p{number} master br0"]
+        veth(namespace, switch, "eth0", f"p{number}", then_a=lines[0], then_b=lines[1])
     switch.sysctl("net/bridge/bridge-nf-call-iptables", 1)
     switch.line("iptables-nft -w -A FORWARD -m physdev --physdev-is-bridged -p tcp --dport 7000 -j DROP")
     udp(a, b, "10.1.0.2")

@@ -69,8 +69,7 @@ class _Switch:
     def host(self, name: str, number: int) -> Namespace:
         """A namespace on port `number` of the bridge, with the address 10.1.0.NUMBER."""
         host = Namespace(name)
-        veth(host, self.namespace, "eth0", f"p{number}")
-        host.ip(f"address add 10.1.0.{number}/24 dev eth0")
+        veth(host, self.namespace, "eth0", f"p{number}", then_a=[f"address add 10.1.0.{number}/24 dev eth0"])
         self.vsctl(
             "add-port", self.bridge, f"p{number}", "--", "set", "interface", f"p{number}", f"ofport_request={number}"
         )
