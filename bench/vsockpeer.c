@@ -15,6 +15,8 @@
  *   so that bytes that are lost, doubled or swapped are noticed. Then it waits for the peer to close.
  * operation 2, ping: sends `size` bytes and waits for as many, `send` times, one after the other.
  * operation 3, echo: sends back whatever comes.
+ * operation 5, join: copies bytes between this connection and the other one that asks for it with the same id: a relay
+ *   in the VM. Whoever comes first waits for the other.
  * operation 4, result: answers with the result of the connection with that id, as soon as it is there:
  *   u64 sent, u64 received, u64 first wrong byte's offset (all ones: none), u64 nanoseconds, u64 error (errno or 0),
  *   u64 median and 99th percentile of the pings in nanoseconds
@@ -31,12 +33,14 @@
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { STREAM = 1, PING, ECHO, RESULT };
-enum { RESULTS = 4096, BLOCK = 1 << 20, MOST_PINGS = 100000 };
+enum { STREAM = 1, PING, ECHO, RESULT, JOIN };
+/* WRITE: as much as taploom writes at once. */
+enum { RESULTS = 4096, BLOCK = 1 << 20, MOST_PINGS = 100000, WRITE = 28 * 1024 };
 
 struct request {
 	uint32_t operation, id, size, pause;
@@ -213,6 +217,44 @@ static void echo(int fd, struct result *result)
 	}
 }
 
+static int copy(int from, int to, char *data)
+{
+	ssize_t n = recv(from, data, BLOCK, MSG_DONTWAIT);
+
+	if (n <= 0)
+		return n < 0 && errno == EAGAIN ? 0 : -1;
+	for (ssize_t done = 0; done < n; done += WRITE)
+		if (write_whole(to, data + done, n - done < WRITE ? n - done : WRITE))
+			return -1;
+	return 0;
+}
+
+/* A process for each of the two connections, and a Unix socket between them. */
+static void join(int fd, uint32_t id)
+{
+	struct sockaddr_un name = { .sun_family = AF_UNIX };
+	socklen_t size = sizeof name.sun_family + 1 + snprintf(name.sun_path + 1, 64, "vsockpeer-%u", id);
+	int other = socket(AF_UNIX, SOCK_STREAM, 0), buffer = 4 << 20;
+	struct pollfd p[2] = { { .fd = fd, .events = POLLIN }, { .events = POLLIN } };
+	char *data = malloc(BLOCK);
+
+	if (bind(other, (struct sockaddr *)&name, size) == 0) {
+		int listener = other;
+
+		listen(listener, 1);
+		other = accept(listener, NULL, NULL);
+		close(listener);
+	} else {
+		while (connect(other, (struct sockaddr *)&name, size))
+			usleep(1000);
+	}
+	setsockopt(other, SOL_SOCKET, SO_SNDBUFFORCE, &buffer, sizeof buffer);
+	p[1].fd = other;
+	while (poll(p, 2, -1) > 0)
+		if ((p[0].revents && copy(fd, other, data)) || (p[1].revents && copy(other, fd, data)))
+			return;
+}
+
 static void serve(int fd)
 {
 	struct request request;
@@ -246,6 +288,9 @@ static void serve(int fd)
 	case ECHO:
 		echo(fd, &result);
 		break;
+	case JOIN:
+		join(fd, request.id);
+		return;
 	}
 	result.nanoseconds = now() - began;
 	slot->result = result;

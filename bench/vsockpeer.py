@@ -32,6 +32,7 @@ class Operation(enum.IntEnum):
     PING = 2
     ECHO = 3
     RESULT = 4
+    JOIN = 5
 
 
 @dataclass(frozen=True)
