@@ -74,7 +74,9 @@ def build(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, 
         started = time.monotonic()
         # One path for all builds of an architecture (the lock of its cache is held): what a killed one left goes here.
         work = cache / "kernel" / f"work-{arch}"
-        shutil.rmtree(work, ignore_errors=True)
+        stamp = "\n".join([source.sha256, *tools.lines()])
+        if not (arguments.keep and _stamped(work, stamp)):
+            shutil.rmtree(work, ignore_errors=True)
         try:
             manifest = _build(
                 arch,
@@ -82,6 +84,7 @@ def build(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, 
                 fragments=fragments,
                 tools=tools,
                 work=work,
+                stamp=stamp,
                 place=place,
                 jobs=arguments.jobs,
                 progress=progress,
@@ -117,6 +120,7 @@ def _build(
     fragments: Sequence[Fragment],
     tools: Toolchain,
     work: Path,
+    stamp: str,
     place: Path,
     jobs: int,
     progress: Progress,
@@ -131,8 +135,10 @@ def _build(
         seconds[name] = round(now - last, 1)
         last = now
 
-    progress.say(f"unpacking {source.path.name}")
-    unpack(source, tree)
+    if not _stamped(work, stamp):
+        progress.say(f"unpacking {source.path.name}")
+        unpack(source, tree)
+        (work / "stamp").write_text(stamp)
     lap("unpack")
     requested = merge(fragments)
     result = compilation.configure(arch, tree, objects, requested)
@@ -172,6 +178,12 @@ def _build(
     }
 
 
+def _stamped(work: Path, stamp: str) -> bool:
+    """Whether trees that were kept are of this source and these tools."""
+    note = work / "stamp"
+    return note.is_file() and note.read_text() == stamp
+
+
 def _summary(manifest: dict[str, Any], output: Path) -> str:
     vmlinuz = manifest["outputs"]["vmlinuz"]
     return (
@@ -201,6 +213,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: build/kernel/ARCH of the checkout")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="default: one per CPU")
-    parser.add_argument("--keep", action="store_true", help="leave the source and object trees in the cache")
+    parser.add_argument("--keep", action="store_true", help="keep the source and object trees, and build on from them")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
     return parser
