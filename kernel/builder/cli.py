@@ -19,7 +19,7 @@ from images.common.tools import BuildError
 from . import compilation, recipe
 from .fragments import ARCHITECTURES, Fragment, merge, read_fragments
 from .progress import Progress, clock
-from .source import Source, debian_source, tarball_source, unpack
+from .source import PACKAGE, SUITE, Source, debian_source, in_cache, tarball_source, unpack
 from .toolchain import Toolchain, toolchain
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +67,8 @@ def build(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, 
     if arguments.source is not None:
         source = tarball_source(arguments.source, arguments.sha256)
     else:
+        if arguments.update or not in_cache(cache):
+            progress.say(f"fetching {PACKAGE} of Debian {SUITE}")
         source = debian_source(cache, update=arguments.update)
     key = cache_key(arch, source, requested, tools)
 

@@ -32,6 +32,11 @@ class Source:
     path: Path
 
 
+def in_cache(cache: Path) -> bool:
+    """Whether Debian's package was fetched already."""
+    return any((cache / "debian" / "archives").glob(f"{PACKAGE}_*.deb"))
+
+
 def debian_source(cache: Path, *, update: bool = False) -> Source:
     """Debian 13's linux-source-6.12: the package in the cache, or the newest when there is none.
 
