@@ -64,6 +64,7 @@ async def _read_console(
 async def _answer_vsock(vm: RunningMachine) -> None:
     """The host's half of the check vsock-host: who dials is dialled back, with its word."""
     path = Path(f"{vm.machine.device_socket}_{VSOCK_PORT_HOST}")
+    await trio.Path(path).unlink(missing_ok=True)  # of an earlier run in a directory that was kept
     with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as listener:
         await listener.bind(str(path))
         listener.listen()  # the directory is ours alone (0700)
