@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     try:
         result = _build(arguments)
-    except (BuildError, OSError) as exc:
+    except BuildError as exc:
         print(f"build: {exc}", file=sys.stderr)
         return 1
     if arguments.json:

@@ -82,7 +82,8 @@ def install(
     shutil.copy(root / binary, tree / binary)
     (tree / "usr/bin/python3").symlink_to(f"python{recipe.python}")
     sources: dict[str, Path] = {}
-    for name in modules:
+    # By os.pyc the interpreter knows its library's folder (Modules/getpath.py), and reads the module from itself.
+    for name in (f"/usr/lib/python{recipe.python}/os.py", *modules):
         source = root / name.lstrip("/")
         if _EXTENSION.search(name):
             source = _extension(root, name)
