@@ -6,8 +6,8 @@
  *   vmtool sniff INTERFACE                prints the NAME of each MARK<NAME> in frames that arrive; "ready" first
  *   vmtool send INTERFACE                 sends raw frames: a line of hex digits of its input each
  *   vmtool frames INTERFACE SECONDS       sends small broadcast frames as fast as it can; prints how many
- *   vmtool reach CID PORT                 connects over vsock; prints "closed" when the peer closes within 5 s, "open" when
- *                                         not, or the error's name
+ *   vmtool reach CID PORT...              connects to each over vsock; prints "reach PORT " and: "closed" when the peer closes
+ *                                         within 5 s, "open" when not, or the error's name. As PID 1 it stays.
  *   vmtool knock SECONDS PORT...          connects to the host's vsock ports over and over, sending garbage; prints how often
  *                                         it was let in
  *   vmtool garble PID PORT                writes garbage into each vsock connection to PORT that the process PID has
@@ -210,17 +210,22 @@ static int vsock_connect(unsigned cid, unsigned port)
 	return fd;
 }
 
-static int reach(unsigned cid, unsigned port)
+static int reach(unsigned cid, int count, char **ports)
 {
-	int fd = vsock_connect(cid, port);
-	struct pollfd p = { .fd = fd, .events = POLLIN };
-	char byte;
+	for (int i = 0; i < count; i++) {
+		int fd = vsock_connect(cid, atoi(ports[i]));
+		struct pollfd p = { .fd = fd, .events = POLLIN };
+		const char *what = strerrorname_np(errno);
+		char byte;
 
-	if (fd < 0) {
-		puts(strerrorname_np(errno));
-		return 0;
+		if (fd >= 0)
+			what = poll(&p, 1, 5000) > 0 && recv(fd, &byte, 1, MSG_DONTWAIT) <= 0 ? "closed" : "open";
+		printf("reach %s %s\n", ports[i], what);
+		fflush(stdout);
+		close(fd);
 	}
-	puts(poll(&p, 1, 5000) > 0 && recv(fd, &byte, 1, MSG_DONTWAIT) <= 0 ? "closed" : "open");
+	while (getpid() == 1)
+		pause();
 	return 0;
 }
 
@@ -361,8 +366,8 @@ int main(int argc, char **argv)
 		return send_frames(argv[2]);
 	if (!strcmp(what, "frames") && argc == 4)
 		return frames(argv[2], atof(argv[3]));
-	if (!strcmp(what, "reach") && argc == 4)
-		return reach(atoi(argv[2]), atoi(argv[3]));
+	if (!strcmp(what, "reach") && argc >= 4)
+		return reach(atoi(argv[2]), argc - 3, argv + 3);
 	if (!strcmp(what, "knock") && argc >= 4)
 		return knock(atof(argv[2]), argc - 3, argv + 3);
 	if (!strcmp(what, "garble") && argc == 4)
