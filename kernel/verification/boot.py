@@ -56,8 +56,10 @@ async def _read_console(
             now = trio.current_time()
             if gone:
                 return f"the machine ended by itself (its console: {vm.console})"
-            if now - last > silence or now - start > limit:
+            if now - last > silence:
                 return f"the machine said nothing new for {now - last:.0f} s (its console: {vm.console})"
+            if now - start > limit:
+                return f"it took more than {limit:g} s, the limit (its console: {vm.console})"
             await trio.sleep(_POLL)
 
 

@@ -21,10 +21,11 @@ from kernel.verification.report import Report, select, table
 from lab.vm.accelerator import accelerator
 from lab.vm.errors import MachineError
 from lab.vm.machine import Machine
+from lab.vm.tools import ARCHITECTURES, host_architecture
 
 ROOT = Path(__file__).resolve().parents[2]
 _EXAMPLES = """examples:
-  kernel/verify                          the kernel of build/kernel/x86_64, everything
+  kernel/verify                          the kernel of build/kernel/ARCH, everything
   kernel/verify --only vxlan geneve cni  some checks, or whole groups
   kernel/verify --arch arm64 --json      as JSON
   kernel/verify --kernel /boot/vmlinuz-6.12.48 --only ebpf
@@ -177,7 +178,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--arch", choices=("x86_64", "arm64"), default="x86_64")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default=host_architecture(), help="default: this machine's")
     parser.add_argument("--kernel", type=Path, metavar="FILE", help="default: build/kernel/ARCH/vmlinuz")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these checks or groups")
     parser.add_argument("--list", action="store_true", help="list the checks and end")
