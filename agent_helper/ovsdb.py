@@ -53,7 +53,9 @@ class Txn:
 
     def find(self, table: str, name: str) -> Row:
         """The row whose `name` it is, or None."""
-        row = next(iter(idlutils.index_lookup_all(self._idl.tables[table], name=name)), None)
+        found = self._idl.tables[table]
+        index_by_name(found)
+        row = next(iter(idlutils.index_lookup_all(found, name=name)), None)
         return None if row is None or (table, row.uuid) in self._deleted else row
 
     def insert(self, table: str, **columns: Any) -> Row:
@@ -91,6 +93,16 @@ class Txn:
             row.verify(column)
             self.counted = getattr(row, column, 0) + 1
             setattr(row, column, self.counted)
+
+
+def index_by_name(table: Any) -> None:
+    """Indexes a table's rows by `name`, unless they are. Before release 4.0 the library lost its indexes with the rows
+    whenever it read a database anew."""
+    if "name" not in table.rows.indexes:
+        index = table.rows.index_create("name")
+        index.add_columns("name")
+        for row in table.rows.values():
+            index.add(row)
 
 
 def _plain(value: Any) -> Any:
@@ -236,7 +248,7 @@ class Database:
         self._idl = _Idl(remote, helper, self)
         for table in self._idl.tables.values():
             if "name" in table.columns:
-                table.rows.index_create("name").add_columns("name")
+                index_by_name(table)
         self._connection = connection.Connection(self._idl, timeout=_TIMEOUT)
         self._api = _Api(self._connection)
         self._jobs: list[_Job] = []
