@@ -32,7 +32,7 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(
-    name: str, group: str, does: str, *, seconds: float = 90, alone: bool = False
+    name: str, group: str, does: str, *, seconds: float = 240, alone: bool = False
 ) -> Callable[[Callable[[], str | None]], Callable[[], str | None]]:
     """Registers a check.
 
@@ -78,7 +78,7 @@ def run(
     *command: str,
     stdin: str | None = None,
     env: dict[str, str] | None = None,
-    timeout: float = 30,
+    timeout: float = 90,
     ok: Sequence[int] = (0,),
 ) -> str:
     """Runs a command in the calling thread's namespaces and returns what it printed.

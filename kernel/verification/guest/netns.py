@@ -69,7 +69,7 @@ class Namespace:
         setns(fd, CLONE_NEWNET)
         os.close(fd)
 
-    def run(self, *command: str, stdin: str | None = None, timeout: float = 30) -> str:
+    def run(self, *command: str, stdin: str | None = None, timeout: float = 90) -> str:
         """Runs a command in the namespace; see `check.run`."""
         with self:
             return run(*command, stdin=stdin, timeout=timeout)

@@ -119,8 +119,9 @@ def _seclude() -> None:
     mount("proc", "/proc", "proc")
     mount("sysfs", "/sys", "sysfs")
     mount("cgroup2", "/sys/fs/cgroup", "cgroup2")
-    with contextlib.suppress(OSError):
-        mount("bpf", "/sys/fs/bpf", "bpf")
+    for kind, place in (("bpf", "/sys/fs/bpf"), ("tracefs", "/sys/kernel/tracing")):
+        with contextlib.suppress(OSError):  # the checks that need it say that it is missing
+            mount(kind, place, kind)
     for directory in ("/run", "/tmp", "/var"):  # noqa: S108 - mounted on
         mount("tmpfs", directory, "tmpfs")
     Path("/var/run").symlink_to("/run")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from .check import CheckError, expect, step
 from .netns import Namespace
 
-PATIENCE = 8.0
+PATIENCE = 20.0
 _ETH_P_ALL = 3
 
 
@@ -109,8 +109,9 @@ def udp(
     *,
     to: tuple[str, int] | None = None,
     tries: int = 4,
+    wait: float = 3,
 ) -> Seen:
-    """Sends datagrams until one is answered; arguments as for `tcp`."""
+    """Sends datagrams, one every `wait` seconds, until one is answered; the other arguments are those of `tcp`."""
     target = to or (address, port)
     step(f"UDP from {client.name} to {target[0]} port {target[1]}")
     anywhere = "::" if ":" in address else "0.0.0.0"  # noqa: S104 - in a namespace of its own
@@ -123,7 +124,7 @@ def udp(
         for attempt in range(tries):
             data = b"taploom %d" % attempt
             sock.sendto(data, target)
-            deadline = time.monotonic() + 1.5
+            deadline = time.monotonic() + wait
             while (left := deadline - time.monotonic()) > 0:
                 ready, _, _ = select.select([listener, sock], [], [], left)
                 if listener in ready:

@@ -119,7 +119,7 @@ def ovs_ct() -> str:
         )
         talk(one, two, "10.1.0.2")
         try:
-            udp(two, one, "10.1.0.1", tries=1)
+            udp(two, one, "10.1.0.1", tries=1, wait=0.8)
         except CheckError:
             pass
         else:
@@ -172,7 +172,7 @@ def ovs_geneve() -> str:
         return only_udp(wire.frames(), 6081, "GENEVE")
 
 
-@check("ovs-tunnels", GROUP, "VXLAN and GRE ports and an internal port; a policed port and a meter", seconds=120)
+@check("ovs-tunnels", GROUP, "VXLAN and GRE ports and an internal port; a policed port and a meter")
 def ovs_tunnels() -> str:
     with _switch() as switch:
         one = switch.host("one", 1)
