@@ -6,6 +6,7 @@ between checkpoints, so there are no locks.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -651,8 +652,10 @@ class Connection:
                 continue
             if self._incomplete <= _INCOMPLETE_LIMIT or not stream.reader.pending or self._is_oldest_incomplete(stream):
                 credit, stream.credit_deferred = stream.credit_deferred, 0
+                # h2 is ahead of us: what has come since in the same packet may have ended the stream.
                 if not stream.remote_closed:
-                    self._h2.increment_flow_control_window(credit, stream.stream_id)
+                    with contextlib.suppress(h2.exceptions.StreamClosedError):
+                        self._h2.increment_flow_control_window(credit, stream.stream_id)
         self._flush()
 
     def _framing_failed(self, stream: Http2Stream, error: FramingError) -> None:
