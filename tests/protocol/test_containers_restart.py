@@ -48,7 +48,7 @@ async def test_running_containers_are_taken_up(rig: ContainerRig) -> None:
     await rig.kill_bridge()
     await rig.nursery.start(rig._bridge)
     # It is served from the first moment on, before the helper has been told anything.
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
             await stream.send_all(b"early")
             assert await stream.receive_some() == b"early"

@@ -76,7 +76,7 @@ async def recovered(rig: Rig, a: Guest) -> None:
     async def is_ready() -> bool:
         return all(daemon.state == DaemonState.RUNNING for daemon in (await rig.daemons()).values())
 
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while not await is_ready():
             await trio.sleep(0.02)
     (status,) = await rig.apply(endpoint(1, 9, "late"))
