@@ -64,6 +64,8 @@ def build(arch: str, *, say: Callable[[str], None]) -> Artefacts:
             continue
         made.append(_run_builder(what, program, tools.CHECKOUT / "build" / result.format(arch=arch), arch))
     kernel, guest, helper = made
+    # ovs-appctl and the like, for who looks: the image itself is without.
+    more = helper.with_name("helper-tools.cpio.zst")
     with _checkout_importable():
         from images.common.tools import BuildError
         from lab.vm import payload
@@ -74,8 +76,10 @@ def build(arch: str, *, say: Callable[[str], None]) -> Artefacts:
             return Artefacts(
                 arch,
                 kernel,
-                payload.join("guest", arch, guest, added, output, cache=tools.cache()),
-                payload.join("helper", arch, helper, added, output, cache=tools.cache()),
+                payload.join("guest", arch, [guest], added, output, cache=tools.cache()),
+                payload.join(
+                    "helper", arch, [helper, *([more] if more.exists() else [])], added, output, cache=tools.cache()
+                ),
             )
         except BuildError as error:
             raise MachineError(str(error)) from error

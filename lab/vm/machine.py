@@ -125,7 +125,7 @@ class Machine:
 
     def qemu_command(self) -> list[str]:
         """QEMU; with a vsock, vhost-device-vsock is to listen before. MachineError when it is not there."""
-        accel = self.accelerator or accelerator(self.arch, self.kernel)
+        accel = self._accelerator()
         command = [
             *(tools.qemu(self.arch), "-name", f"{self.name},process=taploom-vm"),
             *("-nodefaults", "-no-user-config", "-nic", "none", "-display", "none", "-no-reboot"),
@@ -168,9 +168,17 @@ class Machine:
 
     def kernel_command_line(self) -> str:
         """What the kernel is told: a panic ends the VM, as -no-reboot makes QEMU's end of it."""
-        # Whether the timer ticks is asked with a time limit that an emulated processor on a busy host does not keep.
-        timer = " no_timer_check" if self.arch == "x86_64" else ""
-        return f"console={console_device(self.arch)} panic=-1{timer} {self.append}".strip()
+        words = [f"console={console_device(self.arch)}", "panic=-1"]
+        if self.arch == "x86_64":
+            # Whether the timer ticks is asked with a time limit that an emulated processor does not always keep.
+            words.append("no_timer_check")
+            if self._accelerator() == "tcg":
+                # Code that is patched has to be translated anew, and nobody needs the jitter of an emulated clock.
+                words += ["noreplace-smp", "initcall_blacklist=jent_mod_init"]
+        return " ".join([*words, *self.append.split()])
+
+    def _accelerator(self) -> str:
+        return self.accelerator or accelerator(self.arch, self.kernel)
 
     def prepare_vsock(self) -> None:
         """Before vhost-device-vsock is started: its directory, without the sockets of the last one."""
@@ -210,8 +218,12 @@ class Machine:
 
     async def wait_qmp(self) -> None:
         """Returns once QEMU takes commands."""
-        while not _listens(self.qmp_socket):
-            await trio.sleep(_POLL)
+        while True:  # its socket is not in our /proc/net/unix where it has a network namespace of its own
+            try:
+                async with open_qmp(self.qmp_socket):
+                    return
+            except QmpError:
+                await trio.sleep(_POLL)
 
     async def replace_vsock(self) -> None:
         """Gives a running VM a new vsock device after its vhost-device-vsock was started again.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from images.common import cpio, debian, elf
@@ -61,18 +61,23 @@ def build(arch: str, *, cache: Path, say: Callable[[str], None]) -> Path:
     return cached(cache, f"lab-payload/{arch}", key, make)[0] / "payload.cpio"
 
 
-def join(name: str, arch: str, image: Path, payload: Path, output: Path, *, cache: Path) -> Path:
-    """Makes the initramfs of a lab's VMs: an image and the payload, neither compressed; output/NAME.cpio.
+def join(name: str, arch: str, images: Sequence[Path], payload: Path, output: Path, *, cache: Path) -> Path:
+    """Makes the initramfs of a lab's VMs: image and payload, neither compressed; output/NAME/NAME.cpio.
 
     The host unpacks the image once; every boot with an emulated processor would take longer over it.
+
+    Args:
+        images: archives, each compressed with zstd; the first is the image.
     """
-    key = inputs_hash([file_sha256(image), file_sha256(payload)], [], Path("/"))
+    key = inputs_hash([file_sha256(path) for path in (*images, payload)], [], Path("/"))
 
     def make(directory: Path) -> None:
-        raw = directory / "image.cpio"
-        run(["zstd", "-q", "-d", image, "-o", raw])
-        cpio.concatenate([raw, payload], directory / f"{name}.cpio")
-        raw.unlink()
+        raw = [directory / f"{number}.cpio" for number in range(len(images))]
+        for image, place in zip(images, raw, strict=True):
+            run(["zstd", "-q", "-d", image, "-o", place])
+        cpio.concatenate([*raw, payload], directory / f"{name}.cpio")
+        for place in raw:
+            place.unlink()
 
     built, _ = cached(cache, f"lab-{name}/{arch}", key, make)
     publish(built, output / name)

@@ -45,7 +45,9 @@ def test_qemu_is_given_no_network_of_its_own_and_memory_that_the_vsock_shares(pr
     assert options(command, "-object") == ["memory-backend-memfd,id=mem0,size=300M,share=on"]
     assert options(command, "-m") == ["300M"] and options(command, "-smp") == ["2"]
     assert options(command, "-initrd") == ["/i"]
-    assert options(command, "-append") == ["console=ttyS0 panic=-1 no_timer_check quiet"]
+    assert options(command, "-append") == [
+        "console=ttyS0 panic=-1 no_timer_check noreplace-smp initcall_blacklist=jent_mod_init quiet"
+    ]
     assert "vhost-user-vsock-pci,id=vsockdev0,chardev=vsock0,bus=vsockport" in options(command, "-device")
 
 
