@@ -52,14 +52,15 @@ def cross_prefix(arch: str) -> str:
 def make_variables(arch: str, source: Path, objects: Path) -> dict[str, str]:
     """Variables of every call of make.
 
-    The build id is a hash over the debugging information too, and that names directories: they are mapped away.
+    The build id is a hash over the debugging information too, and that names directories: they are mapped away. Of the
+    debugging information BTF takes the types, not where variables live: leaving that out saves a fifth of the time.
     """
     mapped = f"-ffile-prefix-map={objects}=. -ffile-prefix-map={source}=."
     return {
         "ARCH": TARGETS[arch].kbuild,
         "CROSS_COMPILE": cross_prefix(arch),
         "O": str(objects),
-        "KCFLAGS": mapped,
+        "KCFLAGS": f"{mapped} -fno-var-tracking",
         "KAFLAGS": mapped,
         "LOCALVERSION": "",
         **STAMP,
