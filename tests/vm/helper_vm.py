@@ -18,7 +18,7 @@ from taploom.link import open_dataplane
 from taploom.rpc import RpcError
 
 CONTROL, DATA = 6000, 6001
-BOOT = 240.0  # s that a boot may take on a machine that has much else to do
+BOOT = 900.0  # s that a boot may take on a machine that has much else to do
 
 
 @dataclass

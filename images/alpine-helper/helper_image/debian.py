@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +51,9 @@ def inputs(recipe: Recipe, arch: str, *, cache: Path, update: bool) -> Inputs:
     )
 
 
-def build_trees(found: Inputs, recipe: Recipe, place: Path, tools_place: Path) -> list[debian.Package]:
+def build_trees(
+    found: Inputs, recipe: Recipe, place: Path, tools_place: Path, *, say: tree.Say
+) -> list[debian.Package]:
     """Fills the image's tree, and another with the tools and what only they need.
 
     Returns:
@@ -64,52 +64,37 @@ def build_trees(found: Inputs, recipe: Recipe, place: Path, tools_place: Path) -
         root = work / "root"
         root.mkdir()
         debian.unpack(found.packages, root)
-        _remove_dangling(root)
+        _complete(root)
         interpreter.install_sources(root, recipe, found.wheels)
         here = root
         if found.here:
             here = work / "here"
             here.mkdir()
             debian.unpack(found.here, here)
-            _remove_dangling(here)
+            _complete(here)
             interpreter.install_sources(here, recipe, found.wheels)
+        say("running the agent, to see what it imports")
         modules = interpreter.trace(here, recipe)
 
-        tree.lay_out(place)
-        users = tree.install_programs(root, place, recipe.programs)
-        users += interpreter.install(
+        taken = tree.fill(
             root,
             place,
+            tools_place,
             recipe,
             modules=modules,
-            versions={wheel.name: wheel.version for wheel in found.wheels},
+            found=found.wheels,
             interpreter_root=here,
+            init=found.init,
+            say=say,
         )
-        copied = tree.install_libraries(root, place, users, recipe)
-        tree.install_data(root, place, recipe)
-        shutil.copy(found.init, place / "init")
-        (place / "usr/sbin/init").symlink_to("/init")
-
-        tool_files = tree.install_programs(root, tools_place, recipe.tools)
-        for name in sorted(tree.install_libraries(root, tools_place, tool_files, recipe, links=False) & copied):
-            (tools_place / name).unlink()
-        _prune(tools_place)
-
-        taken = {str(user.relative_to(root)) for user in users + tool_files} | copied | set(recipe.data)
-        taken |= {name.lstrip("/") for name in modules}
         used = [package for package in found.packages if _files(package) & taken]
     return [*used, found.init_package]
 
 
-def _remove_dangling(root: Path) -> None:
-    """Links of packages to files that only maintainer scripts or the machine would have."""
-    for path in root.rglob("*"):
-        if (
-            path.is_symlink()
-            and str(path.readlink()).startswith("/")
-            and not (root / str(path.readlink())[1:]).exists()
-        ):
-            path.unlink()
+def _complete(root: Path) -> None:
+    interpreter.prepare(root)
+    # What the package's maintainer script has update-alternatives do.
+    (root / "usr/sbin/ovs-vswitchd").symlink_to("../lib/openvswitch-switch/ovs-vswitchd")
 
 
 def _files(package: debian.Package) -> set[str]:
@@ -119,10 +104,3 @@ def _files(package: debian.Package) -> set[str]:
         name = line.split(maxsplit=5)[5].split(" -> ")[0].split(" link to ")[0].removeprefix("./").rstrip("/")
         found |= {name, f"usr/{name}"}
     return found
-
-
-def _prune(place: Path) -> None:
-    folders: Iterable[Path] = sorted((p for p in place.rglob("*") if p.is_dir() and not p.is_symlink()), reverse=True)
-    for path in folders:
-        if not any(path.iterdir()):
-            path.rmdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -10,10 +11,45 @@ from pathlib import Path
 from images.common import python, wheels
 from images.common.tools import BuildError, run
 
-from .recipe import CHECKOUT, Recipe
+from .recipe import CHECKOUT, FILES, Recipe
 
 SITE = "usr/lib/taploom"
+_SHARED = "/run/exercise"
+# $1 the root with everything, $2 the root that the agent runs in, mounted below it, $3 the folder that both see as $4
+# is here.
+_NAMESPACES = """
+mount -t proc proc "$1/proc"
+mount --rbind /dev "$1/dev"
+mount -t sysfs sysfs "$1/sys"
+mkdir -p "$1$3" "$1/image"
+mount --bind "$4" "$1$3"
+if [ "$2" != "$1" ]; then
+	mount --bind "$2" "$1/image"
+	mount -t tmpfs tmpfs "$1/image/run"
+	mkdir -p "$1/image$3"
+	mount --bind "$4" "$1/image$3"
+	mount -t proc proc "$1/image/proc"
+	mount -t sysfs sysfs "$1/image/sys"
+	mount --rbind /dev "$1/image/dev"
+fi
+root=$1
+shift 4
+exec chroot "$root" /usr/bin/busybox sh -c 'busybox ip link set lo up; exec "$@"' sh "$@"
+"""
 _EXTENSION = re.compile(r"\.cpython-\d+-[\w-]+\.so$")
+
+
+def prepare(root: Path) -> None:
+    """What programs need to run in a root of unpacked packages, and no maintainer script has made."""
+    for name in ("proc", "sys", "dev", "run", "tmp", "etc"):
+        (root / name).mkdir(exist_ok=True)
+    for name in ("passwd", "group", "protocols", "nsswitch.conf", "hosts"):
+        shutil.copy(FILES / name, root / "etc" / name)
+    # Links to files that only maintainer scripts or the machine would have.
+    for path in [path for path in root.rglob("*") if path.is_symlink()]:
+        target = str(path.readlink())
+        if target.startswith("/") and not (root / target[1:]).exists():
+            path.unlink()
 
 
 def install_sources(root: Path, recipe: Recipe, found: Iterable[wheels.Wheel]) -> None:
@@ -33,27 +69,67 @@ def install_sources(root: Path, recipe: Recipe, found: Iterable[wheels.Wheel]) -
 
 
 def trace(root: Path, recipe: Recipe) -> set[str]:
-    """The files that the program imports in this root, as paths in it; runs the interpreter of the root in it.
+    """The files that the agent imports when it does all that it can, in this root; as paths in it, sources.
 
     Raises:
-        BuildError: not root, or the program cannot be imported.
+        BuildError: not root, or the agent fails.
     """
-    shutil.copy(python.TRACER, root / "tracer.py")
-    report = root / "traced"
-    report.unlink(missing_ok=True)
-    # The agent leaves modules out before it imports anything, and so must this.
+    return {name for name in python.used_modules([_exercise(root, root, recipe)]) if _is_module(name, recipe)}
+
+
+def verify(root: Path, tree: Path, recipe: Recipe) -> None:
+    """Has the agent do all that it can in the image's own tree.
+
+    Raises:
+        BuildError: something is missing there, or nothing imports a file; each is named.
+    """
+    present = python.module_files(tree, _folders(recipe))
+    landmark = f"/usr/lib/python{recipe.python}/os.pyc"
+    python.check(present, python.used_modules([_exercise(root, tree, recipe)]), landmarks=[landmark])
+
+
+def _folders(recipe: Recipe) -> tuple[str, str]:
+    return f"/usr/lib/python{recipe.python}", f"/{SITE}"
+
+
+def _is_module(name: str, recipe: Recipe) -> bool:
+    return any(name.startswith(f"{folder}/") for folder in _folders(recipe))
+
+
+def _exercise(root: Path, image: Path, recipe: Recipe) -> Path:
+    """Runs exercise.py in `root` with the agent in `image`, which may be the same; returns the tracer's report."""
+    if os.geteuid():
+        raise BuildError("it needs root: the agent is run in the image, in namespaces of its own")
+    shared = root / "exercise"
+    shutil.rmtree(shared, ignore_errors=True)
+    shared.mkdir()
+    for file in (Path(__file__).with_name("exercise.py"), python.TRACER):
+        shutil.copy(file, shared)
     interpreter = f"/usr/bin/python{recipe.python}"
-    options = ["-I", "-S", "-B", "/tracer.py", "--report", "/traced", "--path", f"/{SITE}"]
-    later = [name for name in recipe.python_later if name != "taploom.lean"]
-    (root / SITE / "_traced.py").write_text(
-        "from taploom.lean import without_unused\nwithout_unused()\n"
-        f"import importlib\nfor name in {[recipe.python_program, *later]!r}:\n    importlib.import_module(name)\n"
+    later = [part for name in recipe.python_later for part in ("--import", name)]
+    agent = [
+        interpreter,
+        "-I",
+        "-S",
+        "-B",
+        f"{_SHARED}/tracer.py",
+        "--report",
+        f"{_SHARED}/report",
+        "--path",
+        f"/{SITE}",
+    ]
+    agent += [*later, recipe.python_program, "--control", f"unix:{_SHARED}/control.sock"]
+    agent += ["--data", f"unix:{_SHARED}/data.sock", "--state-dir", f"{_SHARED}/state", "--net", "kernel"]
+    enter = [] if image == root else ["/usr/bin/busybox", "chroot", "/image"]
+    run(
+        [
+            *("unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--uts"),
+            *("sh", "-ec", _NAMESPACES, "sh", root, image, _SHARED, shared),
+            *(interpreter, "-B", f"{_SHARED}/exercise.py", _SHARED, *enter, *agent),
+        ],
+        env={"PYTHONPATH": f"/{SITE}", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/"},
     )
-    run(["chroot", root, interpreter, *options, "_traced"])
-    used = python.used_modules([report])
-    for name in ("tracer.py", "traced", f"{SITE}/_traced.py"):
-        (root / name).unlink()
-    return {path for path in used if path not in {"/tracer.py", f"/{SITE}/_traced.py"}}
+    return shared / "report"
 
 
 def install(

@@ -3,15 +3,76 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from images.common import elf
 from images.common.tools import BuildError
+from images.common.wheels import Wheel
 
+from . import interpreter
 from .recipe import FILES, Program, Recipe
 
+Say = Callable[[str], None]
+
 _LIBRARY_SUFFIX = ".so"
+
+
+def fill(
+    root: Path,
+    place: Path,
+    tools_place: Path,
+    recipe: Recipe,
+    *,
+    modules: set[str],
+    found: Iterable[Wheel],
+    interpreter_root: Path,
+    init: Path,
+    say: Say,
+) -> set[str]:
+    """Fills the image's tree out of a distribution's root, and another with the tools and what only they need.
+
+    Args:
+        modules: the interpreter's, as traced.
+        found: the wheels that are in the root.
+        interpreter_root: the root whose interpreter runs here; the same unless the image is for another architecture.
+        init: PID 1.
+
+    Returns:
+        The files that were taken, as paths in the root.
+
+    Raises:
+        BuildError: something is not in the root, or is in the image and of no use.
+    """
+    lay_out(place)
+    users = install_programs(root, place, recipe.programs)
+    users += interpreter.install(
+        root,
+        place,
+        recipe,
+        modules=modules,
+        versions={wheel.name: wheel.version for wheel in found},
+        interpreter_root=interpreter_root,
+    )
+    copied = install_libraries(root, place, users, recipe)
+    install_data(root, place, recipe)
+    if interpreter_root is root:
+        say("running the agent in the image, to see that nothing is missing and nothing is idle")
+        interpreter.verify(root, place, recipe)
+    shutil.copy(init, place / "init")
+    (place / "usr/sbin/init").symlink_to("/init")
+    tool_files = install_programs(root, tools_place, recipe.tools)
+    for name in sorted(install_libraries(root, tools_place, tool_files, recipe, links=False) & copied):
+        (tools_place / name).unlink(missing_ok=True)
+    _prune(tools_place)
+    taken = {str(user.relative_to(root)) for user in users + tool_files} | copied | set(recipe.data)
+    return taken | {name.lstrip("/") for name in modules}
+
+
+def _prune(place: Path) -> None:
+    for path in sorted((p for p in place.rglob("*") if p.is_dir() and not p.is_symlink()), reverse=True):
+        if not any(path.iterdir()):
+            path.rmdir()
 
 
 def lay_out(tree: Path) -> None:
