@@ -37,9 +37,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--update", action="store_true", help="look for newer packages than those found before")
     parser.add_argument("--force", action="store_true", help="build although the cache has it")
     group = parser.add_argument_group("the alpine builder")
-    group.add_argument(
-        "--mirror", default="", metavar="URL", help="a mirror of Alpine, or a directory like one"
-    )
+    group.add_argument("--mirror", default="", metavar="URL", help="a mirror of Alpine, or a directory like one")
     group.add_argument("--apk", type=Path, metavar="FILE", help="a static apk; without it, that of --root")
     group.add_argument("--root", type=Path, metavar="DIR", help="an Alpine root with apk, or with all packages already")
     group.add_argument("--keys", type=Path, metavar="DIR", help="the keys of the packages; without it, those of --root")
