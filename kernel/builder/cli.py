@@ -7,10 +7,12 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from images.common.cache import DEFAULT_CACHE, cached, file_sha256, inputs_hash, publish
@@ -34,6 +36,7 @@ example:
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds, or takes the kernel from the cache. Returns 0, or 1 when it failed."""
     arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _stop)
     progress = Progress(f"kernel {arguments.arch}")
     try:
         manifest, output = build(arguments, progress)
@@ -48,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print(_summary(manifest, output))
     return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def build(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], Path]:
