@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from images.common import cpio, debian, elf, python
-from images.common.cache import cached, inputs_hash
+from images.common.cache import cached, file_sha256, inputs_hash
 from images.common.tools import BuildError, run
 from kernel.verification import programs
+from lab.vm.tools import host_architecture
 
 SUITE = "trixie"
 HERE = Path(__file__).parent
@@ -80,13 +80,15 @@ _INIT = """#!/bin/sh
 /bin/busybox mount -t devtmpfs dev /dev
 exec </dev/console >/dev/console 2>&1
 export PATH=/usr/sbin:/usr/bin HOME=/root
-PYTHONPATH=/usr/lib/verify exec python3 -S -m guest.main
+PYTHONPATH=/usr/lib/verify exec python3 -SB -m guest.main
 """
 BOOK = "/usr/lib/verify"
 
 
 def build(arch: str, cache: Path, say: Callable[[str], None]) -> Path:
     """The initramfs of an architecture, from the cache when its inputs are the same.
+
+    It is two archives: the tools, and the checks with the eBPF programs, which change more often.
 
     Args:
         arch: x86_64 or arm64.
@@ -96,20 +98,30 @@ def build(arch: str, cache: Path, say: Callable[[str], None]) -> Path:
     Raises:
         BuildError: a package, or a tool to build with, is missing.
     """
-    say("finding the tools' packages (Debian trixie)")
-    packages = debian.packages(SUITE, arch, PACKAGES, cache=cache)
-    host = platform.machine().replace("aarch64", "arm64")
-    interpreter = packages if host == arch else debian.packages(SUITE, host, _INTERPRETER, cache=cache)
-    say("compiling the eBPF programs")
-    objects = programs.build(arch, cache)
-    key = inputs_hash(
-        [arch, *(package.sha256 for package in (*packages, *interpreter))],
-        [Path(__file__), GUEST, *objects.iterdir()],
-        Path("/"),
-    )
+    tools = _tools(arch, cache, say)
+    objects = programs.build(arch, cache, say)
 
     def fill(directory: Path) -> None:
-        say("building the initramfs")
+        with tempfile.TemporaryDirectory(prefix="taploom-verify-") as work:
+            root, archive = Path(work, "root"), Path(work, "checks.cpio")
+            _checks(root, objects)
+            cpio.write_newc(root, archive)
+            cpio.concatenate([tools, archive], directory / "verify.cpio")
+
+    hashes = [file_sha256(path) for path in (tools, *sorted(objects.iterdir()))]
+    key = inputs_hash(hashes, [Path(__file__), GUEST], ROOT)
+    return cached(cache, f"kernel-verify/{arch}", key, fill)[0] / "verify.cpio"
+
+
+def _tools(arch: str, cache: Path, say: Callable[[str], None]) -> Path:
+    """The archive with Debian's programs and Python."""
+    say("finding the tools' packages (Debian trixie)")
+    packages = debian.packages(SUITE, arch, PACKAGES, cache=cache)
+    host = host_architecture()
+    interpreter = packages if host == arch else debian.packages(SUITE, host, _INTERPRETER, cache=cache)
+
+    def fill(directory: Path) -> None:
+        say("building the initramfs of the tools")
         with tempfile.TemporaryDirectory(prefix="taploom-verify-") as work:
             everything, root = Path(work, "all"), Path(work, "root")
             debian.unpack(packages, everything)
@@ -119,13 +131,23 @@ def build(arch: str, cache: Path, say: Callable[[str], None]) -> Path:
                 debian.unpack(interpreter, here)
             _pick(everything, root)
             _python(everything, root, here)
-            _own(root, objects)
-            archive = Path(work, "verify.cpio")
+            _own(root)
+            archive = Path(work, "tools.cpio")
             cpio.write_newc(root, archive, devices=cpio.CONSOLE)
-            run(["zstd", "-q", "-6", "-T0", archive, "-o", directory / "verify.cpio.zst"])
+            run(["zstd", "-q", "-6", "-T0", archive, "-o", directory / "tools.cpio.zst"])
 
-    place, _ = cached(cache, f"kernel-verify/{arch}", key, fill)
-    return place / "verify.cpio.zst"
+    key = inputs_hash([arch, *(package.sha256 for package in (*packages, *interpreter))], [Path(__file__)], ROOT)
+    return cached(cache, f"kernel-verify/tools-{arch}", key, fill)[0] / "tools.cpio.zst"
+
+
+def _checks(root: Path, objects: Path) -> None:
+    """The checks, as sources: the host's Python cannot compile for the machine's; and the eBPF programs."""
+    book = root / BOOK.lstrip("/")
+    for source in sorted(GUEST.rglob("*.py")):
+        target = book / "guest" / source.relative_to(GUEST)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    shutil.copytree(objects, book / "bpf")
 
 
 def _pick(everything: Path, root: Path) -> None:
@@ -174,24 +196,21 @@ def _pick(everything: Path, root: Path) -> None:
 
 
 def _python(everything: Path, root: Path, here: Path) -> None:
-    """Compiles Python's library and the checks; `here` is a root whose interpreter runs on this machine."""
+    """Compiles Python's library; `here` is a root whose interpreter runs on this machine."""
     library = everything / "usr/lib" / _PYTHON
     modules = {}
     for source in library.rglob("*.py"):
         name = source.relative_to(library)
         if source.is_file() and not any(str(name).startswith(f"{left}/") for left in _LEFT_OUT):
             modules[f"/usr/lib/{_PYTHON}/{name}"] = source
-    for source in GUEST.rglob("*.py"):
-        modules[f"{BOOK}/guest/{source.relative_to(GUEST)}"] = source
     loader = next(here.glob("usr/lib*/ld-linux-*"))
     libraries = ":".join(str(path) for path in here.glob("usr/lib/*-linux-gnu"))
     program = here / "usr/bin" / _PYTHON
     python.compile_into(modules, root, interpreter=[loader, "--library-path", libraries, program], optimize=0)
 
 
-def _own(root: Path, objects: Path) -> None:
-    """The initramfs's first program, the eBPF programs, and the directories that things are mounted on."""
-    shutil.copytree(objects, root / BOOK.lstrip("/") / "bpf")
+def _own(root: Path) -> None:
+    """The initramfs's first program, and the directories that things are mounted on."""
     for name in ("dev", "proc", "sys", "run", "tmp", "mnt", "var", "root", "etc"):
         (root / name).mkdir(exist_ok=True)
     # getprotobyname(3), which ipset asks.

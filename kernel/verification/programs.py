@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from images.common.cache import cached, inputs_hash
 from images.common.tools import BuildError, run
 
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = Path(__file__).parent / "bpf"
 _TARGETS = {"x86_64": ("x86", "x86_64-linux-gnu"), "arm64": ("arm64", "aarch64-linux-gnu")}
 
 
-def build(arch: str, cache: Path) -> Path:
+def build(arch: str, cache: Path, say: Callable[[str], None]) -> Path:
     """A directory with NAME.o for every bpf/NAME.bpf.c, from the cache when nothing has changed.
+
+    Args:
+        arch: x86_64 or arm64.
+        cache: the cache's root.
+        say: called with what is being done.
 
     Raises:
         BuildError: clang or libbpf's headers are missing, or a program does not compile.
@@ -21,6 +28,7 @@ def build(arch: str, cache: Path) -> Path:
     target, triplet = _TARGETS[arch]
 
     def compile_all(directory: Path) -> None:
+        say("compiling the eBPF programs")
         if not shutil.which("clang"):
             raise BuildError("clang is not installed; scripts/vm-setup.sh installs all that the builds need")
         for source in sorted(SOURCES.glob("*.bpf.c")):
@@ -31,7 +39,7 @@ def build(arch: str, cache: Path) -> Path:
             headers = [f"-I{path}" for name in {triplet, *_here()} if (path := Path("/usr/include") / name).is_dir()]
             run(["clang", *options, *headers, "-c", source, "-o", output])
 
-    key = inputs_hash([arch], [Path(__file__), SOURCES], Path("/"))
+    key = inputs_hash([arch], [Path(__file__), SOURCES], ROOT)
     return cached(cache, f"kernel-verify/bpf-{arch}", key, compile_all)[0]
 
 
