@@ -78,7 +78,7 @@ def compile_kernel(arch: str, source: Path, objects: Path, *, jobs: int, log: Pa
     command = _command(arch, source, objects, [f"-j{jobs}", target.image])
     recent: deque[str] = deque(maxlen=60)
     steps = 0
-    with log.open("w") as file:
+    with log.open("w", buffering=1) as file:
         process = subprocess.Popen(
             command,
             env=clean_environment(os.environ),
