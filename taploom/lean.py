@@ -6,6 +6,7 @@ and in a VM without hardware acceleration seconds of its start.
 - `importlib.metadata`, with the whole of `email`: two libraries ask it for their own version.
 - `dateutil`: the contracts use it to read timestamps from JSON.
 - `bz2` and `lzma`: shutil can make archives with them where they are there.
+- trio's DTLS: it is imported with trio.
 
 Only an agent's own process does this, never a test's or an importer's: it is called by `__main__` modules, before they
 import anything else.
@@ -24,6 +25,7 @@ def without_unused() -> None:
     without_metadata()
     without_dateutil()
     without_compression()
+    without_dtls()
 
 
 def without_openssl() -> None:
@@ -61,6 +63,12 @@ def without_compression() -> None:
     if "shutil" not in sys.modules:
         for name in ("bz2", "lzma"):
             sys.modules[name] = None  # type: ignore[assignment]  # the import system's documented "not importable"
+
+
+def without_dtls() -> None:
+    """To be called before anything imports trio; does nothing when that has happened."""
+    if "trio" not in sys.modules:
+        sys.modules["trio._dtls"] = _Missing("trio._dtls")
 
 
 def installed_version(name: str) -> str:

@@ -63,6 +63,8 @@ def compile_into(
             but any architecture.
         optimize: 0 keeps all, 1 drops assertions, 2 docstrings too.
 
+    Tracebacks have lines, but no columns within them: that halves what the interpreter reads at start.
+
     Raises:
         BuildError: a source that the interpreter cannot compile.
     """
@@ -78,7 +80,7 @@ def compile_into(
             target.chmod(0o644)
     # A fixed hash seed and one order: marshal writes sets, and references to shared objects, as it finds them.
     run(
-        [*interpreter, "-I", "-S", "-B", "-c", _COMPILE, str(optimize)],
+        [*interpreter, "-I", "-S", "-B", "-X", "no_debug_ranges", "-c", _COMPILE, str(optimize)],
         env={"PYTHONHASHSEED": "0"},
         stdin="\n".join(lines) + "\n",
     )

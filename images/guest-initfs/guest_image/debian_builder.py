@@ -89,6 +89,7 @@ def _build(recipe: Recipe, inputs: Inputs, work: Path, place: Path, *, cache: Pa
     root = work / "root"
     _skeleton(recipe, inputs, full, root, _applets(native_full))
     interpreter.put_modules(recipe, inputs.arch, traced, full=full, root=root, interpreter=native_full)
+    interpreter.put_generated(recipe, root, native_full)
     _libraries(recipe, full, root)
     if inputs.arch == native:
         say("running the agent in the image to see that nothing is missing or idle")

@@ -20,6 +20,7 @@ _TRIPLETS = {"x86_64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}
 _LOADERS = ("usr/lib64/ld-linux-*.so.*", "usr/lib/ld-linux-*.so.*", "usr/lib/*/ld-linux-*.so.*")
 _SHARED = "/run/exercise"
 _EXERCISE = Path(__file__).with_name("exercise.py")
+_GENERATED = Path(__file__).with_name("generated.py")
 # $1 the root with everything, $2 the root that the agent runs in, mounted below it, $3 the folder that both see.
 _NAMESPACES = """
 mount -t proc proc "$1/proc"
@@ -109,8 +110,21 @@ def put_modules(recipe: Recipe, arch: str, traced: Trace, *, full: Path, root: P
         modules[name] = source
     for landmark in recipe.landmarks:
         name = landmark.removesuffix("c")
+        if not name.endswith(".py"):
+            continue
         modules.setdefault(name, full / name.lstrip("/"))
     pythons.compile_into(modules, root, interpreter=host_command(interpreter))
+
+
+def put_generated(recipe: Recipe, root: Path, interpreter: Path) -> None:
+    """Puts beside start.py what it reads; ``interpreter`` is a root with everything whose python runs here."""
+    target = root / recipe.folder.lstrip("/") / "generated.marshal"
+    earlier = target.with_suffix(".earlier")
+    folder = interpreter / recipe.folder.lstrip("/")
+    command = [*host_command(interpreter), "-s", "-S", "-B", "-OO", "-X", "no_debug_ranges", _GENERATED, folder]
+    run([*command, earlier], env={"PYTHONHASHSEED": "1"})
+    run([*command, target, earlier], env={"PYTHONHASHSEED": "0"})
+    earlier.unlink()
 
 
 def verify(recipe: Recipe, full: Path, root: Path) -> None:
