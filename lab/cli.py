@@ -253,7 +253,10 @@ def _execute_in_vm(lab: Lab, directory: str, command: tuple[str, ...]) -> int:
     from lab.vm.execute import execute as execute_in_vm
     from lab.vm.processes import PORT
 
-    return execute_in_vm(f"hybrid:{directory}/vsock.sock:{PORT}", command)
+    # Where OVS and OVN of the helper are, for ovs-appctl and the like.
+    run = "/run/taploom-helper/run"
+    environment = {"OVS_RUNDIR": run, "OVN_RUNDIR": run} if directory == str(lab.helper_directory) else {}
+    return execute_in_vm(f"hybrid:{directory}/vsock.sock:{PORT}", command, environment)
 
 
 def _known(lab: Lab, guest: str) -> str:

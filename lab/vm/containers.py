@@ -244,7 +244,8 @@ class VmEngine:
             command = ["exec", *options, "--process", str(_PLACE / "bundle" / name), container.name]
         else:
             name = "config.json"
-            command = ["run", *options, "--bundle", str(_PLACE / "bundle"), container.name]
+            # The VM's root is an initramfs, and that cannot be pivoted (pivot_root(2)).
+            command = ["run", "--no-pivot", *options, "--bundle", str(_PLACE / "bundle"), container.name]
         (bundle / name).write_text(json.dumps(config))
         crun = ["crun", "--log", runtime.log, "--cgroup-manager=disabled", "--root", f"{_STATE}/crun", *command]
         # Shielded: half a start would leave a process that nobody knows.

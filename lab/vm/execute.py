@@ -9,7 +9,7 @@ import signal
 import sys
 import termios
 import tty
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import trio
 
@@ -23,15 +23,18 @@ _CHUNK = 64 * 1024
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def execute(address: str, arguments: Sequence[str]) -> int:
+def execute(address: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
     """Runs a command in the VM whose process server is there; returns its exit code, 128 + the signal that ended it.
+
+    Args:
+        environment: added to the process's environment.
 
     Raises:
         LabError: the VM does not answer.
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     size = shutil.get_terminal_size()
-    environment = {"PATH": _PATH, "HOME": "/root", "LANG": "C.UTF-8"}
+    environment = {"PATH": _PATH, "HOME": "/root", "LANG": "C.UTF-8", **(environment or {})}
     if interactive:
         environment["TERM"] = os.environ.get("TERM", "linux")
     command = Command(

@@ -93,6 +93,9 @@ def _make(arch: str, found: list[debian.Package], work: Path, out: Path) -> None
         target = root / path.relative_to(unpacked)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target, follow_symlinks=False)
+    # An image may have busybox's there, which comes first in PATH.
+    (root / "usr/sbin").mkdir(parents=True, exist_ok=True)
+    (root / "usr/sbin/ip").symlink_to("../bin/ip")
     server = root / "usr/libexec/taploom-lab/server"
     server.parent.mkdir(parents=True)
     compiler = os.environ.get("TAPLOOM_CC_" + arch.upper(), _COMPILERS[arch])

@@ -29,7 +29,8 @@ class VmSupervisor(Supervisor):
         super().__init__(lab)
         self._artefacts = Artefacts.load(lab.path / ARTEFACTS)
         self._accelerator = accelerator(self._artefacts.arch, self._artefacts.kernel)
-        # Booting keeps a processor busy: what boots beside others is not ready sooner.
+        # Booting keeps a processor busy: what boots beside others is not ready sooner. The helper, which takes longest
+        # and without which nothing is ready, does not wait.
         self._booting = trio.CapacityLimiter(max(2, os.cpu_count() or 1))
 
     def machine(self, name: str, directory: Any, **more: Any) -> Machine:
@@ -61,19 +62,21 @@ class VmSupervisor(Supervisor):
             tap=_TAP,
             append=f"lab.uplink={uplink}",
         )
-        nursery.start_soon(self._keep, "helper", machine, HELPER_PORT, namespace)
+        nursery.start_soon(self._keep("helper", machine, HELPER_PORT, namespace).run)
 
     async def _run_guest(self, name: str) -> None:
         machine = self.machine(
             name, self._lab.guest_directory(name), initrd=self._artefacts.guest, memory_mib=_GUEST_MEMORY
         )
-        await self._keep(f"guest/{name}", machine, GUEST_PORT, None)
+        kept = self._keep(f"guest/{name}", machine, GUEST_PORT, None)
+        async with trio.open_nursery() as nursery, self._booting:
+            await nursery.start(kept.run)
 
     def _remove_guest(self, name: str) -> None:
         for process in (f"guest/{name}", f"guest/{name}/vsock"):
             self._processes.pop(process, None)
 
-    async def _keep(self, name: str, machine: Machine, port: int, netns: str | None) -> None:
+    def _keep(self, name: str, machine: Machine, port: int, netns: str | None) -> KeptMachine:
         kept = KeptMachine(
             name,
             machine,
@@ -86,8 +89,7 @@ class VmSupervisor(Supervisor):
         self._process(name, kept.qemu)
         self._process(f"{name}/vsock", kept.vsock)
         self._write_status()
-        async with trio.open_nursery() as nursery, self._booting:
-            await nursery.start(kept.run)
+        return kept
 
 
 def _add_uplink(namespace: str) -> None:
