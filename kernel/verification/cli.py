@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace, kernel: Path, initrd: Path, checks: Sequen
     accel = accelerator(options.arch, kernel)
     append = f"quiet loglevel=4 verify.jobs={jobs} {options.append}".strip()
     if accel == "tcg" and options.arch == "x86_64":
-        # The TSC's frequency is measured at boot, wrongly where the host is busy: the clock then ran twenty times too fast.
+        # The TSC's frequency is measured at boot, wrongly on a busy host: the clock then ran twenty times too fast.
         append += " clocksource=hpet"
     if options.only:
         append += f" verify.only={','.join(check.name for check in checks)}"
