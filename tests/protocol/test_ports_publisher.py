@@ -469,7 +469,7 @@ async def test_udp_peer_that_is_silent_is_forgotten(tmp_path: Path) -> None:
             await exchange(sock, b"x", "127.0.0.1", port)
             await until(lambda: rig.helper.streams.active == 0)
             await exchange(sock, b"y", "127.0.0.1", port)
-            assert len(peers) == 2
+            await until(lambda: len(peers) >= 2)  # what was answered may have been an x that was sent again
 
 
 async def test_udp_moves_with_the_target(tmp_path: Path) -> None:
