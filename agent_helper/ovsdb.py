@@ -31,6 +31,7 @@ json_parser.install()
 # Reconnect delays in ms. The library's (1 s to 8 s) suit remote servers; ours is a child, back within milliseconds.
 _BACKOFF_MIN, _BACKOFF_MAX = 10, 200
 _TIMEOUT = 5.0  # of a transaction, in seconds, over reconnections
+_FIRST_CONTENT = 120.0  # s; an emulated machine that is short of processors takes tens of them
 
 
 class Txn:
@@ -249,7 +250,7 @@ class Database:
         for table in self._idl.tables.values():
             if "name" in table.columns:
                 index_by_name(table)
-        self._connection = connection.Connection(self._idl, timeout=_TIMEOUT)
+        self._connection = connection.Connection(self._idl, timeout=_FIRST_CONTENT)
         self._api = _Api(self._connection)
         self._jobs: list[_Job] = []
         self._commit_lock = trio.Lock()
