@@ -10,7 +10,7 @@ from host_bridge.describe import helper_endpoint, helper_network, helper_uplink
 from host_bridge.names import clean_text
 from host_bridge.peer import Event, LinkDownEvent, OtherEvent, Peer, PeerInfo, ResyncEvent, SyncResult, status_code
 from host_bridge.store import Store
-from taploom.address import Address
+from taploom.address import Address, HybridAddress
 from taploom.contracts.taploom.helper.v1 import (
     ApplyEndpointRequest,
     ApplyNetworkRequest,
@@ -36,7 +36,7 @@ from taploom.contracts.taploom.helper.v1 import (
     WatchEventsResponse,
 )
 from taploom.contracts.taploom.helper.v1.rpc import HelperServiceClient
-from taploom.contracts.taploom.link.v1 import LinkFeature
+from taploom.contracts.taploom.link.v1 import LinkFeature, StreamProtocol
 from taploom.link import new_secret
 from taploom.rpc import Channel, RpcError, StatusCode
 
@@ -127,6 +127,13 @@ class HelperPeer(Peer[HelperObject]):
     def takes_early_links(self) -> bool:
         """Whether a link may be dialled before the helper has its endpoint."""
         return self._can(HelperFeature.EARLY_LINKS)
+
+    @property
+    def tcp_protocol(self) -> StreamProtocol:
+        """What TCP streams into the networks are opened with."""
+        # Few VMMs hand the end of one direction on through their Unix sockets.
+        records = isinstance(self.data_address, HybridAddress) and self._can(HelperFeature.STREAM_RECORDS)
+        return StreamProtocol.TCP_RECORDS if records else StreamProtocol.TCP
 
     def _can(self, feature: HelperFeature) -> bool:
         return self.info is not None and feature in self.info.features

@@ -18,7 +18,7 @@ import pytest
 import trio
 
 from host_bridge.ports import PortAllocatedError, PortBinding, PortPublisher
-from taploom.address import Address, UnixAddress, open_listener
+from taploom.address import Address, HybridAddress, UnixAddress, open_listener
 from taploom.contracts.taploom.helper.v1 import StreamWanted
 from taploom.contracts.taploom.link.v1 import StreamProtocol
 from taploom.link import Dataplane, open_dataplane
@@ -49,6 +49,11 @@ class HelperPeer:
     @property
     def data_address(self) -> Address:
         return self.front or self._helper.address
+
+    @property
+    def tcp_protocol(self) -> StreamProtocol:
+        hybrid = isinstance(self.data_address, HybridAddress)
+        return StreamProtocol.TCP_RECORDS if hybrid else StreamProtocol.TCP
 
     async def streams_ready(self) -> None:
         while self.stream_secret is None:

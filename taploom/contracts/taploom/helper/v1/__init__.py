@@ -152,6 +152,11 @@ class HelperFeature(betterproto2.Enum):
     Links may be dialled before the helper has been told of them (LinkHello.early).
     """
 
+    STREAM_RECORDS = 9
+    """
+    Streams can be in records (STREAM_PROTOCOL_TCP_RECORDS).
+    """
+
     @classmethod
     def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
         return {
@@ -164,6 +169,7 @@ class HelperFeature(betterproto2.Enum):
             6: "HELPER_FEATURE_EGRESS",
             7: "HELPER_FEATURE_STREAMS",
             8: "HELPER_FEATURE_EARLY_LINKS",
+            9: "HELPER_FEATURE_STREAM_RECORDS",
         }
 
     @classmethod
@@ -178,6 +184,7 @@ class HelperFeature(betterproto2.Enum):
             "HELPER_FEATURE_EGRESS": 6,
             "HELPER_FEATURE_STREAMS": 7,
             "HELPER_FEATURE_EARLY_LINKS": 8,
+            "HELPER_FEATURE_STREAM_RECORDS": 9,
         }
 
 
