@@ -94,12 +94,12 @@ async def _signals_and_leftovers(vm: RunningMachine) -> None:
     # A process whose caller goes away ends, with what it started; what outlived its own process is left alone.
     script = "sleep 4001 & sleep 4002"
     async with carried(address, Command(["sh", "-c", script], ENVIRONMENT)) as process:
-        while await _count(address, "sleep 400[12]") != 2:
+        while await _count(address, "^sleep 400[12]") != 2:
             await trio.sleep(0.05)
-    while await _count(address, "sleep 400[12]"):
+    while await _count(address, "^sleep 400[12]"):
         await trio.sleep(0.05)
     await processes.run(address, Command(["sh", "-c", "setsid sleep 4003 >/dev/null 2>&1 </dev/null &"], ENVIRONMENT))
-    assert await _count(address, "sleep 400[3]") == 1
+    assert await _count(address, "^sleep 4003") == 1
     # Many at once.
     codes: list[int] = []
 
