@@ -259,6 +259,7 @@ class Database:
     async def start(self) -> None:
         """Connects and waits for the content."""
         await trio.to_thread.run_sync(self._connection.start, limiter=self._limiter)
+        self._connection.timeout = _TIMEOUT
 
     async def stop(self) -> None:
         """Ends the IDL's thread and closes the connection."""
