@@ -151,7 +151,11 @@ def test_a_guest_comes_and_goes(lab: VmLab) -> None:
 def test_a_vsock_device_that_dies_is_replaced_under_the_running_vm(lab: VmLab) -> None:
     boot = lab.in_guest("web", "cat", "/proc/sys/kernel/random/boot_id").stdout
     os.kill(int(str(lab.process("guest/web/vsock")["pid"])), signal.SIGKILL)
-    until(lambda: lab.process("guest/web/vsock")["restarts"] == 1 and lab.ready("guest/web"), RECOVERY)
+    until(
+        lambda: lab.process("guest/web/vsock")["restarts"] == 1 and lab.ready("guest/web"),
+        "the guest answers again",
+        RECOVERY,
+    )
     assert lab.in_guest("web", "cat", "/proc/sys/kernel/random/boot_id").stdout == boot
     assert lab.process("guest/web")["restarts"] == 0
 
@@ -164,8 +168,8 @@ def test_a_vm_that_ends_boots_anew_with_its_networks(lab: VmLab) -> None:
         found = lab.in_guest("web", "cat", "/proc/sys/kernel/random/boot_id", check=False)
         return found.returncode == 0 and found.stdout != boot
 
-    until(back, RECOVERY)
-    until(lambda: "eth0" in lab.in_guest("web", "ip", "-brief", "link").stdout, RECOVERY)
+    until(back, "the VM boots anew", RECOVERY)
+    until(lambda: "eth0" in lab.in_guest("web", "ip", "-brief", "link").stdout, "its interface is back", RECOVERY)
 
 
 def test_a_container_is_a_vm(lab: VmLab, tmp_path: Path) -> None:
