@@ -186,9 +186,9 @@ def test_killed_and_back(lab: VmFabric, victim: str) -> None:
         else:
             lab.until_restarted(victim, lab.kill(victim))
         lab.until_whole()
-        if not victim.endswith("vsock"):  # the commands in the VMs were told over it
+        ping.until_goes_on(lab, f"after {victim} was killed")
+        if victim != "guest/web/vsock":  # over which the client in that VM is given its words
             talk.says("after")
-            ping.until_goes_on(lab, f"after {victim} was killed")
         for name in ("db", "postgres"):
             lab.until_answers("web", name)
         assert lab.snapshot("app", "lone") == before
