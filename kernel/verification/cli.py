@@ -60,11 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, kernel: Path, initrd: Path, checks: Sequence[Check], progress: _Progress) -> int:
     report = Report(checks)
     jobs = options.jobs
-    accel = accelerator(options.arch, kernel)
     append = f"quiet loglevel=4 verify.jobs={jobs} {options.append}".strip()
-    if accel == "tcg" and options.arch == "x86_64":
-        # The TSC's frequency is measured at boot, wrongly on a busy host: the clock then ran twenty times too fast.
-        append += " clocksource=hpet"
     if options.only:
         append += f" verify.only={','.join(check.name for check in checks)}"
     start = time.monotonic()
@@ -78,7 +74,7 @@ def _run(options: argparse.Namespace, kernel: Path, initrd: Path, checks: Sequen
             arch=options.arch,
             memory_mib=boot.MEMORY_MIB,
             cpus=jobs,
-            accelerator=accel,
+            accelerator=accelerator(options.arch, kernel),
         )
         progress.say(f"booting {kernel} ({machine.accelerator})")
         silence = max((check.seconds for check in checks), default=0) + 180

@@ -45,7 +45,7 @@ class _Switch:
     def vsctl(self, *arguments: str) -> str:
         """ovs-vsctl in the switch's namespace; waits until ovs-vswitchd has done it."""
         try:
-            return self.namespace.run("ovs-vsctl", "--timeout=20", *arguments)
+            return self.namespace.run("ovs-vsctl", "--timeout=80", *arguments)
         except CheckError as error:
             raise CheckError(f"{error} {self.complaints()}".strip()) from None
 
@@ -53,7 +53,11 @@ class _Switch:
         """The warnings and errors in ovs-vswitchd's log."""
         log = Path("/run/ovs-vswitchd.log")
         lines = log.read_text().splitlines() if log.exists() else []
-        return "; ".join(line.split("|", 3)[-1] for line in lines if "|WARN|" in line or "|ERR|" in line)[:300]
+        return "; ".join(
+            line.split("|", 3)[-1]
+            for line in lines
+            if ("|WARN|" in line or "|ERR|" in line) and "|timeval|" not in line
+        )[:300]
 
     def appctl(self, *arguments: str) -> str:
         """ovs-appctl to ovs-vswitchd."""
