@@ -11,7 +11,7 @@ from pathlib import Path
 
 from images.common import cpio, debian, elf, wheels
 from images.common.cache import cached, file_sha256, inputs_hash
-from images.common.init import SOURCES, build_init
+from images.common.init import build_init
 from images.common.manifest import build_manifest, write_manifest
 from images.common.tools import BuildError, debian_architecture, run
 from taploom import __version__
@@ -24,6 +24,9 @@ INITFS = "guest-initfs.cpio.zst"
 _INIT = "usr/sbin/taploom-init"
 _POWER = ("poweroff", "reboot", "halt", "shutdown")
 _COMMON = CHECKOUT / "images/common"
+_OWN = ("recipe", "interpreter", "exercise", "generated", "debian_builder", "apple")
+# What else decides about the bytes; a README or the other builder does not.
+_PARTS = [FOLDER / "image.toml", FOLDER / "files", _COMMON, *(FOLDER / f"guest_image/{name}.py" for name in _OWN)]
 
 Say = Callable[[str], None]
 
@@ -48,7 +51,7 @@ class Inputs:
         if self.vminit is not None:
             sums.append(file_sha256(self.vminit / "index.json"))
         texts = [self.arch, run(["zstd", "--version"]), *sums]
-        return inputs_hash(texts, [FOLDER, _COMMON, SOURCES, *_code()], CHECKOUT)
+        return inputs_hash(texts, [*_PARTS, *_code()], CHECKOUT)
 
 
 def gather(recipe: Recipe, arch: str, *, cache: Path, update: bool, vminit: Path | None, say: Say) -> Inputs:
@@ -131,8 +134,7 @@ def _build(recipe: Recipe, inputs: Inputs, work: Path, place: Path, *, cache: Pa
 def _trace(recipe: Recipe, inputs: Inputs, full: Path, cache: Path) -> interpreter.Trace:
     """Traced once for all architectures."""
     sums = [package.sha256 for package in inputs.native] + [wheel.sha256 for wheel in inputs.wheels]
-    files = [FOLDER / "image.toml", FOLDER / "files", Path(__file__).parent, _COMMON, *_code()]
-    key = inputs_hash(sums, files, CHECKOUT)
+    key = inputs_hash(sums, [*_PARTS, *_code()], CHECKOUT)
     place, _ = cached(
         cache, "guest-trace", key, lambda new: interpreter.trace(recipe, full).write(new / "modules.json")
     )
