@@ -192,10 +192,11 @@ class Stack:
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._run_ovsdb_server)
-                await self._connect()
-                await self.ensure_conf()
+                # They start while we read the databases; vswitchd does nothing before it has its configuration.
                 nursery.start_soon(self._run_vswitchd)
                 nursery.start_soon(self._run_northd)
+                await self._connect()
+                await self.ensure_conf()
                 await self._connectable(self.mgmt)
                 await trio.to_thread.run_sync(self._mark_datapath)
                 nursery.start_soon(self._run_controller)
