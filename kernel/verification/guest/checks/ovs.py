@@ -195,6 +195,7 @@ def ovs_tunnels() -> str:
             )
             switch.flows(f"in_port=1,actions=output:{number}\nin_port={number},actions=output:1")
             remote.ip(f"address add 10.1.0.2/24 dev {device}", f"link set {device} up")
+            one.ip("neighbour flush dev eth0")  # the other device has a MAC of its own
             talk(one, remote, "10.1.0.2")
             remote.ip(f"address del 10.1.0.2/24 dev {device}", f"link set {device} down")
         switch.vsctl(
