@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helper_vm import HelperVm, helper_vm, seconds
+import trio
+from conftest import ROOT
+from helper_vm import BOOT, HelperVm, helper_vm, seconds
 from portal import Portal
 from system import test_helper_rig as rig
 
-from lab.vm.machine import Machine
+from images.common.cache import file_sha256
+from lab.vm.machine import Drive, Machine, running
 from taploom.contracts.taploom.helper.v1 import (
     GetInfoRequest,
     HelperFeature,
@@ -123,9 +129,6 @@ print("same" if a == hashlib.sha256(d).digest() else "different")
 
 def send_and_receive(client: rig.Guest, server: rig.Guest, address: str) -> str:
     """What the client says of the digest that the server has sent back of what it got."""
-    import subprocess
-    import sys
-
     argv = ["ip", "netns", "exec", server.netns, sys.executable, "-c", SERVER, address]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -134,3 +137,41 @@ def send_and_receive(client: rig.Guest, server: rig.Guest, address: str) -> str:
             return client.run(sys.executable, "-c", CLIENT, address).strip()
         finally:
             process.kill()
+
+
+def test_the_read_only_root_starts_too(
+    kernel: Path, helper_initfs: Path, machine_directory: Callable[[str], Path], portal: Portal
+) -> None:
+    async def body() -> None:
+        drive = Drive(helper_initfs.with_name("helper.squashfs"), True)
+        machine = Machine(
+            "helper-root",
+            machine_directory("helper-root"),
+            kernel,
+            append="root=/dev/vda ro",
+            memory_mib=MEMORY,
+            cpus=2,
+            drives=(drive,),
+        )
+        with trio.fail_after(BOOT):
+            async with running(machine) as vm:
+                await vm.wait_console("agent answers after")
+                await vm.wait_console("kernel data path")
+
+    portal.call(body)
+
+
+def test_two_builds_are_the_same_and_list_all_packages(helper_initfs: Path, tmp_path: Path) -> None:
+    build = ROOT / "images/alpine-helper/build"
+    subprocess.run([sys.executable, build, "--json"], check=True, capture_output=True)
+    subprocess.run([sys.executable, build, "--json", "--force", "--output", tmp_path], check=True, capture_output=True)
+    place = helper_initfs.parent
+    names = sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
+    again = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert names == again
+    assert [name for name in names if file_sha256(place / name) != file_sha256(tmp_path / name)] == []
+    manifest = json.loads((place / "manifest.json").read_text())
+    listed = {package["name"]: package for package in manifest["packages"]}
+    assert {"openvswitch-switch", "ovn-central", "ovn-host", "dnsmasq-base", "nftables", "musl-dev"} <= set(listed)
+    assert all(package["version"] and len(package["sha256"]) == 64 for package in listed.values())
+    assert helper_initfs.stat().st_size <= 60_000_000
