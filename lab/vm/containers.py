@@ -97,7 +97,7 @@ class _Vm:
             child = await self._spawn(self.machine.vsock_command(), "vsock.log")
             try:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._offer_vsock, first, task_status)
+                    nursery.start_soon(self._offer_vsock, child.pid, first, task_status)
                     nursery.start_soon(self._end_wedged, child)
                     code = await child.wait()
                     nursery.cancel_scope.cancel()
@@ -108,7 +108,7 @@ class _Vm:
             first = False
             await trio.sleep(_POLL)
 
-    async def _offer_vsock(self, first: bool, task_status: trio.TaskStatus[None]) -> None:
+    async def _offer_vsock(self, pid: int, first: bool, task_status: trio.TaskStatus[None]) -> None:
         await self.machine.wait_vsock_listens()
         try:
             if first:
@@ -116,12 +116,13 @@ class _Vm:
                 await self.machine.wait_qmp()
             else:
                 await self.machine.replace_vsock()
-            await self.machine.open_vsock()
+            await self.machine.open_vsock(pid)
         except MachineError as error:
             logger.warning("container %s: %s", self.container.id, error)
 
     async def _end_wedged(self, child: children.Child) -> None:
-        await until_wedged(self.machine.directory / "vsock.log")
+        await self.machine.wait_vsock_listens()
+        await until_wedged(child.pid, self.machine.directory / "vsock.log")
         child.kill()
 
     async def wait_answers(self, port: int) -> None:

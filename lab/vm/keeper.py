@@ -9,6 +9,7 @@ from pathlib import Path
 
 import trio
 
+from lab.vm import device
 from lab.vm.errors import MachineError
 from lab.vm.machine import Machine
 from taploom.address import connect, parse_address
@@ -83,12 +84,14 @@ class KeptMachine:
     def _prepare_qemu(self) -> None:
         self.machine.prepare_qemu()
         self._lost = False
+        if not device.serves(self.vsock.pid):
+            self.vsock.kill(signal.SIGKILL)
 
     async def _qemu_ready(self) -> None:
         await self.machine.wait_qmp()
         while True:
             try:
-                await self.machine.open_vsock()
+                await self.machine.open_vsock(self.vsock.pid)
                 break
             except MachineError as error:  # it is ending, or its device is being replaced
                 logger.debug("%s: %s", self.qemu.name, error)
@@ -112,7 +115,7 @@ class KeptMachine:
             return
         try:
             await self.machine.replace_vsock()
-            await self.machine.open_vsock()
+            await self.machine.open_vsock(self.vsock.pid)
             logger.warning("%s has a new vsock device", self.qemu.name)
         except MachineError as error:
             logger.error("%s boots anew: %s", self.qemu.name, error)
@@ -122,15 +125,19 @@ class KeptMachine:
     async def _end_wedged(self) -> None:
         read = self._vsock_log.stat().st_size
         while True:
-            read = await until_wedged(self._vsock_log, read)
-            logger.warning("%s lost a thread; see %s", self.vsock.name, self._vsock_log)
-            self.vsock.kill(signal.SIGKILL)
+            await self.vsock.wait_ready()
+            read = await until_wedged(self.vsock.pid, self._vsock_log, read)
+            if self.vsock.pid:
+                logger.warning("%s lost a thread; see %s", self.vsock.name, self._vsock_log)
+                self.vsock.kill(signal.SIGKILL)
+            await trio.sleep(_PANIC_POLL)
 
 
-async def until_wedged(log: Path, start: int = 0) -> int:
-    """Returns once a vhost-device-vsock has said that a thread of its panicked: it stays, and answers nobody.
+async def until_wedged(pid: int, log: Path, start: int = 0) -> int:
+    """Returns once a vhost-device-vsock has lost a thread, by a panic or without a word: it stays, and answers nobody.
 
     Args:
+        pid: its process.
         log: what it says.
         start: how many bytes of that are older.
 
@@ -143,6 +150,6 @@ async def until_wedged(log: Path, start: int = 0) -> int:
             said = file.read()
         whole = said.rfind(b"\n") + 1
         start += whole
-        if b"panicked at" in said[:whole]:
+        if b"panicked at" in said[:whole] or not device.serves(pid):
             return start
         await trio.sleep(_PANIC_POLL)

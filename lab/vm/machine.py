@@ -25,7 +25,7 @@ from pathlib import Path
 import trio
 
 from lab.runtime import kernel as system
-from lab.vm import tools
+from lab.vm import device, tools
 from lab.vm.accelerator import accelerator, console_device, machine_type
 from lab.vm.errors import MachineError
 from lab.vm.qmp import Qmp, QmpError, open_qmp
@@ -202,16 +202,19 @@ class Machine:
         while not _listens(self.vhost_socket):
             await trio.sleep(_POLL)
 
-    async def open_vsock(self) -> None:
-        """Makes the vsock's host side appear once the VM's driver serves the device.
+    async def open_vsock(self, pid: int) -> None:
+        """Makes the vsock's host side appear once the VM's driver serves the device (`lab.vm.device` says why then).
 
-        vhost-device-vsock 0.3 can come to a stop for good when somebody connects while the driver sets the device up.
+        Args:
+            pid: vhost-device-vsock's.
 
         Raises:
             MachineError: QEMU has ended.
         """
         async with open_qmp(self.qmp_socket) as qmp:
-            while not await _vsock_is_served(qmp):
+            while not (await _vsock_is_served(qmp) and device.has_taken_all(pid)):
+                if not device.serves(pid):
+                    raise MachineError(f"the vsock device of VM {self.name} has ended")
                 await trio.sleep(_POLL)
         new = self.vsock_socket.with_name(".vsock.sock.new")
         new.unlink(missing_ok=True)
@@ -425,7 +428,7 @@ class RunningMachine:
             await self.machine.wait_qmp()
             # It may also end, or lose the device's process, while it is asked: whoever starts it again opens it again.
             with contextlib.suppress(MachineError):
-                await self.machine.open_vsock()
+                await self.machine.open_vsock(self.vsock_pid)
 
     async def wait_console(self, text: str) -> str:
         """Waits until the console has printed `text`; returns everything up to and including that line.

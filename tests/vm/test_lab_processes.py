@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -114,5 +115,5 @@ async def _signals_and_leftovers(vm: RunningMachine) -> None:
 
 async def _count(address: str, pattern: str) -> int:
     """How many processes of the VM have a command line like that."""
-    _, said = await processes.run(address, Command(["pgrep", "-f", pattern], ENVIRONMENT))
-    return len(said.split())
+    _, said = await processes.run(address, Command(["ps", "-o", "args"], ENVIRONMENT))
+    return len(re.findall(pattern, said.decode(), re.MULTILINE))
