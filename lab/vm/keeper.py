@@ -126,8 +126,9 @@ class KeptMachine:
         read = self._vsock_log.stat().st_size
         while True:
             await self.vsock.wait_ready()
-            read = await until_wedged(self.vsock.pid, self._vsock_log, read)
-            if self.vsock.pid:
+            pid = self.vsock.pid
+            read = await until_wedged(pid, self._vsock_log, read)
+            if pid and self.vsock.pid == pid and Path(f"/proc/{pid}/task").exists():  # it has not just ended itself
                 logger.warning("%s lost a thread; see %s", self.vsock.name, self._vsock_log)
                 self.vsock.kill(signal.SIGKILL)
             await trio.sleep(_PANIC_POLL)

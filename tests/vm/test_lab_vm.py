@@ -152,7 +152,7 @@ def test_a_vsock_device_that_dies_is_replaced_under_the_running_vm(lab: VmLab) -
     boot = lab.in_guest("web", "cat", "/proc/sys/kernel/random/boot_id").stdout
     os.kill(int(str(lab.process("guest/web/vsock")["pid"])), signal.SIGKILL)
     until(
-        lambda: lab.process("guest/web/vsock")["restarts"] == 1 and lab.ready("guest/web"),
+        lambda: lab.process("guest/web/vsock")["restarts"] >= 1 and lab.ready("guest/web"),
         "the guest answers again",
         RECOVERY,
     )
