@@ -74,7 +74,8 @@ def _build(arguments: argparse.Namespace) -> dict[str, object]:
     arch: str = arguments.arch
     recipe = read_recipe(arguments.builder, arch)
     maker, texts = _debian(arguments, recipe) if arguments.builder == "debian" else _alpine(arguments, recipe)
-    ours = [HERE, CHECKOUT / "images/common", CHECKOUT / "images/init", *(CHECKOUT / m for m in recipe.python_modules)]
+    own = [HERE / name for name in ("image.toml", "files", "helper_image")]
+    ours = [*own, CHECKOUT / "images/common", CHECKOUT / "images/init", *(CHECKOUT / m for m in recipe.python_modules)]
     key = cache.inputs_hash([arguments.builder, arch, *texts], ours, CHECKOUT)
     place_key = f"{key}-{time.time_ns()}" if arguments.force else key
 
@@ -83,7 +84,8 @@ def _build(arguments: argparse.Namespace) -> dict[str, object]:
 
     built, cached = cache.cached(arguments.cache, f"{recipe.name}/{arguments.builder}-{arch}", place_key, build)
     output = arguments.output or CHECKOUT / "build/images" / recipe.name / arch
-    cache.publish(built, output)
+    with cache.locked(arguments.cache / "locks" / f"publish-{recipe.name}-{arch}"):
+        cache.publish(built, output)
     sizes = {path.name: path.stat().st_size for path in sorted(output.iterdir()) if path.is_file()}
     return {"output": str(output), "cached": cached, "seconds": time.monotonic() - began, "outputs": sizes}
 
