@@ -159,8 +159,8 @@ def ping(client: Namespace, address: str, *, timeout: float = 3.0) -> float:
     with client, socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as sock:
         mark = os.getpid() & 0xFFFF
         body = struct.pack("!BBHHH", 8, 0, 0, mark, 1) + b"taploom!" * 4
-        sock.sendto(body[:2] + struct.pack("!H", _checksum(body)) + body[4:], (address, 0))
         start = time.monotonic()
+        sock.sendto(body[:2] + struct.pack("!H", _checksum(body)) + body[4:], (address, 0))
         while (left := start + timeout - time.monotonic()) > 0:
             if select.select([sock], [], [], left)[0]:
                 packet = sock.recv(2048)[20:]
