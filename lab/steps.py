@@ -159,7 +159,7 @@ class Steps:
         )
         if result.returncode:
             listening.kill()
-            raise StepFailedError(f"iperf3 failed: {result.stdout[-300:]}")
+            raise StepFailedError(f"iperf3 ended with {result.returncode}: {(result.stdout + result.stderr)[-300:]}")
         listening.wait(10)
         return float(json.loads(result.stdout)["end"]["sum_received"]["bits_per_second"])
 
