@@ -28,7 +28,8 @@ _PROGRAMS = {
     "libc-bin": ("usr/bin/getent",),
     "ldnsutils": ("usr/bin/drill",),
 }
-_NAMES = ("libnss_files.so.2", "libnss_dns.so.2")  # opened by libc where it is not part of it
+# Opened by libc when they are wanted: names where they are not part of it, and threads that are cancelled (iperf3's).
+_OPENED = ("libnss_files.so.2", "libnss_dns.so.2", "libgcc_s.so.1")
 # Files of ours: name here, place in the VM, mode.
 _FILES = (
     ("lab.conf", "etc/taploom/services.d/lab.conf", 0o644),
@@ -88,7 +89,7 @@ def _make(arch: str, found: list[debian.Package], work: Path, out: Path) -> None
     unpacked, root = work / "unpacked", work / "root"
     debian.unpack(found, unpacked)
     programs = [unpacked / path for paths in _PROGRAMS.values() for path in paths]
-    names = [path for name in _NAMES for path in unpacked.rglob(name)]
+    names = [path for name in _OPENED for path in unpacked.rglob(name)]
     for path in sorted({*programs, *names, *elf.libraries(unpacked, [*programs, *names])}):
         target = root / path.relative_to(unpacked)
         target.parent.mkdir(parents=True, exist_ok=True)
