@@ -93,7 +93,7 @@ def test_a_bridge_that_is_one_contract_version_newer(
     machines: tuple[Machine, Machine], tmp_path: Path, versions: str, problem: str
 ) -> None:
     agent = machines[0]
-    address = f"unix:{agent.directory}/bridge.sock"
+    address = f"unix:{agent.directory}/bridge-{max(versions)}{len(versions)}.sock"  # each bridge is killed: so its own
     command = [sys.executable, "-c", BRIDGE, versions, "--socket", address, "--state-dir", str(tmp_path / "state")]
     command += ["--helper", f"unix:{tmp_path}/no-helper.sock"]
 
