@@ -6,20 +6,23 @@ dnsmasq to what is described whatever was there, so the same functions repair wh
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeVar
 
 import trio
 
-from agent_helper import links, northbound, vswitch
+from agent_helper import links, northbound, policy_rows, vswitch
 from agent_helper.dns import DnsServer
 from agent_helper.errors import HelperError, InvalidSpecError, NotFoundError, PreconditionError, UnavailableError
 from agent_helper.locks import KeyedLocks, SharedLock
-from agent_helper.ovsdb import Txn
+from agent_helper.ovsdb import Row, Txn
+from agent_helper.policy import MemberSpec, PolicySpec, parse_member, parse_policy
+from agent_helper.policy_counters import read_counters
 from agent_helper.spec import (
     EndpointSpec,
     NetworkSpec,
@@ -32,7 +35,7 @@ from agent_helper.spec import (
 )
 from agent_helper.stack import Stack
 from agent_helper.uplink import KernelEnd, usable
-from taploom.contracts.taploom.helper.v1 import Endpoint, Network, SyncRequest, Uplink
+from taploom.contracts.taploom.helper.v1 import Endpoint, EndpointPolicy, Network, Policy, SyncRequest, Uplink
 from taploom.link import Tap
 from taploom.supervise import SupervisedProcess
 
@@ -112,6 +115,7 @@ class Fabric:
         self._on_lost = on_lost
         self._numbers = itertools.count()  # of interfaces; a name is never used twice, see _open_tap
         self.uplink: UplinkSpec | None = None
+        self.policy = PolicySpec()
         self.kernel = KernelEnd(stack.programs["nft"], self._numbers)
         self._gate = SharedLock()
         self._network_locks = KeyedLocks()
@@ -172,6 +176,7 @@ class Fabric:
             northbound.ensure_uplink(txn, spec)
             for network in networks:
                 northbound.ensure_network(txn, network, spec)
+            policy_rows.ensure_addresses(txn, spec)
 
         await _together(partial(self._stack.nb.transact, in_nb), partial(self._apply_kernel_end, spec))
 
@@ -254,7 +259,10 @@ class Fabric:
         network_id = network.spec.network_id
         self.kernel.remove_network(network_id)
         await _together(
-            partial(self._stack.nb.transact, partial(northbound.remove_network, network_id=network_id)),
+            partial(
+                self._stack.nb.transact,
+                partial(northbound.remove_network, network_id=network_id, uplink=self.uplink),
+            ),
             partial(self._close_dns, network),
             self.kernel.converge,
         )
@@ -305,12 +313,16 @@ class Fabric:
             async with self._gate.shared():
                 await self._leave_other_network(spec)
                 async with self._network_locks.shared(spec.network_id):
+                    present = self.endpoints.get(spec.endpoint_id)
+                    member_before = present.spec.policy if present is not None else spec.policy
                     with trio.CancelScope(shield=True):
                         endpoint = self._claim(spec, message)
                         await self._realise([endpoint])
                     if secret and not spec.disabled:
                         self._ports.authorize(spec.endpoint_id, secret)
             await self._settle(endpoint)
+            if spec.policy != member_before:  # the port's flows were there before: they say nothing
+                await self._enforced()
         self._spare_wanted.set()
         return endpoint
 
@@ -396,9 +408,12 @@ class Fabric:
         wanted = [e for e in endpoints if not e.spec.disabled]
         idle = [e for e in endpoints if e.spec.disabled and e.tap is not None]
 
+        uplink = self.uplink
+
         def in_nb(txn: Txn) -> None:
-            for endpoint in wanted:
-                northbound.ensure_endpoint(txn, endpoint.spec)
+            ports = [(e.spec, *northbound.ensure_endpoint(txn, e.spec)) for e in wanted]
+            # In the same transaction: there is no moment in which they are reached by whom they must not be.
+            policy_rows.ensure_members(txn, ports, uplink)
 
         async def plug() -> None:
             await self._give_taps([e for e in wanted if e.tap is None])
@@ -567,6 +582,74 @@ class Fabric:
 
         await _together(programmed, known)
 
+    # Policies
+
+    async def apply_policy(self, message: Policy, members: Mapping[str, EndpointPolicy]) -> None:
+        """Makes the rules, and what they mean to these endpoints, be as described; returns once they are enforced.
+
+        Raises:
+            InvalidSpecError: nothing was changed.
+            UnavailableError: the next attempt completes it.
+        """
+        policy = parse_policy(message)
+        for member in members.values():
+            parse_member(member)
+        self._check_ready()
+        async with self._gate.exclusive():
+            with trio.CancelScope(shield=True):
+                self.policy = policy
+                self._enter_members(members)
+                await self._stack.nb.transact(self._policy_rows())
+        await self._enforced()
+
+    async def _enforced(self) -> None:
+        """Returns once the rules and memberships that the database has are enforced."""
+        with trio.move_on_after(_UP_TIMEOUT) as scope:
+            await self._stack.programmed()
+        if scope.cancelled_caught:
+            raise UnavailableError(
+                f"the rules were not programmed within {_UP_TIMEOUT:.0f} s; look at GetHealth and apply them again"
+            )
+
+    async def policy_counters(self, rule_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Packets and bytes that rules have matched since they were programmed; none named: of all.
+
+        Raises:
+            UnavailableError: OVS or OVN does not answer.
+        """
+        self._check_ready()
+        acls = await self._stack.nb.transact(policy_rows.rules_of)
+        known = {rule.rule_id for rule in self.policy.rules}
+        wanted = known & set(rule_ids) if rule_ids else known
+        acls = {rule_id: uuid for rule_id, uuid in acls.items() if rule_id in wanted}
+        return await read_counters(self._stack.socket, self._stack.mgmt, acls) if acls else {}
+
+    def _enter_members(self, members: Mapping[str, EndpointPolicy | None]) -> None:
+        for endpoint_id, member in members.items():
+            endpoint = self.endpoints.get(endpoint_id)
+            if endpoint is not None:
+                with contextlib.suppress(InvalidSpecError):  # of a Sync: whoever applies that endpoint is told
+                    endpoint.spec = replace(endpoint.spec, policy=parse_member(member))
+                    endpoint.message = replace(endpoint.message, policy=member)
+
+    def _policy_in_books(self) -> tuple[PolicySpec, dict[str, MemberSpec]]:
+        return self.policy, {key: endpoint.spec.policy for key, endpoint in self.endpoints.items()}
+
+    def _policy_rows(self) -> Callable[[Txn], None]:
+        """Makes all groups, rules and memberships be as they are in the books now, for a transaction."""
+        policy, uplink = self.policy, self.uplink
+        specs = [e.spec for e in self.endpoints.values() if not e.spec.disabled]
+
+        def op(txn: Txn) -> None:
+            ports: list[tuple[EndpointSpec, Row]] = []
+            for spec in specs:
+                port = txn.find("Logical_Switch_Port", northbound.endpoint_port(spec.endpoint_id))
+                if port is not None:
+                    ports.append((spec, port))
+            policy_rows.ensure_policy(txn, policy, ports, uplink)
+
+        return op
+
     # The whole
 
     async def sync(self, request: SyncRequest) -> SyncOutcome:
@@ -576,6 +659,7 @@ class Fabric:
             UnavailableError: OVS or OVN does not answer; what was done is completed by the next attempt.
         """
         uplink = parse_uplink(request.uplink or Uplink())
+        policy = parse_policy(request.policy)
         self._check_ready()
         failures: list[tuple[str, HelperError]] = []
 
@@ -592,6 +676,12 @@ class Fabric:
                 async with trio.open_nursery() as nursery:
                     for spec, network in _parsed(request.networks, parse_network, _network_id, failures):
                         nursery.start_soon(apply_network, spec, network)
+                # The rules together with what they mean to endpoints that are there; new ones come afterwards.
+                before = self._policy_in_books()
+                self.policy = policy
+                self._enter_members({e.endpoint_id: e.policy for e in request.endpoints})
+                rules_changed = self._policy_in_books() != before
+                await self._stack.nb.transact(self._policy_rows())
                 endpoints = await self._apply_all(request.endpoints, failures)
 
         async def settle(endpoint: EndpointState) -> None:
@@ -603,6 +693,8 @@ class Fabric:
         async with trio.open_nursery() as nursery:
             for endpoint in endpoints:
                 nursery.start_soon(settle, endpoint)
+        if rules_changed:
+            await self._enforced()
         self._spare_wanted.set()
         return SyncOutcome(endpoints, removed, failures)
 
@@ -672,7 +764,7 @@ class Fabric:
     async def _restore(self) -> None:
         networks = list(self.networks.values())
         endpoints = [e for e in self.endpoints.values() if e.tap is not None]
-        uplink = self.uplink
+        uplink, policy = self.uplink, self.policy
 
         def in_nb(txn: Txn) -> None:
             there = [(e.spec.network_id, e.spec.endpoint_id) for e in endpoints]
@@ -680,8 +772,8 @@ class Fabric:
             northbound.ensure_uplink(txn, uplink)
             for network in networks:
                 northbound.ensure_network(txn, network.spec, uplink)
-            for endpoint in endpoints:
-                northbound.ensure_endpoint(txn, endpoint.spec)
+            ports = [(endpoint.spec, northbound.ensure_endpoint(txn, endpoint.spec)[0]) for endpoint in endpoints]
+            policy_rows.ensure_policy(txn, policy, ports, uplink)
 
         interfaces = {n.dns.outer: northbound.dns_port(n.spec.network_id) for n in networks if n.dns is not None}
         interfaces |= {e.tap.name: northbound.endpoint_port(e.spec.endpoint_id) for e in endpoints if e.tap is not None}

@@ -53,6 +53,10 @@ class Txn:
         row = next(iter(idlutils.index_lookup_all(self._idl.tables[table], name=name)), None)
         return None if row is None or (table, row.uuid) in self._deleted else row
 
+    def is_deleted(self, table: str, row: Row) -> bool:
+        """Whether the transaction has deleted the row."""
+        return (table, row.uuid) in self._deleted
+
     def insert(self, table: str, **columns: Any) -> Row:
         row = self._txn.insert(self._idl.tables[table])
         for column, value in columns.items():
@@ -85,6 +89,8 @@ class Txn:
         if not self._incremented:
             self._incremented = True
             row.increment(column)
+            # The library leaves out an increment that nothing else comes with.
+            self._txn.add_op({"op": "comment", "comment": f"increment {column}"})
 
     @property
     def increments(self) -> bool:
