@@ -48,6 +48,7 @@ _UP_TIMEOUT = 10.0  # s that a port may take to be programmed, daemons' restarts
 _NAMES_TIMEOUT = 2.0  # s that dnsmasq may take to know a name
 _UNPLUG_TIMEOUT = 3.0  # s that vswitchd may take to let go of a port
 _SPARE_MTU = 1500
+_POLICY = "policy"  # what a failure of a Sync calls it
 _MAX_TAP_MTU = 65521  # the kernel's for TAPs: 65535 less the Ethernet header
 
 
@@ -659,9 +660,13 @@ class Fabric:
             UnavailableError: OVS or OVN does not answer; what was done is completed by the next attempt.
         """
         uplink = parse_uplink(request.uplink or Uplink())
-        policy = parse_policy(request.policy)
         self._check_ready()
         failures: list[tuple[str, HelperError]] = []
+        try:
+            policy = parse_policy(request.policy)
+        except InvalidSpecError as exc:  # of two that are not as described, the one with rules is the safer
+            policy = self.policy
+            failures.append((_POLICY, exc))
 
         async def apply_network(spec: NetworkSpec, network: Network) -> None:
             try:

@@ -214,7 +214,7 @@ class Database:
     Args:
         remote: where ovsdb-server listens, such as `unix:/run/x/db.sock`.
         schema: the schema file that the database was created from.
-        tables: the tables and columns to replicate. Tables with a `name` column are indexed by it.
+        tables: the tables and columns to replicate. Tables with a mandatory `name` column are indexed by it.
         mirror: the tables and columns to keep in `mirrors`.
         on_dump: called in trio's thread after each (re)connection, once the database's content is there, and after a
             transaction that was given up: when what is in the database may not be what was meant.
@@ -243,7 +243,8 @@ class Database:
         self.mirrors: dict[str, Mirror] = {table: Mirror() for table in mirror}
         self._idl = _Idl(remote, helper, self)
         for table in self._idl.tables.values():
-            if "name" in table.columns:
+            # A row inserted without the column that an index goes by would stay in it; ACLs need no name.
+            if "name" in table.columns and table.columns["name"].type.n_min == 1:
                 table.rows.index_create("name").add_columns("name")
         self._connection = connection.Connection(self._idl, timeout=_TIMEOUT)
         self._api = _Api(self._connection)

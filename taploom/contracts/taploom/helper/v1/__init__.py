@@ -1344,12 +1344,12 @@ default_message_pool.register_message("taploom.helper.v1", "StreamWanted", Strea
 @dataclass(eq=False, repr=False)
 class SyncFailure(betterproto2.Message):
     """
-    A network or endpoint that could not be applied.
+    A network or endpoint that could not be applied, or the policy.
     """
 
     id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
     """
-    The network's or endpoint's id.
+    The network's or endpoint's id; "policy" for the policy.
     """
 
     code: "int" = betterproto2.field(2, betterproto2.TYPE_INT32)
