@@ -607,6 +607,8 @@ class Fabric:
         """Returns once the rules and memberships that the database has are enforced."""
         with trio.move_on_after(_UP_TIMEOUT) as scope:
             await self._stack.programmed()
+            with contextlib.suppress(OSError):
+                await self._stack.revalidated()
         if scope.cancelled_caught:
             raise UnavailableError(
                 f"the rules were not programmed within {_UP_TIMEOUT:.0f} s; look at GetHealth and apply them again"

@@ -523,6 +523,19 @@ class Stack:
             key = next(iter(mirror.rows), "")
             await mirror.wait(key, lambda row: row is None or row["hv_cfg"] >= wanted)
 
+    async def revalidated(self) -> None:
+        """Returns once no flow of the data path is older than the OpenFlow tables (ovs-vswitchd(8), revalidator/wait).
+
+        Raises:
+            OSError: vswitchd does not answer; one that is started again has no old flows.
+        """
+        async with await trio.open_unix_socket(str(self.run_dir / "ovs-vswitchd.ctl")) as stream:
+            await stream.send_all(b'{"method":"revalidator/wait","params":[],"id":0}')
+            try:
+                await stream.receive_some(4096)
+            except trio.BrokenResourceError as exc:
+                raise OSError("ovs-vswitchd closed the connection") from exc
+
     @staticmethod
     async def _connected(path: Path) -> trio.SocketStream:
         while True:
