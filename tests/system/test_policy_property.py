@@ -1,4 +1,4 @@
-"""Random policies: what the reference says, the wire does; at least 2,000 answers with real packets, in both families."""
+"""Random policies: what the reference says, the wire does; at least 2,000 answers with real packets, both families."""
 
 from __future__ import annotations
 
