@@ -171,14 +171,21 @@ def _ensure_meter(txn: Txn, wanted: bool) -> None:
 
 
 def _ensure_acls(txn: Txn, group: Row, wanted: Iterable[Mapping[str, object]], *, new: bool) -> None:
+    inserted: list[Row] = []
     there = {} if new else {row.external_ids.get(RULE_KEY, row.name): row for row in group.acls}
     for values in wanted:
         key = _key(values)
         row = there.pop(key, None)
         if row is None:
-            group.addvalue("acls", txn.insert("ACL", **values))
+            # Each column costs; what is empty needs not be said.
+            inserted.append(txn.insert("ACL", **{name: value for name, value in values.items() if value or value == 0}))
         else:
             txn.set(row, **values)
+    if new:
+        group.acls = inserted
+    else:
+        for row in inserted:
+            group.addvalue("acls", row)
     for row in there.values():
         group.delvalue("acls", row)
         txn.delete("ACL", row)

@@ -270,13 +270,14 @@ class HelperPeer(Peer[HelperObject]):
         # An endpoint that is being applied meanwhile may have got there before or after.
         before = {key: self._applied.get(key) for key in request.endpoints if key not in self._busy}
         await self.client.apply_policy(request, timeout=within + SYNC_TIME_PER_OBJECT * len(request.endpoints))
-        for key, was in before.items():
-            if was is not None and key not in self._busy and self._applied.get(key) is was:
-                endpoint, member = Endpoint.parse(was), request.endpoints[key]
-                endpoint.policy = member if bytes(member) else None
-                self._applied[key] = bytes(endpoint)
-        for key in request.endpoints:
-            self.touch(key)  # those for which that was not enough
+        for key, member in request.endpoints.items():
+            was = before.get(key)
+            if was is None or key in self._busy or self._applied.get(key) is not was:
+                self.touch(key)
+                continue
+            endpoint = Endpoint.parse(was)
+            endpoint.policy = member if bytes(member) else None
+            self._applied[key] = bytes(endpoint)
 
     async def policy_counters(self, rule_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
         """Packets and bytes of rules."""
