@@ -1,6 +1,6 @@
 # `make help` lists what there is to do.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint protos lock bench clean
+.PHONY: help setup vm-setup demo vm-demo test test-vm lint protos lock bench clean
 PYTHON := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(CURDIR)/node_modules/.bin:$(PATH):/usr/sbin:/sbin
 
@@ -13,8 +13,17 @@ setup: ## install what taploom needs (Debian packages, .venv, buf); root
 demo: setup ## run the whole fabric on this machine and show it working; root; KEEP=1 leaves it up
 	@$(PYTHON) -m lab.demo $(if $(KEEP),--keep)
 
+vm-setup: setup ## install what virtual machines need besides (QEMU, vhost-device-vsock, compilers); root
+	@scripts/vm-setup.sh
+
+vm-demo: vm-setup ## the fabric between virtual machines, shown working; builds kernel and images first; root; KEEP=1
+	@$(PYTHON) -m lab.vm_demo $(if $(KEEP),--keep)
+
 test: setup lint ## every test that needs no virtual machine; root
 	@scripts/test.sh
+
+test-vm: setup ## build kernel and images, verify the kernel, and run the tests over virtual machines; root
+	@scripts/test-vm.sh
 
 lint: setup ## formatting, lint, types, and the contracts: lint, breaking changes, generated code
 	ruff format --check .

@@ -16,6 +16,7 @@ from taploom.address import Address, open_listener
 from taploom.contracts.taploom.guest.v1 import GuestFeature, LinkDown, LinkUp
 from taploom.contracts.taploom.link.v1 import LinkFeature
 from taploom.link import LinkServer, open_dataplane, probe_features
+from taploom.notify import notify_ready
 from taploom.rpc import Server
 
 from .events import EventHub
@@ -137,6 +138,7 @@ async def _serve(
         await nursery.start(links.serve, data)
         await nursery.start(server.serve, control)
         logger.info("version %s serves on %s, data links on %s", __version__, options.control, options.data)
+        notify_ready()
         await _stop_signal(signals)
         events.close()
         await server.drain(DRAIN_TIMEOUT)

@@ -79,6 +79,7 @@ def run(argv: Sequence[str]) -> int:
     logging.getLogger("hpack").setLevel(logging.INFO)  # its debug lines are one per header field
     # What has been imported stays: a full collection that walked it would stop frames for some 10 ms each time.
     gc.freeze()
+    gc.enable()
     try:
         trio.run(run_agent, options)
     except (OSError, AddressError) as error:

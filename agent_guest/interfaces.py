@@ -24,11 +24,12 @@ from taploom.contracts.taploom.guest.v1 import (
     InterfaceStatus,
 )
 from taploom.link import LinkStatus, Tap, TapError
+from taploom.netlink import NetlinkError
 
 from . import neighbours
 from .kernel import Kernel, NameTakenError
 from .limiter import RepairLimiter
-from .netlink import NetlinkError, open_watch_socket
+from .netlink import open_watch_socket
 from .plan import Step
 from .spec import InterfaceSpec, SpecError, check_against
 from .state import KernelState, LinkState

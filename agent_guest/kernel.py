@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from taploom.link import Tap, TapError
+from taploom.netlink import NetlinkError
 
 from . import plan
-from .netlink import GONE, Netlink, NetlinkError
+from .netlink import GONE, Netlink
 from .spec import InterfaceSpec, SpecError
 from .state import ALIAS_PREFIX, NAMES_TABLE, KernelState, LinkState
 

@@ -11,7 +11,8 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator
 
-from .netlink import split_messages
+from taploom.netlink import split_messages
+
 from .spec import InterfaceSpec
 from .state import Ip
 

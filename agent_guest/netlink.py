@@ -1,4 +1,4 @@
-"""A small synchronous rtnetlink client: bytes in and out by ``struct``, no library.
+"""A small synchronous rtnetlink client: bytes in and out by ``struct``, no library (taploom/netlink.py).
 
 The agent reads the kernel's whole state after every change of it, and its memory counts: general message classes cost a
 millisecond per dump and megabytes. Sources: netlink(7), rtnetlink(7), linux/netlink.h, linux/rtnetlink.h,
@@ -8,11 +8,21 @@ linux/if_link.h, linux/if_addr.h.
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+
+from taploom.netlink import (
+    HEADER,
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    NLM_F_REPLACE,
+    UINT32,
+    NetlinkSocket,
+    attribute,
+    attributes,
+    read_number,
+    read_text,
+)
 
 from .state import (
     MAIN_TABLE,
@@ -28,15 +38,6 @@ from .state import (
     parse_ip,
 )
 
-_T = TypeVar("_T")
-
-# linux/netlink.h
-NLM_F_REQUEST, NLM_F_MULTI, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x2, 0x4, 0x10
-NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_DUMP = 0x100, 0x200, 0x400, 0x300
-NLM_F_CAPPED, NLM_F_ACK_TLVS = 0x100, 0x200
-NLMSG_ERROR, NLMSG_DONE = 2, 3
-NLMSGERR_ATTR_MSG = 1
-SOL_NETLINK, NETLINK_EXT_ACK = 270, 11
 # linux/rtnetlink.h
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
@@ -56,52 +57,32 @@ IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_IFALIAS = 1, 3, 4, 18, 
 IFLA_INFO_KIND = 1
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_FLAGS = 1, 2, 4, 8
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE = 1, 4, 5, 6, 15
-NLA_TYPE_MASK = 0x3FFF
 
-_HEADER = struct.Struct("=IHHII")
-_ATTRIBUTE = struct.Struct("=HH")
-_UINT32 = struct.Struct("=I")
 _IFINFOMSG = struct.Struct("=BxHiII")  # family, type, index, flags, change
 _IFADDRMSG = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
 _RTMSG = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 _ANY: dict[int, bytes] = {socket.AF_INET: bytes(4), socket.AF_INET6: bytes(16)}
-_REQUEST_TIMEOUT = 5.0
-_DUMP_ATTEMPTS = 8
 
 
-class NetlinkError(OSError):
-    """The kernel refused a request: ``errno`` as in OSError, the message is the kernel's own when it gave one."""
-
-
-class Netlink:
+class Netlink(NetlinkSocket):
     """One rtnetlink socket in the network namespace of the calling thread. Not for use by two threads at once."""
-
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-        self._socket.bind((0, 0))
-        self._socket.settimeout(_REQUEST_TIMEOUT)
-        self._socket.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
-        self._sequence = 0
-
-    def close(self) -> None:
-        self._socket.close()
 
     # -- what is there ------------------------------------------------------------------------------------------
 
     def links(self) -> dict[int, LinkState]:
         """Every link of the namespace, by index."""
-        return {link.index: link for link in self._dump(_IFINFOMSG.pack(0, 0, 0, 0, 0), RTM_GETLINK, read_link)}
+        return {link.index: link for link in self.dump(_IFINFOMSG.pack(0, 0, 0, 0, 0), RTM_GETLINK, read_link)}
 
     def addresses(self) -> list[AddressState]:
         """Every address of the namespace."""
-        return self._dump(_IFADDRMSG.pack(0, 0, 0, 0, 0), RTM_GETADDR, read_address)
+        return self.dump(_IFADDRMSG.pack(0, 0, 0, 0, 0), RTM_GETADDR, read_address)
 
     def routes(self) -> list[RouteState]:
         """The unicast routes of the main and the names' table, both families, but not those with several next hops."""
         found = []
         for family in (socket.AF_INET, socket.AF_INET6):
-            found += self._dump(_RTMSG.pack(family, 0, 0, 0, 0, 0, 0, 0, 0), RTM_GETROUTE, read_route)
+            found += self.dump(_RTMSG.pack(family, 0, 0, 0, 0, 0, 0, 0, 0), RTM_GETROUTE, read_route)
         return found
 
     def state(self) -> KernelState:
@@ -123,163 +104,67 @@ class Netlink:
         """Changes what is given of a link."""
         body = _IFINFOMSG.pack(0, 0, index, IFF_UP if up else 0, 0 if up is None else IFF_UP)
         if name is not None:
-            body += _attribute(IFLA_IFNAME, name.encode() + b"\0")
+            body += attribute(IFLA_IFNAME, name.encode() + b"\0")
         if mac is not None:
-            body += _attribute(IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
+            body += attribute(IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
         if mtu is not None:
-            body += _attribute(IFLA_MTU, _UINT32.pack(mtu))
+            body += attribute(IFLA_MTU, UINT32.pack(mtu))
         if alias is not None:
-            body += _attribute(IFLA_IFALIAS, alias.encode() + b"\0")
-        self._request(body, RTM_SETLINK)
+            body += attribute(IFLA_IFALIAS, alias.encode() + b"\0")
+        self.request(body, RTM_SETLINK)
 
     def delete_link(self, index: int) -> None:
-        self._request(_IFINFOMSG.pack(0, 0, index, 0, 0), RTM_DELLINK)
+        self.request(_IFINFOMSG.pack(0, 0, index, 0, 0), RTM_DELLINK)
 
     def add_address(self, address: AddressState) -> None:
-        self._request(_address_message(address, nodad=True), RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL)
+        self.request(_address_message(address, nodad=True), RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL)
 
     def delete_address(self, address: AddressState) -> None:
-        self._request(_address_message(address, nodad=False), RTM_DELADDR)
+        self.request(_address_message(address, nodad=False), RTM_DELADDR)
 
     def replace_route(self, route: RouteState) -> None:
         """Adds the route, in place of the one with the same destination and metric if there is one."""
-        self._request(_route_message(route, create=True), RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE)
+        self.request(_route_message(route, create=True), RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE)
 
     def consult_names_table(self, version: int) -> None:
         """Has the names' table looked at before the main one. Raises EEXIST when it is so already."""
         body = _RTMSG.pack(_FAMILY[version], 0, 0, 0, NAMES_TABLE, 0, 0, FR_ACT_TO_TBL, 0)
-        body += _attribute(FRA_PRIORITY, _UINT32.pack(RULE_PREFERENCE))
-        self._request(body, RTM_NEWRULE, NLM_F_CREATE | NLM_F_EXCL)
+        body += attribute(FRA_PRIORITY, UINT32.pack(RULE_PREFERENCE))
+        self.request(body, RTM_NEWRULE, NLM_F_CREATE | NLM_F_EXCL)
 
     def delete_route(self, route: RouteState) -> None:
-        self._request(_route_message(route, create=False), RTM_DELROUTE)
-
-    # -- the protocol -------------------------------------------------------------------------------------------
-
-    def _send(self, body: bytes, kind: int, flags: int) -> int:
-        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-        header = _HEADER.pack(_HEADER.size + len(body), kind, NLM_F_REQUEST | flags, self._sequence, 0)
-        self._socket.sendto(header + body, (0, 0))
-        return self._sequence
-
-    def _replies(self, sequence: int) -> Iterator[tuple[int, int, bytes]]:
-        """(type, flags, whole message) of each reply to the request; ends only by its consumer."""
-        while True:
-            for kind, flags, reply_to, message in split_messages(self._receive()):
-                if reply_to == sequence:  # others are what is left of a request that was given up
-                    yield kind, flags, message
-
-    def _receive(self) -> bytes:
-        try:
-            # MSG_TRUNC tells the datagram's whole size: no dump is ever cut.
-            size = self._socket.recv_into(bytearray(1), 1, socket.MSG_PEEK | socket.MSG_TRUNC)
-            return self._socket.recv(max(size, 32768))
-        except TimeoutError:
-            raise NetlinkError(
-                errno.ETIMEDOUT, f"the kernel has not answered a netlink request within {_REQUEST_TIMEOUT:g} s"
-            ) from None
-        except OSError as error:
-            raise NetlinkError(error.errno, f"netlink: {error.strerror}") from error
-
-    def _request(self, body: bytes, kind: int, flags: int = 0) -> None:
-        sequence = self._send(body, kind, flags | NLM_F_ACK)
-        for reply, reply_flags, data in self._replies(sequence):
-            if reply == NLMSG_ERROR:
-                raise_error(reply_flags, data)
-                return
-
-    def _dump(self, body: bytes, kind: int, read: Callable[[bytes], _T | None]) -> list[_T]:
-        for _ in range(_DUMP_ATTEMPTS):
-            sequence = self._send(body, kind, NLM_F_DUMP)
-            found, interrupted = [], False
-            for reply, reply_flags, data in self._replies(sequence):
-                interrupted |= bool(reply_flags & NLM_F_DUMP_INTR)
-                if reply == NLMSG_ERROR:
-                    raise_error(reply_flags, data)
-                if reply == NLMSG_DONE:
-                    break
-                item = read(data)
-                if item is not None:
-                    found.append(item)
-            if not interrupted:
-                return found
-        return found
-
-
-def split_messages(data: bytes) -> list[tuple[int, int, int, bytes]]:
-    """Cuts a netlink datagram into (type, flags, sequence number, message with header); a cut last one is left out."""
-    messages, offset = [], 0
-    while offset + _HEADER.size <= len(data):
-        length, kind, flags, sequence, _pid = _HEADER.unpack_from(data, offset)
-        if length < _HEADER.size or offset + length > len(data):
-            break
-        messages.append((kind, flags, sequence, data[offset : offset + length]))
-        offset += (length + 3) & ~3
-    return messages
-
-
-def raise_error(flags: int, data: bytes) -> None:
-    """Raises NetlinkError for an NLMSG_ERROR message, unless it is an acknowledgement (error 0)."""
-    (negative,) = struct.unpack_from("=i", data, _HEADER.size)
-    if negative == 0:
-        return
-    text = os.strerror(-negative)
-    if flags & NLM_F_ACK_TLVS:
-        # The request follows the error, whole or (capped) its header only; then come the extended-ack attributes.
-        offset = _HEADER.size + 4
-        (inner,) = struct.unpack_from("=I", data, offset)
-        offset += _HEADER.size if flags & NLM_F_CAPPED else (inner + 3) & ~3
-        while offset + 4 <= len(data):
-            length, kind = struct.unpack_from("=HH", data, offset)
-            if length < 4:
-                break
-            if kind & 0x3FFF == NLMSGERR_ATTR_MSG:
-                text = data[offset + 4 : offset + length].rstrip(b"\0").decode("utf-8", "replace")
-            offset += (length + 3) & ~3
-    raise NetlinkError(-negative, text)
-
-
-def attributes(data: bytes, offset: int) -> dict[int, bytes]:
-    """The attributes (struct rtattr) from an offset on, by type; what is cut or malformed ends them."""
-    found = {}
-    while offset + 4 <= len(data):
-        length, kind = _ATTRIBUTE.unpack_from(data, offset)
-        if length < 4 or offset + length > len(data):
-            break
-        found[kind & NLA_TYPE_MASK] = data[offset + 4 : offset + length]
-        offset += (length + 3) & ~3
-    return found
+        self.request(_route_message(route, create=False), RTM_DELROUTE)
 
 
 def read_link(message: bytes) -> LinkState | None:
     """A link out of an RTM_NEWLINK message with its header; None when it is not one."""
-    if len(message) < _HEADER.size + _IFINFOMSG.size:
+    if len(message) < HEADER.size + _IFINFOMSG.size:
         return None
-    _family, _kind, index, flags, _change = _IFINFOMSG.unpack_from(message, _HEADER.size)
-    found = attributes(message, _HEADER.size + _IFINFOMSG.size)
+    _family, _kind, index, flags, _change = _IFINFOMSG.unpack_from(message, HEADER.size)
+    found = attributes(message, HEADER.size + _IFINFOMSG.size)
     return LinkState(
         index=index,
-        name=_text(found.get(IFLA_IFNAME)),
+        name=read_text(found.get(IFLA_IFNAME)),
         mac=found.get(IFLA_ADDRESS, b"").hex(":"),
-        mtu=_number(found.get(IFLA_MTU)) or 0,
+        mtu=read_number(found.get(IFLA_MTU)) or 0,
         up=bool(flags & IFF_UP),
         carrier=bool(flags & IFF_LOWER_UP),
-        alias=_text(found.get(IFLA_IFALIAS)),
-        kind=_text(attributes(found.get(IFLA_LINKINFO, b""), 0).get(IFLA_INFO_KIND)),
+        alias=read_text(found.get(IFLA_IFALIAS)),
+        kind=read_text(attributes(found.get(IFLA_LINKINFO, b""), 0).get(IFLA_INFO_KIND)),
     )
 
 
 def read_address(message: bytes) -> AddressState | None:
     """An address out of an RTM_NEWADDR message with its header; None when it is not one of IP."""
-    if len(message) < _HEADER.size + _IFADDRMSG.size:
+    if len(message) < HEADER.size + _IFADDRMSG.size:
         return None
-    family, length, flags, _scope, index = _IFADDRMSG.unpack_from(message, _HEADER.size)
-    found = attributes(message, _HEADER.size + _IFADDRMSG.size)
+    family, length, flags, _scope, index = _IFADDRMSG.unpack_from(message, HEADER.size)
+    found = attributes(message, HEADER.size + _IFADDRMSG.size)
     # IFA_LOCAL is the address, IFA_ADDRESS the peer's; IPv6 without peer has IFA_ADDRESS only.
     ip = _ip(family, found.get(IFA_LOCAL, found.get(IFA_ADDRESS)))
     if ip is None or length > ip.max_prefixlen:
         return None
-    more = _number(found.get(IFA_FLAGS))
+    more = read_number(found.get(IFA_FLAGS))
     failed = bool((flags if more is None else more) & IFA_F_DADFAILED)
     return AddressState(index=index, address=parse_interface((ip, length)), failed=failed)
 
@@ -287,13 +172,13 @@ def read_address(message: bytes) -> AddressState | None:
 def read_route(message: bytes) -> RouteState | None:
     """A route out of an RTM_NEWROUTE message with its header; None unless it is unicast, in one of the agent's tables,
     with one next hop."""
-    if len(message) < _HEADER.size + _RTMSG.size:
+    if len(message) < HEADER.size + _RTMSG.size:
         return None
-    family, length, _src, _tos, table, protocol, _scope, kind, _flags = _RTMSG.unpack_from(message, _HEADER.size)
-    found = attributes(message, _HEADER.size + _RTMSG.size)
-    index = _number(found.get(RTA_OIF))
+    family, length, _src, _tos, table, protocol, _scope, kind, _flags = _RTMSG.unpack_from(message, HEADER.size)
+    found = attributes(message, HEADER.size + _RTMSG.size)
+    index = read_number(found.get(RTA_OIF))
     destination = _ip(family, found.get(RTA_DST, _ANY.get(family)))
-    table = _number(found.get(RTA_TABLE)) or table
+    table = read_number(found.get(RTA_TABLE)) or table
     if kind != RTN_UNICAST or table not in (MAIN_TABLE, NAMES_TABLE) or index is None or destination is None:
         return None
     if length > destination.max_prefixlen:
@@ -302,18 +187,10 @@ def read_route(message: bytes) -> RouteState | None:
         destination=network((destination, length), strict=False),
         gateway=_ip(family, found.get(RTA_GATEWAY)),
         index=index,
-        metric=_number(found.get(RTA_PRIORITY)) or 0,
+        metric=read_number(found.get(RTA_PRIORITY)) or 0,
         protocol=protocol,
         table=table,
     )
-
-
-def _text(value: bytes | None) -> str:
-    return "" if value is None else value.split(b"\0", 1)[0].decode("utf-8", "replace")
-
-
-def _number(value: bytes | None) -> int | None:
-    return None if value is None or len(value) != 4 else int(_UINT32.unpack(value)[0])
 
 
 def _ip(family: int, value: bytes | None) -> Ip | None:
@@ -322,19 +199,15 @@ def _ip(family: int, value: bytes | None) -> Ip | None:
     return parse_ip(value)
 
 
-def _attribute(kind: int, value: bytes) -> bytes:
-    return _ATTRIBUTE.pack(4 + len(value), kind) + value + bytes(-len(value) % 4)
-
-
 def _address_message(state: AddressState, *, nodad: bool) -> bytes:
     address = state.address
     scope = RT_SCOPE_LINK if address.ip.is_link_local else RT_SCOPE_UNIVERSE
     body = _IFADDRMSG.pack(_FAMILY[address.version], address.network.prefixlen, 0, scope, state.index)
-    body += _attribute(IFA_LOCAL, address.ip.packed) + _attribute(IFA_ADDRESS, address.ip.packed)
+    body += attribute(IFA_LOCAL, address.ip.packed) + attribute(IFA_ADDRESS, address.ip.packed)
     if address.version == 4 and address.network.prefixlen < 31:
-        body += _attribute(IFA_BROADCAST, address.network.broadcast_address.packed)
+        body += attribute(IFA_BROADCAST, address.network.broadcast_address.packed)
     if nodad and address.version == 6:
-        body += _attribute(IFA_FLAGS, _UINT32.pack(IFA_F_NODAD))
+        body += attribute(IFA_FLAGS, UINT32.pack(IFA_F_NODAD))
     return body
 
 
@@ -347,13 +220,13 @@ def _route_message(route: RouteState, *, create: bool) -> bytes:
         scope = 255  # RT_SCOPE_NOWHERE: any scope matches
     family, length = _FAMILY[destination.version], destination.prefixlen
     body = _RTMSG.pack(family, length, 0, 0, route.table, route.protocol, scope, RTN_UNICAST, 0)
-    body += _attribute(RTA_OIF, _UINT32.pack(route.index))
+    body += attribute(RTA_OIF, UINT32.pack(route.index))
     if length:
-        body += _attribute(RTA_DST, destination.network_address.packed)
+        body += attribute(RTA_DST, destination.network_address.packed)
     if route.gateway is not None:
-        body += _attribute(RTA_GATEWAY, route.gateway.packed)
+        body += attribute(RTA_GATEWAY, route.gateway.packed)
     if route.metric:
-        body += _attribute(RTA_PRIORITY, _UINT32.pack(route.metric))
+        body += attribute(RTA_PRIORITY, UINT32.pack(route.metric))
     return body
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Collection
 
+from taploom.netlink import split_messages
+
 from .netlink import (
     RTM_DELADDR,
     RTM_DELLINK,
@@ -12,7 +14,6 @@ from .netlink import (
     RTM_NEWADDR,
     RTM_NEWLINK,
     RTM_NEWROUTE,
-    split_messages,
 )
 
 _RTA_OIF = 4

@@ -61,11 +61,20 @@ class LinkPorts(Protocol):
 
 
 @dataclass
+class Changes:
+    """Of what is there already: how often what packets meet in OVN was changed, and how many of that are in force."""
+
+    made: int = 0
+    in_force: int = 0
+
+
+@dataclass
 class NetworkState:
     """A network as it is. `message` is the description last applied."""
 
     spec: NetworkSpec
     message: Network
+    changes: Changes = field(default_factory=Changes)
     dns: DnsServer | None = None
     endpoints: dict[str, EndpointState] = field(default_factory=dict)
     holders: dict[str, str] = field(default_factory=dict)  # address or MAC -> endpoint_id
@@ -78,6 +87,7 @@ class EndpointState:
     spec: EndpointSpec
     message: Endpoint
     network: NetworkState
+    changes: Changes = field(default_factory=Changes)
     tap: Tap | None = None
     linked: bool = False  # known to the data links' server
     gone: trio.Event = field(default_factory=trio.Event)
@@ -117,6 +127,8 @@ class Fabric:
         self._numbers = itertools.count()  # of interfaces; a name is never used twice, see _open_tap
         self.uplink: UplinkSpec | None = None
         self.policy = PolicySpec()
+        self._uplink_changes = Changes()
+        self._policy_changes = Changes()
         self.kernel = KernelEnd(stack.programs["nft"], self._numbers)
         self._gate = SharedLock()
         self._network_locks = KeyedLocks()
@@ -166,11 +178,14 @@ class Fabric:
         async with self._gate.exclusive():
             with trio.CancelScope(shield=True):
                 await self._apply_uplink(spec)
+        await self._come_into_force(self._uplink_changes)
 
     async def _apply_uplink(self, spec: UplinkSpec | None) -> None:
         networks = [network.spec for network in self.networks.values()]
         if spec is not None:
             spec = await trio.to_thread.run_sync(usable, spec)
+        if self.endpoints and not self.kernel.is_for(spec):
+            self._uplink_changes.made += 1
         self.uplink = spec
 
         def in_nb(txn: Txn) -> None:
@@ -206,6 +221,9 @@ class Fabric:
         async with self._gate.shared(), self._network_locks.exclusive(spec.network_id):
             with trio.CancelScope(shield=True):
                 await self._apply_network(spec, message)
+        network = self.networks.get(spec.network_id)
+        if network is not None:
+            await self._come_into_force(network.changes)
 
     async def _apply_network(self, spec: NetworkSpec, message: Network) -> None:
         network = self.networks.get(spec.network_id)
@@ -233,6 +251,8 @@ class Fabric:
                     f"endpoint {endpoint.spec.endpoint_id} stands in the way: {exc.message}"
                 ) from exc
         self.kernel.set_network(spec)
+        if spec != old and network.endpoints:
+            network.changes.made += 1
         await _together(partial(self._stack.nb.transact, ensure), partial(self.kernel.converge, spec.network_id))
         if _dns_part(spec) != _dns_part(old) or (spec.dns_servers and network.dns is None):
             # Rare enough to be done from the start: a network's names are files, its server starts in milliseconds.
@@ -314,16 +334,12 @@ class Fabric:
             async with self._gate.shared():
                 await self._leave_other_network(spec)
                 async with self._network_locks.shared(spec.network_id):
-                    present = self.endpoints.get(spec.endpoint_id)
-                    member_before = present.spec.policy if present is not None else spec.policy
                     with trio.CancelScope(shield=True):
                         endpoint = self._claim(spec, message)
                         await self._realise([endpoint])
                     if secret and not spec.disabled:
                         self._ports.authorize(spec.endpoint_id, secret)
             await self._settle(endpoint)
-            if spec.policy != member_before:  # the port's flows were there before: they say nothing
-                await self._enforced()
         self._spare_wanted.set()
         return endpoint
 
@@ -395,6 +411,9 @@ class Fabric:
             endpoint = EndpointState(spec, message, network)
             self.endpoints[spec.endpoint_id] = endpoint
             network.endpoints[spec.endpoint_id] = endpoint
+        seen = endpoint.spec.port_addresses, endpoint.spec.policy
+        if endpoint.tap is not None and seen != (spec.port_addresses, spec.policy):
+            endpoint.changes.made += 1
         for key in _keys(endpoint.spec):
             network.holders.pop(key, None)
         endpoint.spec, endpoint.message = spec, message
@@ -574,6 +593,7 @@ class Fabric:
                     f"the port of endpoint {endpoint.spec.endpoint_id} was not programmed within {_UP_TIMEOUT:.0f} s "
                     f"({error}); look at GetHealth and apply it again"
                 )
+            await self._come_into_force(endpoint.changes)
             if self._nursery is not None:  # for bursts: nobody has to wait for it
                 self._nursery.start_soon(self._stack.enlarge_packet_sockets)
 
@@ -599,20 +619,10 @@ class Fabric:
         async with self._gate.exclusive():
             with trio.CancelScope(shield=True):
                 self.policy = policy
+                self._policy_changes.made += 1
                 self._enter_members(members)
                 await self._stack.nb.transact(self._policy_rows())
-        await self._enforced()
-
-    async def _enforced(self) -> None:
-        """Returns once the rules and memberships that the database has are enforced."""
-        with trio.move_on_after(_UP_TIMEOUT) as scope:
-            await self._stack.programmed()
-            with contextlib.suppress(OSError):
-                await self._stack.revalidated()
-        if scope.cancelled_caught:
-            raise UnavailableError(
-                f"the rules were not programmed within {_UP_TIMEOUT:.0f} s; look at GetHealth and apply them again"
-            )
+        await self._come_into_force(self._policy_changes)
 
     async def policy_counters(self, rule_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
         """Packets and bytes that rules have matched since they were programmed; none named: of all.
@@ -653,6 +663,21 @@ class Fabric:
 
         return op
 
+    async def _come_into_force(self, *changes: Changes) -> None:
+        """Returns once no packet is treated any more as it was before the changes. Nothing that is new waits here: it
+        is told by `ovn-installed`."""
+        pending = [(one, one.made) for one in changes if one.in_force < one.made]
+        if not pending:
+            return
+        with trio.move_on_after(_UP_TIMEOUT) as scope:
+            await self._stack.wait_in_force()
+        if scope.cancelled_caught:
+            raise UnavailableError(
+                f"the change was not in force within {_UP_TIMEOUT:.0f} s; look at GetHealth and apply it again"
+            )
+        for one, made in pending:
+            one.in_force = max(one.in_force, made)
+
     # The whole
 
     async def sync(self, request: SyncRequest) -> SyncOutcome:
@@ -687,7 +712,8 @@ class Fabric:
                 before = self._policy_in_books()
                 self.policy = policy
                 self._enter_members({e.endpoint_id: e.policy for e in request.endpoints})
-                rules_changed = self._policy_in_books() != before
+                if self._policy_in_books() != before:
+                    self._policy_changes.made += 1
                 await self._stack.nb.transact(self._policy_rows())
                 endpoints = await self._apply_all(request.endpoints, failures)
 
@@ -700,8 +726,8 @@ class Fabric:
         async with trio.open_nursery() as nursery:
             for endpoint in endpoints:
                 nursery.start_soon(settle, endpoint)
-        if rules_changed:
-            await self._enforced()
+        whole = (self._uplink_changes, self._policy_changes)
+        await self._come_into_force(*whole, *(network.changes for network in self.networks.values()))
         self._spare_wanted.set()
         return SyncOutcome(endpoints, removed, failures)
 

@@ -16,8 +16,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
+from agent_helper.rtnetlink import NetlinkError, Rtnetlink, delete_ovs_datapath, has_ovs
 
 _CLONE_NEWNET = 0x40000000  # sched.h
 _SIOCSIFMTU, _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8922, 0x8913, 0x8914, 0x1  # netdevice(7)
@@ -131,49 +130,47 @@ def plug_veth(  # noqa: PLR0917 -- what a veth pair is
     Raises:
         OSError: the kernel refused; nothing is left.
     """
-    # An IPRoute has an event loop per thread that uses it: each is opened, used and closed in one.
     try:
-        with IPRoute() as here:
-            peer = {"ifname": inner, "net_ns_fd": namespace.fd, "address": mac, "mtu": mtu}
-            here.link("add", ifname=outer, kind="veth", mtu=mtu, peer=peer)
+        with Rtnetlink() as here:
+            here.add_veth(outer, inner, mtu=mtu, mac=mac, namespace=namespace.fd)
             harden(outer)
-            here.link("set", ifname=outer, state="up")
-        with namespace.entered(), IPRoute() as there:
-            there.link("set", ifname="lo", state="up")
-            index = there.link_lookup(ifname=inner)[0]
-            there.link("set", index=index, state="up")
+            here.set_up(socket.if_nametoindex(outer))
+        with namespace.entered(), Rtnetlink() as there:
+            there.set_up(socket.if_nametoindex("lo"))
+            index = socket.if_nametoindex(inner)
+            there.set_up(index)
             for address in addresses:
-                flags = {"flags": 0x02} if address.version == 6 else {}  # IFA_F_NODAD: it answers at once
-                there.addr("add", index=index, address=str(address), prefixlen=address.max_prefixlen, **flags)
+                there.add_address(index, address, address.max_prefixlen)
             for route in routes:
                 if any(address.version == route.version for address in addresses):
-                    there.route("add", dst=str(route), oif=index, scope="link" if route.version == 4 else "universe")
+                    there.add_route(index, route)
     except NetlinkError as exc:
         delete_link(outer)
-        raise OSError(exc.code, f"cannot set up the DNS server's interface {outer}: {os.strerror(exc.code)}") from exc
+        raise OSError(exc.errno, f"cannot set up the DNS server's interface {outer}: {exc.strerror}") from exc
 
 
 def delete_link(name: str) -> None:
     """Deletes an interface; nothing when it is not there."""
-    with IPRoute() as ipr:
+    with Rtnetlink() as kernel:
         try:
-            ipr.link("del", ifname=name)
+            kernel.delete_link(name)
         except NetlinkError as exc:
-            if exc.code != errno.ENODEV:
-                raise OSError(exc.code, f"cannot delete {name}: {os.strerror(exc.code)}") from exc
+            if exc.errno != errno.ENODEV:
+                raise OSError(exc.errno, f"cannot delete {name}: {exc.strerror}") from exc
 
 
 def mark(name: str) -> None:
     """Marks an interface that outlives its maker as ours; nothing when it is not there."""
-    with IPRoute() as ipr:
-        for index in ipr.link_lookup(ifname=name):
-            ipr.link("set", index=index, ifalias=_MARK)
+    with Rtnetlink() as kernel:
+        for link in kernel.links():
+            if link.name == name:
+                kernel.set_alias(link.index, _MARK)
 
 
 def marked() -> list[str]:
     """The interfaces here that are marked as ours."""
-    with IPRoute() as ipr:
-        return [link.get_attr("IFLA_IFNAME") for link in ipr.get_links() if link.get_attr("IFLA_IFALIAS") == _MARK]
+    with Rtnetlink() as kernel:
+        return [link.name for link in kernel.links() if link.alias == _MARK]
 
 
 def free_name(prefix: str, numbers: Iterator[int]) -> str:
@@ -187,18 +184,17 @@ def free_name(prefix: str, numbers: Iterator[int]) -> str:
 
 
 def has_kernel_datapath() -> bool:
-    """Whether the kernel has Open vSwitch: asks generic netlink for its family, which also loads the module."""
-    name = b"ovs_datapath\0"
-    # struct nlmsghdr, struct genlmsghdr {CTRL_CMD_GETFAMILY, 1}, struct nlattr {CTRL_ATTR_FAMILY_NAME}: genetlink.h
-    attribute = struct.pack("=HH", 4 + len(name), 2) + name.ljust((len(name) + 3) & ~3, b"\0")
-    payload = struct.pack("=BBH", 3, 1, 0) + attribute
-    message = struct.pack("=IHHII", 16 + len(payload), 0x10, 0x1, 1, 0) + payload
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 16) as sock:  # NETLINK_GENERIC
-        sock.settimeout(5.0)
-        sock.bind((0, 0))
-        sock.send(message)
-        answer = sock.recv(8192)
-    return int(struct.unpack_from("=IHHII", answer)[1]) != 0x2  # NLMSG_ERROR
+    """Whether the kernel has Open vSwitch: asking for it also loads the module."""
+    return has_ovs()
+
+
+def delete_kernel_datapath() -> None:
+    """Removes the kernel's data path with its interfaces; nothing when it is not there.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    delete_ovs_datapath("ovs-system")
 
 
 def _check(result: int, what: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import trio
@@ -17,13 +16,17 @@ from ovs.db import idl as ovs_idl
 from ovsdbapp import exceptions as ovsdb_exceptions
 from ovsdbapp.backend.ovs_idl import command, connection, idlutils, transaction
 
+from agent_helper import json_parser
 from agent_helper.errors import HelperError, UnavailableError
+from agent_helper.schemas import Schema, part_of
 
 logger = logging.getLogger("taploom.helper.ovsdb")
 
 T = TypeVar("T")
 Row = Any  # ovs.db.idl.Row has a column per attribute; the library is untyped
 Values = dict[str, Any]
+
+json_parser.install()
 
 # Reconnect delays in ms. The library's (1 s to 8 s) suit remote servers; ours is a child, back within milliseconds.
 _BACKOFF_MIN, _BACKOFF_MAX = 10, 200
@@ -37,7 +40,7 @@ class Txn:
         self._idl = idl
         self._txn = txn
         self._deleted: set[tuple[str, Any]] = set()
-        self._incremented = False
+        self.counted = 0  # the value that `increment` has given to the column
 
     def rows(self, table: str) -> Iterable[Row]:
         """All rows of a table that the transaction has not deleted."""
@@ -50,7 +53,9 @@ class Txn:
 
     def find(self, table: str, name: str) -> Row:
         """The row whose `name` it is, or None."""
-        row = next(iter(idlutils.index_lookup_all(self._idl.tables[table], name=name)), None)
+        found = self._idl.tables[table]
+        index_by_name(found)
+        row = next(iter(idlutils.index_lookup_all(found, name=name)), None)
         return None if row is None or (table, row.uuid) in self._deleted else row
 
     def is_deleted(self, table: str, row: Row) -> bool:
@@ -86,15 +91,22 @@ class Txn:
         return table in self._idl.tables and column in self._idl.tables[table].columns
 
     def increment(self, row: Row, column: str) -> None:
-        if not self._incremented:
-            self._incremented = True
-            row.increment(column)
-            # The library leaves out an increment that nothing else comes with.
-            self._txn.add_op({"op": "comment", "comment": f"increment {column}"})
+        """Adds one to a counter, once in a transaction. (The IDL's own `increment` does nothing in a transaction that
+        does nothing else.)"""
+        if not self.counted:
+            row.verify(column)
+            self.counted = getattr(row, column, 0) + 1
+            setattr(row, column, self.counted)
 
-    @property
-    def increments(self) -> bool:
-        return self._incremented
+
+def index_by_name(table: Any) -> None:
+    """Indexes a table's rows by `name`, unless they are. Before release 4.0 the library lost its indexes with the rows
+    whenever it read a database anew."""
+    if "name" not in table.rows.indexes:
+        index = table.rows.index_create("name")
+        index.add_columns("name")
+        for row in table.rows.values():
+            index.add(row)
 
 
 def _plain(value: Any) -> Any:
@@ -114,7 +126,7 @@ class _Job:
         self.op = op
         self.done = False
         self.value: Any = None
-        self.increment = 0
+        self.counted = 0
         self.error: Exception | None = None
 
 
@@ -124,17 +136,13 @@ class _Command(command.BaseCommand):  # type: ignore[misc]  # untyped library
     def __init__(self, api: _Api, jobs: list[_Job]) -> None:
         super().__init__(api)
         self.jobs = jobs
-        self.new_increment: int | None = None
-        self._txn: Txn | None = None
+        self.counted = 0
 
     def run_idl(self, txn: Any) -> None:
-        self._txn = Txn(self.api.idl, txn)
+        ours = Txn(self.api.idl, txn)
         for job in self.jobs:
-            job.value = job.op(self._txn)
-
-    def post_commit(self, txn: Any) -> None:
-        if self._txn is not None and self._txn.increments:
-            self.new_increment = txn.get_increment_new_value()
+            job.value = job.op(ours)
+        self.counted = ours.counted
 
     def __str__(self) -> str:
         return f"{len(self.jobs)} operations"
@@ -213,7 +221,7 @@ class Database:
 
     Args:
         remote: where ovsdb-server listens, such as `unix:/run/x/db.sock`.
-        schema: the schema file that the database was created from.
+        schema: what the database was created from.
         tables: the tables and columns to replicate. Tables with a mandatory `name` column are indexed by it.
         mirror: the tables and columns to keep in `mirrors`.
         on_dump: called in trio's thread after each (re)connection, once the database's content is there, and after a
@@ -224,18 +232,18 @@ class Database:
     def __init__(
         self,
         remote: str,
-        schema: Path,
+        schema: Schema,
         *,
         tables: Mapping[str, list[str]],
         mirror: Mapping[str, list[str]],
         on_dump: Callable[[], None],
         on_change: Callable[[str, str, Values | None], None] | None = None,
     ) -> None:
-        helper = ovs_idl.SchemaHelper(str(schema))
-        self.name: str = helper.schema_json["name"]
-        for table, columns in tables.items():
-            known = helper.schema_json["tables"].get(table, {}).get("columns", {})
-            helper.register_columns(table, [column for column in columns if column in known])
+        part = part_of(schema, tables)
+        self.name: str = part["name"]
+        helper = ovs_idl.SchemaHelper(schema_json=part)
+        for table, content in part["tables"].items():
+            helper.register_columns(table, list(content["columns"]))
         self._columns = mirror
         self._on_dump = on_dump
         self._on_change = on_change
@@ -245,7 +253,7 @@ class Database:
         for table in self._idl.tables.values():
             # A row inserted without the column that an index goes by would stay in it; ACLs need no name.
             if "name" in table.columns and table.columns["name"].type.n_min == 1:
-                table.rows.index_create("name").add_columns("name")
+                index_by_name(table)
         self._connection = connection.Connection(self._idl, timeout=_TIMEOUT)
         self._api = _Api(self._connection)
         self._jobs: list[_Job] = []
@@ -292,7 +300,7 @@ class Database:
             raise
         if job.error is not None:
             raise job.error
-        return job.value, job.increment
+        return job.value, job.counted
 
     async def _commit(self, jobs: list[_Job]) -> None:
         try:
@@ -319,7 +327,7 @@ class Database:
         txn.add(cmd)
         txn.commit()
         for job in jobs:
-            job.increment = cmd.new_increment or 0
+            job.counted = cmd.counted
 
     # The IDL's thread from here on.
 

@@ -6,12 +6,12 @@ The databases are the daemons' working memory and no more: they are created afre
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
 import shutil
 import signal
-import subprocess
 import uuid
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -21,9 +21,10 @@ import trio
 
 from agent_helper import links, policy_log
 from agent_helper.errors import SetupError, UnavailableError
-from agent_helper.ovsdb import Database, Txn
+from agent_helper.ovsdb import Database, Txn, Values
 from agent_helper.packet_sockets import enlarge_packet_sockets
 from agent_helper.policy_log import PolicyLog
+from agent_helper.schemas import create_database, read_schema
 from taploom.contracts.taploom.helper.v1 import PolicyLogged
 from taploom.supervise import SupervisedProcess
 
@@ -34,9 +35,7 @@ BRIDGE = "br-int"
 _DATAPATH_INTERFACES = (BRIDGE, "ovs-netdev", "ovs-system")
 _PROGRAMS = {
     "ovsdb-server": "openvswitch-switch",
-    "ovsdb-tool": "openvswitch-switch",
     "ovs-vswitchd": "openvswitch-switch",
-    "ovs-dpctl": "openvswitch-switch",
     "ovn-northd": "ovn-central",
     "ovn-controller": "ovn-host",
     "dnsmasq": "dnsmasq-base",
@@ -132,7 +131,8 @@ class Stack:
         self.log_dir = state_dir / "log"
         self.programs = programs
         self.kernel_datapath = False
-        self.ovs_version = self.ovn_version = ""
+        self.ovs_version = self.ovn_version = ""  # known once they run
+        self._schemas = {name: read_schema(_schema(file)) for name, (file, _) in _SCHEMAS.items()}
         self.ready = trio.Event()
         self.waiting_for = "the daemons to start"
         self.daemons: dict[str, SupervisedProcess] = {}
@@ -190,18 +190,8 @@ class Stack:
         return self.run_dir / f"{BRIDGE}.mgmt"
 
     async def probe(self) -> None:
-        """Finds out what the kernel and the programs are."""
-
-        def version(program: str) -> str:
-            output = subprocess.run([self.programs[program], "--version"], capture_output=True, text=True, check=True)
-            found = re.search(r"\d+(\.\d+)+", output.stdout)
-            return found[0] if found else ""
-
-        def probe() -> None:
-            self.kernel_datapath = links.has_kernel_datapath()
-            self.ovs_version, self.ovn_version = version("ovs-vswitchd"), version("ovn-controller")
-
-        await trio.to_thread.run_sync(probe)
+        """Finds out what the kernel has."""
+        self.kernel_datapath = await trio.to_thread.run_sync(links.has_kernel_datapath)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Runs the daemons until cancelled; reports started once ports can be plugged and are forwarded."""
@@ -221,7 +211,12 @@ class Stack:
                 nursery.start_soon(self._run_controller)
                 nursery.start_soon(self._kick_controller)
                 nursery.start_soon(self._prove_connections)
+                self.waiting_for = "ovn-controller to register its chassis"
+                assert self._sb is not None
+                await self._sb.mirrors["Chassis"].wait(CHASSIS, lambda row: row is not None)
+                self.waiting_for = "OVN to program the data path"
                 await self.wait_programmed()
+                await self._ask_versions()
                 await nursery.start(self._stand_in)  # only now: the daemons have their connections
                 self.waiting_for = ""
                 self.ready.set()
@@ -311,20 +306,18 @@ class Stack:
     def _prepare_databases(self) -> None:
         process = self.daemons["ovsdb-server"]
         refused = re.match(r"ended with exit code [1-9]", process.last_exit) is not None
-        for name, (schema, _) in _SCHEMAS.items():
+        for name in _SCHEMAS:
             file = self.run_dir / f"{name}.db"
             if refused:  # it could not read them
                 file.unlink(missing_ok=True)
             if not file.exists() or not file.stat().st_size:
                 file.unlink(missing_ok=True)
                 (self.run_dir / f".{name}.db.~lock~").unlink(missing_ok=True)
-                subprocess.run(
-                    [self.programs["ovsdb-tool"], "create", str(file), str(_schema(schema))], check=True, env=self.env
-                )
+                create_database(file, self._schemas[name])
 
     async def _connect(self) -> None:
         remote = f"unix:{self.socket}"
-        schemas = {name: _schema(file) for name, (file, _) in _SCHEMAS.items()}
+        schemas = self._schemas
         conf = Database(
             remote,
             schemas["conf"],
@@ -457,7 +450,8 @@ class Stack:
         """vswitchd leaves its data path behind on purpose, for its next run; ours starts from nothing."""
         left = links.marked()
         if "ovs-system" in left:  # the kernel's: its interfaces go with it
-            subprocess.run([self.programs["ovs-dpctl"], "del-dp", "ovs-system"], check=False, env=self.env)
+            with contextlib.suppress(OSError):
+                links.delete_kernel_datapath()
             left = links.marked()
         for name in left:
             with contextlib.suppress(OSError):
@@ -504,37 +498,57 @@ class Stack:
 
     async def wait_programmed(self) -> None:
         """Returns once the chassis has programmed all that the northbound database had when this was called."""
-        assert self._sb is not None
-        self.waiting_for = "ovn-controller to register its chassis"
-        await self._sb.mirrors["Chassis"].wait(CHASSIS, lambda row: row is not None)
-        self.waiting_for = "OVN to program the data path"
-        await self.programmed()
-
-    async def programmed(self) -> None:
-        """Returns once the chassis has programmed all that the northbound database has now."""
+        mirror = self.nb.mirrors["NB_Global"]
 
         def op(txn: Txn) -> None:
             row = txn.only("NB_Global") or txn.insert("NB_Global")
             txn.increment(row, "nb_cfg")
 
-        _, wanted = await self.nb.transact_counted(op)
-        mirror = self.nb.mirrors["NB_Global"]
-        while not any(row["hv_cfg"] >= wanted for row in mirror.rows.values()):
-            key = next(iter(mirror.rows), "")
-            await mirror.wait(key, lambda row: row is None or row["hv_cfg"] >= wanted)
+        while True:
+            _, wanted = await self.nb.transact_counted(op)
 
-    async def revalidated(self) -> None:
-        """Returns once no flow of the data path is older than the OpenFlow tables (ovs-vswitchd(8), revalidator/wait).
+            def counted(row: Values | None, wanted: int = wanted) -> bool:
+                return row is None or row["hv_cfg"] >= wanted or row["nb_cfg"] < wanted
 
-        Raises:
-            OSError: vswitchd does not answer; one that is started again has no old flows.
+            row = await mirror.wait(next(iter(mirror.rows), ""), counted)
+            if row is not None and row["hv_cfg"] >= wanted:
+                return
+            # The database was lost meanwhile, and its count with it.
+
+    async def wait_in_force(self) -> None:
+        """As `wait_programmed`, and no packet is treated any more as one like it was before.
+
+        When ovn-controller says that it has programmed everything, vswitchd has its OpenFlow flows, but the data path
+        keeps what was made of those before until vswitchd comes to look through it.
         """
-        async with await trio.open_unix_socket(str(self.run_dir / "ovs-vswitchd.ctl")) as stream:
-            await stream.send_all(b'{"method":"revalidator/wait","params":[],"id":0}')
-            try:
-                await stream.receive_some(4096)
-            except trio.BrokenResourceError as exc:
-                raise OSError("ovs-vswitchd closed the connection") from exc
+        await self.wait_programmed()
+        with contextlib.suppress(OSError, trio.BrokenResourceError):  # one that just starts has kept nothing
+            await self._control(self.run_dir / "ovs-vswitchd.ctl", "revalidator/purge")
+
+    async def _ask_versions(self) -> None:
+        controller = self.run_dir / f"ovn-controller.{self.daemons['ovn-controller'].pid}.ctl"
+        found = []
+        for socket in (self.run_dir / "ovs-vswitchd.ctl", controller):
+            match = None
+            with contextlib.suppress(OSError, trio.BrokenResourceError):  # one that just restarts
+                match = re.search(r"\d+(\.\d+)+", await self._control(socket, "version"))
+            found.append(match[0] if match else "")
+        self.ovs_version, self.ovn_version = found
+
+    async def _control(self, socket: Path, command: str) -> str:
+        """Has a daemon do a command of ovs-appctl(8) (ovs-vswitchd(8), "Runtime Management Commands"); returns what it
+        says."""
+        async with await trio.open_unix_socket(str(socket)) as stream:
+            await stream.send_all(json.dumps({"id": 0, "method": command, "params": []}).encode())
+            answer = b""
+            async for data in stream:
+                answer += data
+                with contextlib.suppress(ValueError):  # there is more to come
+                    message = json.loads(answer)
+                    if message["error"] is not None:
+                        logger.warning("%s: %s", command, message["error"])
+                    return str(message["result"] or "")
+            return ""
 
     @staticmethod
     async def _connected(path: Path) -> trio.SocketStream:

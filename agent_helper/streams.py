@@ -26,6 +26,7 @@ import trio
 
 from agent_helper.errors import InvalidSpecError
 from agent_helper.unreachable import port_unreachable
+from taploom.address import send_all
 from taploom.contracts.taploom.helper.v1 import StreamWanted
 from taploom.contracts.taploom.link.v1 import LinkHello, LinkRefusal, StreamProtocol, StreamTarget
 from taploom.limits import raise_descriptor_limit
@@ -399,7 +400,7 @@ class Streams:
                     joined = False
                     try:
                         with trio.move_on_after(1):
-                            await carrier.send_all(b"".join(_LENGTH.pack(len(data)) + data for data in kept))
+                            await send_all(carrier, b"".join(_LENGTH.pack(len(data)) + data for data in kept))
                             self._join(StreamProtocol.UDP, plain_socket(carrier.socket), peer, network_id)
                             joined = True
                     finally:

@@ -21,21 +21,20 @@ import contextlib
 import errno
 import ipaddress
 import logging
-import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import trio
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
 
 from agent_helper import firewall, links
 from agent_helper.door import Door
 from agent_helper.errors import HelperError, PreconditionError
 from agent_helper.firewall import Redirect, Rules
+from agent_helper.rtnetlink import NetlinkError, Rtnetlink
 from agent_helper.spec import Leg, NetworkSpec, UplinkSpec, legs
 
 logger = logging.getLogger("taploom.helper.uplink")
@@ -48,11 +47,8 @@ _DEAF = ("tl*", "br-int", "ovs-netdev", "ovs-system")
 _USUAL_MTU, _LEAST_MTU = 1500, 1280
 # Local delivery of what is marked: ip-rule(8). Numbers that nobody else is likely to use.
 _RULE_PRIORITY, _RULE_TABLE = 29804, 29804
-_FAMILIES = (socket.AF_INET, socket.AF_INET6)
-_ANY = {socket.AF_INET: "0.0.0.0/0", socket.AF_INET6: "::/0"}
-_RTN_LOCAL, _RT_SCOPE_HOST, _RT_SCOPE_LINK = 2, 254, 253  # rtnetlink.h
-_NUD_PERMANENT = 0x80  # neighbour.h
-_IFA_F_NODAD = 0x02
+_VERSIONS = (4, 6)
+_NO_SUCH_FAMILY = errno.EAFNOSUPPORT, errno.EOPNOTSUPP  # a kernel without IPv6
 
 _IPV6 = Path("/proc/sys/net/ipv6")
 
@@ -193,45 +189,45 @@ class KernelEnd:
 
     def _clear(self) -> None:
         firewall.remove(self._nft)
-        with IPRoute() as ipr:
-            for family in _FAMILIES:
-                while True:
-                    if not _tried(
-                        partial(ipr.rule, "del", family=family, priority=_RULE_PRIORITY),
-                        errno.ENOENT,
-                        errno.EAFNOSUPPORT,
-                    ):
-                        break
-                with contextlib.suppress(NetlinkError):
-                    ipr.flush_routes(family=family, table=_RULE_TABLE)
+        with Rtnetlink() as kernel:
+            for version in _VERSIONS:
+                while _tried(partial(kernel.delete_rule, version, _RULE_PRIORITY), errno.ENOENT, *_NO_SUCH_FAMILY):
+                    pass
+                _tried(
+                    partial(kernel.delete_local_default, version, _RULE_TABLE),
+                    errno.ENOENT,
+                    errno.ESRCH,
+                    *_NO_SUCH_FAMILY,
+                )
 
     def _open(self, spec: UplinkSpec) -> None:
         outer = links.free_name(f"{INTERFACE}o", self._numbers)
         # The rules first: no moment without them.
         self._load(Rules(INTERFACE, _DEAF, spec.mtu, _subnets(spec), {}, (), frozenset(), None))
         try:
-            with IPRoute() as ipr:
-                peer = {"ifname": INTERFACE, "address": spec.mac_address, "mtu": spec.mtu}
-                ipr.link("add", ifname=outer, kind="veth", mtu=spec.mtu, peer=peer)
+            with Rtnetlink() as kernel:
+                kernel.add_veth(outer, INTERFACE, mtu=spec.mtu, mac=spec.mac_address)
                 links.mark(outer)
                 links.harden(outer)
                 _forward()
                 _settings(INTERFACE)
-                ipr.link("set", ifname=outer, state="up")
+                kernel.set_up(socket.if_nametoindex(outer))
                 index = socket.if_nametoindex(INTERFACE)
-                ipr.link("set", index=index, state="up")
-                for address in spec.addresses:
-                    flags = {"flags": _IFA_F_NODAD} if address.version == 6 else {}
-                    ipr.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen, **flags)
+                kernel.set_up(index)
                 loopback = socket.if_nametoindex("lo")
-                for family in (socket.AF_INET if a.version == 4 else socket.AF_INET6 for a in spec.addresses):
-                    rule = {"priority": _RULE_PRIORITY, "table": _RULE_TABLE, "fwmark": firewall.MARK}
-                    ipr.rule("add", family=family, iifname=INTERFACE, **rule)
-                    local = {"type": _RTN_LOCAL, "scope": _RT_SCOPE_HOST if family == socket.AF_INET else 0}
-                    ipr.route("add", family=family, dst=_ANY[family], oif=loopback, table=_RULE_TABLE, **local)
+                for address in spec.addresses:
+                    kernel.add_address(index, address.ip, address.network.prefixlen)
+                    kernel.add_rule(
+                        address.version,
+                        interface=INTERFACE,
+                        mark=firewall.MARK,
+                        table=_RULE_TABLE,
+                        priority=_RULE_PRIORITY,
+                    )
+                    kernel.add_local_default(address.version, loopback, _RULE_TABLE)
         except NetlinkError as exc:
             self._close(outer)
-            raise OSError(exc.code, f"cannot set up the uplink {INTERFACE}: {os.strerror(exc.code)}") from exc
+            raise OSError(exc.errno, f"cannot set up the uplink {INTERFACE}: {exc.strerror}") from exc
         self.outer, self._spec = outer, spec
 
     def _close(self, outer: str = "") -> None:
@@ -263,19 +259,19 @@ class KernelEnd:
         subnets = _subnets(spec)
         self._taken = frozenset(taken)
         self._load(Rules(INTERFACE, _DEAF, spec.mtu, subnets, own, spec.stand_ins, self._taken, self._redirect))
-        with IPRoute() as ipr:
+        with Rtnetlink() as kernel:
             index = socket.if_nametoindex(INTERFACE)
             gone = [key for key in self._there if key not in wanted]
             # Routes over a next hop need the next hop's own first, and go before it.
             for key in sorted(gone, key=lambda key: _order(self._there[key]), reverse=True):
-                _change(ipr, index, self._there[key], "del")
+                _change(kernel, index, self._there[key], "del")
                 del self._there[key]
             for key in sorted(wanted, key=lambda key: _order(wanted[key])):
                 if self._there.get(key) != wanted[key]:
                     # Never in the place of a route that the machine has for itself.
                     ours = key in self._there or len(wanted[key]) == 2
                     try:
-                        _change(ipr, index, wanted[key], "replace" if ours else "add")
+                        _change(kernel, index, wanted[key], "replace" if ours else "add")
                     except PreconditionError as exc:
                         failed[whose[key]] = exc
                     else:
@@ -303,13 +299,9 @@ def _outside_mtu() -> int:
     The uplink must not have a larger one: ovs-vswitchd up to 3.2 cuts TCP segments anew, to the MTU of the port that
     they leave by (netdev_linux_prepend_vnet_hdr), and nothing on the way makes them smaller again.
     """
-    found: list[int] = []
-    with IPRoute() as ipr:
-        for family in _FAMILIES:
-            for route in ipr.get_default_routes(family=family):
-                index = route.get_attr("RTA_OIF")
-                if index:
-                    found += [link.get_attr("IFLA_MTU") for link in ipr.get_links(index)]
+    with Rtnetlink() as kernel:
+        outside = {index for version in _VERSIONS for index in kernel.default_route_interfaces(version)}
+        found = [link.mtu for link in kernel.links() if link.index in outside] if outside else []
     return max(min(found, default=_USUAL_MTU), _LEAST_MTU)
 
 
@@ -327,26 +319,30 @@ def _order(item: Route | Neighbour) -> tuple[bool, Route | Neighbour]:
     return len(item) == 3 and bool(item[1]), item
 
 
-def _change(ipr: IPRoute, index: int, item: Route | Neighbour, verb: str) -> None:
+def _change(kernel: Rtnetlink, index: int, item: Route | Neighbour, verb: Literal["add", "replace", "del"]) -> None:
+    change: Callable[[], None]
     if len(item) == 2:
-        address, mac = item
-        change = partial(ipr.neigh, verb, dst=address, lladdr=mac, ifindex=index, state=_NUD_PERMANENT)
+        address, mac = ipaddress.ip_address(item[0]), item[1]
+        if verb == "del":
+            change = partial(kernel.delete_neighbour, index, address)
+        else:
+            change = partial(kernel.set_neighbour, index, address, mac)
     else:
         destination, hop, mtu = item
-        version = ipaddress.ip_network(destination).version
-        way = {"gateway": hop} if hop else ({"scope": _RT_SCOPE_LINK} if version == 4 else {})
-        change = partial(ipr.route, verb, dst=destination, oif=index, metrics={"mtu": mtu}, **way)
+        way = kernel.delete_route if verb == "del" else partial(kernel.add_route, replace=verb == "replace")
+        via = ipaddress.ip_address(hop) if hop else None
+        change = partial(way, index, ipaddress.ip_network(destination), via=via, mtu=mtu)
     if verb == "del":
         _tried(change, errno.ENOENT, errno.ESRCH)
     else:
         try:
             change()
         except NetlinkError as exc:
-            if exc.code == errno.EEXIST:
+            if exc.errno == errno.EEXIST:
                 raise PreconditionError(
                     f"the helper's machine has a route to {item[0]} itself; choose another subnet"
                 ) from exc
-            raise OSError(exc.code, f"cannot enter {item[0]} on the uplink: {os.strerror(exc.code)}") from exc
+            raise OSError(exc.errno, f"cannot enter {item[0]} on the uplink: {exc.strerror}") from exc
 
 
 def _tried(change: Callable[[], object], *nothing: int) -> bool:
@@ -354,9 +350,9 @@ def _tried(change: Callable[[], object], *nothing: int) -> bool:
     try:
         change()
     except NetlinkError as exc:
-        if exc.code in nothing:
+        if exc.errno in nothing:
             return False
-        raise OSError(exc.code, os.strerror(exc.code)) from exc
+        raise
     return True
 
 

@@ -37,16 +37,20 @@ def _parse_only(context: click.Context, option: click.Parameter, value: str | No
 @click.command(help="Measure taploom beside veth, gvproxy and Docker in one run on this machine (root).")
 @click.option("--quick", is_flag=True, help="Half a minute with few samples: shows that it works, not how fast it is.")
 @click.option("--only", metavar="PATH,...", callback=_parse_only, help=f"Only these of {', '.join(PATHS)}.")
+@click.option("--vm", is_flag=True, help="Guest VM to guest VM, beside the limit of the same VMs' vsock; nothing else.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=FilePath),
     default=RESULTS,
     show_default=True,
-    help="Where latest.json and latest.md are written.",
+    help="Where latest.json and latest.md (with --vm: vm.json and vm.md) are written.",
 )
-def main(quick: bool, only: tuple[str, ...], as_json: bool, output: FilePath) -> None:
+def main(quick: bool, only: tuple[str, ...], vm: bool, as_json: bool, output: FilePath) -> None:
     """Measures, prints and writes the figures."""
+    if vm:
+        _measure_vms(quick, as_json, output)
+        return
     plan = QUICK if quick else FULL
     messages = Console(stderr=True)
     machine = describe()
@@ -75,6 +79,25 @@ def main(quick: bool, only: tuple[str, ...], as_json: bool, output: FilePath) ->
         # A pipe or a file has no width of its own: the tables are not to be folded to 80 columns there.
         report.print_tables(Console(width=None if sys.stdout.isatty() else 160), tables)
         print(f"written to {output}/latest.md and latest.json")
+
+
+def _measure_vms(quick: bool, as_json: bool, output: FilePath) -> None:
+    from bench import vm
+
+    messages = Console(stderr=True)
+    try:
+        with open_run() as run:
+            machine, figures = vm.measure(run, quick=quick, say=lambda text: messages.print(text, highlight=False))
+    except BenchError as error:
+        messages.print(f"bench: {error}", style="bold red", markup=False)
+        sys.exit(1)
+    machine["kind"] = "quick: not a measurement" if quick else "full"
+    document = vm.write(output, machine, figures)
+    if as_json:
+        print(json.dumps(document, indent=2))
+    else:
+        report.print_tables(Console(width=None if sys.stdout.isatty() else 160), vm.grids(machine, figures))
+        print(f"written to {output}/vm.md and vm.json")
 
 
 def _build(run: Run, name: str, messages: Console) -> Path:

@@ -24,7 +24,6 @@ from host_bridge.errors import InvalidError, StateError
 from host_bridge.fabric import Fabric
 from host_bridge.host_addresses import HostAddresses, host_networks
 from host_bridge.ipam import parse_address as parse_ip
-from host_bridge.notify import notify_ready
 from host_bridge.policy.api import PolicyApi
 from host_bridge.ports import PortPublisher
 from host_bridge.store import Store
@@ -32,6 +31,7 @@ from taploom import __version__
 from taploom.address import Address, AddressError, CheckedListener, data_address, open_listener, parse_address
 from taploom.link import open_dataplane
 from taploom.log import LEVELS, setup_logging
+from taploom.notify import notify_ready
 from taploom.rpc import Server
 
 logger = logging.getLogger("taploom.bridge")

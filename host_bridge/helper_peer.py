@@ -312,6 +312,10 @@ class HelperPeer(Peer[HelperObject]):
             return OtherEvent("")
         return _event(message)
 
+    async def streams_ready(self) -> None:
+        """Returns once there is a stream secret."""
+        await self.changes.until(STREAMS_KEY, lambda: self.stream_secret is not None)
+
     async def refuse_stream(self, token: bytes) -> None:
         """Tells the helper that nothing answers a stream that a container opened; one that is away has reset it."""
         with contextlib.suppress(RpcError):

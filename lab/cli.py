@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from taploom.contracts.taploom.bridge.v1 import Status
 
 _READY_TIMEOUT = 60.0
+# A VM that boots with an emulated processor, on a busy machine, may be silent for so long; or all of them together.
+_VM_TIMEOUT = 180.0
 _HOPELESS = 5  # restarts of a process before it is ready
 
 
@@ -47,6 +49,8 @@ def _lab_option(command: Callable[..., None]) -> Callable[..., None]:
 def lab() -> None:
     """Run the whole fabric on this machine: guests are namespaces with an agent each, and so is the helper.
 
+    With 'up --vm' guests and helper are virtual machines, on vsock.
+
     \b
     Example:
         taploom lab up --guest web --guest db
@@ -61,9 +65,10 @@ def lab() -> None:
 
 @lab.command()
 @click.option("--guest", "guests", metavar="NAME", multiple=True, help="A guest to start; repeatable.")
+@click.option("--vm", is_flag=True, help="Guests and helper are virtual machines; builds what is missing first.")
 @click.option("--json", "as_json", is_flag=True, help="Print the lab's status as JSON when it is ready.")
 @_lab_option
-def up(lab: Lab, guests: tuple[str, ...], as_json: bool) -> None:
+def up(lab: Lab, guests: tuple[str, ...], vm: bool, as_json: bool) -> None:
     """Start the lab, and guests in it; returns when all is ready.
 
     In a lab that is up already, guests that it does not have yet are added.
@@ -71,15 +76,26 @@ def up(lab: Lab, guests: tuple[str, ...], as_json: bool) -> None:
     \b
     Example:
         taploom lab up --guest web --guest db
+        taploom lab --lab metal up --vm --guest web
     """
-    began = time.monotonic()
     names = [check_guest_name(name) for name in guests]
-    _check_programs()
     with lab.commands_locked():
+        if lab.exists() and lab.on_vms() != vm:
+            if vm:
+                raise LabError(
+                    f"lab {lab.name!r} is up, and its guests are namespaces; end it with "
+                    f"'taploom lab down{lab.option}', or start one on virtual machines beside it with --lab NAME"
+                )
+            vm = True  # what it is was said when it was started
+        if vm:
+            _prepare_vms(lab)
+        else:
+            _check_programs()
+        began = time.monotonic()
         lab.create()
         known = lab.guests() if lab.exists() else []
         wanted = known + [name for name in dict.fromkeys(names) if name not in known]
-        _apply(lab, wanted)
+        _apply(lab, wanted, vm=vm)
     _say(f"lab {lab.name} is up with {_guests(wanted)} after {time.monotonic() - began:.1f} s")
     if as_json:
         click.echo(json.dumps(_status(lab), indent=2))
@@ -102,7 +118,7 @@ def add(lab: Lab, name: str) -> None:
         guests = lab.guests()
         if name in guests:
             raise LabError(f"guest {name!r} is in lab {lab.name!r} already; choose another name")
-        _apply(lab, [*guests, name])
+        _apply(lab, [*guests, name], vm=lab.on_vms())
     _say(f"guest {name} is ready")
 
 
@@ -117,7 +133,7 @@ def rm(lab: Lab, name: str) -> None:
         taploom lab rm cache
     """
     with lab.commands_locked():
-        _apply(lab, [guest for guest in lab.guests() if guest != _known(lab, name)])
+        _apply(lab, [guest for guest in lab.guests() if guest != _known(lab, name)], vm=lab.on_vms())
     _say(f"guest {name} is gone")
 
 
@@ -134,6 +150,7 @@ def execute(lab: Lab, internet: bool, words: tuple[str, ...]) -> None:
     """Run a command in a guest, with this terminal; exits with the command's exit code.
 
     With --internet it runs where the lab's networks reach the outside: 198.51.100.1 and 2001:db8:1::1 are there.
+    In a lab on virtual machines, the helper can be named like a guest.
 
     \b
     Example:
@@ -153,6 +170,8 @@ def execute(lab: Lab, internet: bool, words: tuple[str, ...]) -> None:
     if internet:
         lab.guests()
         prefix = ["nsenter", f"--net=/run/netns/{lab.internet_netns}", "--"]
+    elif lab.on_vms():
+        sys.exit(_execute_in_vm(lab, _known_vm(lab, name), command))
     else:
         _known(lab, name)
         if not (lab.guest_directory(name) / "holder").exists():
@@ -201,6 +220,45 @@ def down(lab: Lab) -> None:
     _say(f"lab {lab.name} is down" if known else f"lab {lab.name} was not up; there is nothing of it here")
 
 
+def _prepare_vms(lab: Lab) -> None:
+    """Builds what the lab's VMs boot, where it is missing.
+
+    Raises:
+        LabError: this machine lacks something; the message says what to do.
+    """
+    from lab.vm import artefacts, tools
+    from lab.vm.errors import MachineError
+    from lab.vm.supervisor import ARTEFACTS
+
+    try:
+        arch = tools.host_architecture()
+        tools.qemu(arch)
+        tools.vhost_device_vsock()
+        built = artefacts.build(arch, say=_say)
+    except MachineError as error:
+        raise LabError(str(error)) from error
+    lab.create()
+    if lab.supervisor_pid() is None:
+        built.save(lab.path / ARTEFACTS)
+
+
+def _known_vm(lab: Lab, name: str) -> str:
+    """The directory of a VM of the lab."""
+    if name == "helper" and name not in lab.guests():
+        return str(lab.helper_directory)
+    return str(lab.guest_directory(_known(lab, name)))
+
+
+def _execute_in_vm(lab: Lab, directory: str, command: tuple[str, ...]) -> int:
+    from lab.vm.execute import execute as execute_in_vm
+    from lab.vm.processes import PORT
+
+    # Where OVS and OVN of the helper are, for ovs-appctl and the like.
+    run = "/run/taploom-helper/run"
+    environment = {"OVS_RUNDIR": run, "OVN_RUNDIR": run} if directory == str(lab.helper_directory) else {}
+    return execute_in_vm(f"hybrid:{directory}/vsock.sock:{PORT}", command, environment)
+
+
 def _known(lab: Lab, guest: str) -> str:
     guests = lab.guests()
     if guest not in guests:
@@ -240,15 +298,15 @@ def _check_programs() -> None:
         )
 
 
-def _apply(lab: Lab, guests: list[str]) -> None:
+def _apply(lab: Lab, guests: list[str], *, vm: bool) -> None:
     """Makes the lab have these guests and waits until everything is ready.
 
     Raises:
-        LabError: it is not ready within a minute, or its supervisor ended.
+        LabError: it is not ready in time, or its supervisor ended.
     """
     import signal
 
-    lab.ask_for(guests)
+    lab.ask_for(guests, vm=vm)
     pid = lab.supervisor_pid()
     if pid is None:
         _start_supervisor(lab)
@@ -285,35 +343,66 @@ def _start_supervisor(lab: Lab) -> None:
 def _wait_ready(lab: Lab, guests: list[str]) -> None:
     import trio
 
-    try:
-        trio.run(_until_ready, lab, guests)
-    except trio.TooSlowError:
-        raise LabError(
-            f"not ready after {_READY_TIMEOUT:.0f} s; see 'taploom lab status{lab.option}' and the files in {lab.logs}"
-        ) from None
+    trio.run(_until_vms_ready if lab.on_vms() else _until_ready, lab, guests)
 
 
 async def _until_ready(lab: Lab, guests: list[str]) -> None:
     import trio
 
-    with trio.fail_after(_READY_TIMEOUT):
-        while True:
-            status = await _fabric(lab)
-            waiting = [*_waiting_for(status, guests), *await _silent(lab)]
+    with trio.move_on_after(_READY_TIMEOUT):
+        while waiting := await _waiting(lab, guests):
             if sys.stderr.isatty():
-                click.echo(
-                    f"\r\033[Kwaiting for {', '.join(waiting[:4])}" if waiting else "\r\033[K", err=True, nl=False
-                )
+                click.echo(f"\r\033[Kwaiting for {', '.join(waiting[:4])}", err=True, nl=False)
+            await trio.sleep(0.05)
+        if sys.stderr.isatty():
+            click.echo("\r\033[K", err=True, nl=False)
+        return
+    raise LabError(
+        f"not ready after {_READY_TIMEOUT:.0f} s; see 'taploom lab status{lab.option}' and the files in {lab.logs}"
+    )
+
+
+async def _until_vms_ready(lab: Lab, guests: list[str]) -> None:
+    import trio
+
+    from lab.vm.progress import BootProgress
+
+    consoles = {
+        "helper": lab.helper_directory / "console.log",
+        **{name: lab.guest_directory(name) / "console.log" for name in guests},
+    }
+    progress = BootProgress(consoles)
+    try:
+        while True:
+            waiting = await _waiting(lab, guests)
+            silent = {name.removeprefix("guest/") for name in waiting}
+            progress.update(set() if "bridge" in waiting else set(consoles) - silent)
             if not waiting:
                 return
-            if lab.supervisor_pid() is None:
-                raise LabError(f"the lab's supervisor ended; see {lab.logs}/supervisor.log")
-            for process in _processes(lab):
-                if process["restarts"] >= _HOPELESS and process["state"] != "running":
-                    raise LabError(
-                        f"{process['name']} {process['last_exit']} again and again; see the files in {lab.logs}"
-                    )
-            await trio.sleep(0.05)
+            if time.monotonic() - progress.changed_at > _VM_TIMEOUT:
+                raise LabError(
+                    f"nothing has happened for {_VM_TIMEOUT:.0f} s while waiting for {', '.join(waiting)}; "
+                    f"see 'taploom lab status{lab.option}', the files in {lab.logs} and the VMs' console.log"
+                )
+            await trio.sleep(0.1)
+    finally:
+        progress.end()
+
+
+async def _waiting(lab: Lab, guests: list[str]) -> list[str]:
+    """What is not ready yet.
+
+    Raises:
+        LabError: it will not be.
+    """
+    waiting = [*_waiting_for(await _fabric(lab), guests), *await _silent(lab)]
+    if waiting:
+        if lab.supervisor_pid() is None:
+            raise LabError(f"the lab's supervisor ended; see {lab.logs}/supervisor.log")
+        for process in _processes(lab):
+            if process["restarts"] >= _HOPELESS and process["state"] != "running":
+                raise LabError(f"{process['name']} {process['last_exit']} again and again; see the files in {lab.logs}")
+    return waiting
 
 
 def _waiting_for(status: Status | None, guests: list[str]) -> list[str]:
@@ -407,10 +496,17 @@ def _status(lab: Lab) -> dict[str, Any]:
         "supervisor_pid": lab.supervisor_pid(),
         "docker_host": lab.docker_host,
         "runtime": lab.runtime_address,
-        "helper_netns": lab.helper_netns,
+        "vm": lab.on_vms(),
+        "helper_netns": None if lab.on_vms() else lab.helper_netns,
         "internet_netns": lab.internet_netns,
+        "helper": {"address": lab.helper_address, "directory": str(lab.helper_directory)},
         "guests": [
-            {"name": name, "netns": lab.guest_netns(name), "directory": str(lab.guest_directory(name))}
+            {
+                "name": name,
+                "address": lab.guest_address(name),
+                "netns": None if lab.on_vms() else lab.guest_netns(name),
+                "directory": str(lab.guest_directory(name)),
+            }
             for name in lab.guests()
         ],
         "containers": trio.run(_containers, lab),

@@ -15,6 +15,9 @@ A lab is a directory, /run/taploom/NAME (0700):
     containers/ID/      a container's files
     crun/               crun's state
     logs/               one file per process
+
+In a lab on virtual machines (`taploom lab up --vm`), helper/ and guests/NAME/ are the VMs' directories, which
+lab/vm/machine.py describes, and vm.json says what they boot.
 """
 
 from __future__ import annotations
@@ -35,6 +38,9 @@ DEFAULT_LAB = "default"
 # Every process of a lab has this in its environment, and so have their children, whatever they do: it is how
 # `lab down` finds all of them, also when the supervisor is gone.
 MARKER = "TAPLOOM_LAB_DIR"
+# On the VMs' vsock; the data ports are the next ones.
+GUEST_PORT = 5555
+HELPER_PORT = 6000
 
 _LAB_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,19}")
 _GUEST_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{1,62}")
@@ -79,6 +85,19 @@ class Lab:
     @property
     def helper_directory(self) -> Path:
         return self.path / "helper"
+
+    @property
+    def helper_address(self) -> str:
+        """Where the helper agent's control port is."""
+        if self.on_vms():
+            return f"hybrid:{self.helper_directory}/vsock.sock:{HELPER_PORT}"
+        return f"unix:{self.helper_directory}/control.sock"
+
+    def guest_address(self, guest: str) -> str:
+        """Where a guest's agent's control port is."""
+        if self.on_vms():
+            return f"hybrid:{self.guest_directory(guest)}/vsock.sock:{GUEST_PORT}"
+        return f"unix:{self.guest_directory(guest)}/control.sock"
 
     @property
     def helper_netns(self) -> str:
@@ -131,9 +150,16 @@ class Lab:
         """How to name this lab on the command line."""
         return "" if self.name == DEFAULT_LAB else f" --lab {self.name}"
 
-    def ask_for(self, guests: list[str]) -> None:
-        """Records which guests the lab is to have."""
-        replace_json(self.path / "lab.json", {"guests": guests})
+    def on_vms(self) -> bool:
+        """Whether its guests and helper are virtual machines; False where there is no such lab."""
+        try:
+            return bool(json.loads((self.path / "lab.json").read_bytes()).get("vm"))
+        except FileNotFoundError:
+            return False
+
+    def ask_for(self, guests: list[str], *, vm: bool = False) -> None:
+        """Records which guests the lab is to have, and what they are."""
+        replace_json(self.path / "lab.json", {"guests": guests, "vm": vm})
 
     def create(self) -> None:
         for path in (ROOT, self.path, self.logs, self.helper_directory, self.path / "guests", self.path / "bridge"):

@@ -58,10 +58,7 @@ class Supervisor:
     async def run(self) -> None:
         """Runs the lab until cancelled."""
         async with trio.open_nursery() as nursery:
-            _add_netns(self._lab.helper_netns)
-            _add_netns(self._lab.internet_netns)
-            internet.connect(self._lab.helper_netns, self._lab.internet_netns)
-            nursery.start_soon(self._process("helper", self._helper()).run)
+            await self._start_helper(nursery)
             nursery.start_soon(self._process("runtime", self._runtime()).run)
             nursery.start_soon(self._process("bridge", self._bridge()).run)
             with trio.open_signal_receiver(signal.SIGHUP) as hangups:
@@ -69,6 +66,12 @@ class Supervisor:
                 nursery.start_soon(self._register)
                 async for _ in hangups:
                     self._converge(nursery)
+
+    async def _start_helper(self, nursery: trio.Nursery) -> None:
+        add_netns(self._lab.helper_netns)
+        add_netns(self._lab.internet_netns)
+        internet.connect(self._lab.helper_netns, self._lab.internet_netns)
+        nursery.start_soon(self._process("helper", self._helper()).run)
 
     def _helper(self) -> SupervisedProcess:
         directory = self._lab.helper_directory
@@ -91,7 +94,7 @@ class Supervisor:
             [
                 *_python("host_bridge"),
                 *("--socket", self._lab.bridge_address, "--state-dir", str(self._lab.path / "bridge")),
-                *("--helper", f"unix:{self._lab.helper_directory}/control.sock"),
+                *("--helper", self._lab.helper_address),
                 *("--docker-socket", self._lab.docker_socket),
                 *("--runtime", self._lab.runtime_address),
             ],
@@ -126,11 +129,28 @@ class Supervisor:
         self._write_status()
 
     async def _guest(self, name: str, scope: trio.CancelScope, guests: trio.Nursery) -> None:
-        lab, directory, netns = self._lab, self._lab.guest_directory(name), self._lab.guest_netns(name)
+        directory = self._lab.guest_directory(name)
         directory.mkdir(mode=0o700, exist_ok=True)
+        try:
+            with scope:
+                await self._run_guest(name)
+        finally:
+            self._guests.pop(name, None)
+            self._remove_guest(name)
+            shutil.rmtree(directory, ignore_errors=True)
+            self._write_status()
+        self._converge(guests)  # it may have been asked for again meanwhile
+
+    def _remove_guest(self, name: str) -> None:
+        for process in (f"guest/{name}", f"guest/{name}/holder"):
+            self._processes.pop(process, None)
+        remove_netns(self._lab.guest_netns(name))
+
+    async def _run_guest(self, name: str) -> None:
+        lab, directory, netns = self._lab, self._lab.guest_directory(name), self._lab.guest_netns(name)
         (directory / "resolv.conf").touch()
         (directory / "hosts").write_text("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n")
-        _add_netns(netns)
+        add_netns(netns)
         holder = self._process(
             f"guest/{name}/holder",
             SupervisedProcess(
@@ -163,19 +183,9 @@ class Supervisor:
                 on_change=self._write_status,
             ),
         )
-        try:
-            with scope:
-                async with trio.open_nursery() as nursery:
-                    await nursery.start(holder.run)
-                    nursery.start_soon(agent.run)
-        finally:
-            for process in (f"guest/{name}", f"guest/{name}/holder"):
-                self._processes.pop(process, None)
-            self._guests.pop(name, None)
-            remove_netns(netns)
-            shutil.rmtree(directory, ignore_errors=True)
-            self._write_status()
-        self._converge(guests)  # it may have been asked for again meanwhile
+        async with trio.open_nursery() as nursery:
+            await nursery.start(holder.run)
+            nursery.start_soon(agent.run)
 
     def _holder_changed(self, name: str, process: SupervisedProcess) -> None:
         # A guest whose first process ended has rebooted: its agent starts again in the new namespaces.
@@ -200,12 +210,13 @@ class Supervisor:
 
     async def _register_all(self) -> None:
         # A lab's guests are told from others in the bridge's state by their address.
-        addresses = {name: f"unix:{self._lab.guest_directory(name)}/control.sock" for name in self._wanted}
+        addresses = {name: self._lab.guest_address(name) for name in self._wanted}
         stream = await connect(parse_address(self._lab.bridge_address))
         async with open_channel(stream) as channel:
             client = GuestServiceClient(channel)
             listed = (await client.list_guests(ListGuestsRequest(), timeout=10)).guests
-            known = {guest.name for guest in listed if guest.address.startswith(f"unix:{self._lab.path}/guests/")}
+            ours = f":{self._lab.path}/guests/"
+            known = {guest.name for guest in listed if ours in guest.address}
             for name in sorted(known - set(addresses)):
                 with _ignoring(StatusCode.NOT_FOUND):
                     await client.remove_guest(RemoveGuestRequest(guest=name), timeout=10)
@@ -233,7 +244,8 @@ def _python(module: str) -> list[str]:
     return [sys.executable, "-m", module]
 
 
-def _add_netns(name: str) -> None:
+def add_netns(name: str) -> None:
+    """Makes a named network namespace where there is none of that name."""
     if not (NETNS / name).exists():
         subprocess.run(["ip", "netns", "add", name], check=True)
 
@@ -262,10 +274,18 @@ def _ignoring(code: StatusCode) -> Any:
             raise
 
 
+def _supervisor(lab: Lab) -> Supervisor:
+    if lab.on_vms():
+        from lab.vm.supervisor import VmSupervisor
+
+        return VmSupervisor(lab)
+    return Supervisor(lab)
+
+
 async def _run(lab: Lab) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as stops:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(Supervisor(lab).run)
+            nursery.start_soon(_supervisor(lab).run)
             async for _ in stops:
                 nursery.cancel_scope.cancel()
 

@@ -31,7 +31,7 @@ fetch_aiodocker() {
 mkdir -p "$cache"
 exec 9>"$cache/lock"
 flock 9
-install_packages docker.io busybox-static tini socat iptables iproute2 util-linux dnsmasq-base
+install_packages docker.io busybox-static tini socat iptables iproute2 util-linux dnsmasq-base cpio zstd debian-archive-keyring
 if [ ! -x "$cache/trixie/usr/libexec/docker/cli-plugins/docker-compose" ]; then
 	rm -rf "$cache/trixie.new" "$cache/trixie"
 	from_trixie "$cache/trixie.new" docker-compose docker-cli

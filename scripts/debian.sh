@@ -1,7 +1,7 @@
 # Sourced by the scripts that install Debian packages; $0 is whose name errors carry. No service is started by it.
 #
 # Environment: TAPLOOM_CACHE         cache directory (default /var/cache/taploom)
-#              TAPLOOM_DEBIAN_MIRROR where trixie is (default: the mirror that this machine's apt uses)
+#              TAPLOOM_DEBIAN_MIRROR where other Debian releases are (default: the mirror that this machine's apt uses)
 # shellcheck shell=sh
 
 taploom_cache=${TAPLOOM_CACHE:-/var/cache/taploom}
@@ -69,11 +69,18 @@ _mirror() {
 	apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 'Label: Debian' | sort -u | head -n 1
 }
 
-# from_trixie DIRECTORY PACKAGE...: unpacks Debian 13's packages into a directory, with a private apt configuration: the
-# system's apt sources and its package database know nothing of them. DIRECTORY/version-PACKAGE has each one's version.
+# from_trixie DIRECTORY PACKAGE...: unpacks Debian 13's packages into a directory.
 from_trixie() {
-	_into=$1
-	shift
+	from_suite trixie "$@"
+}
+
+# from_suite SUITE DIRECTORY PACKAGE...: unpacks packages of another Debian release into a directory, with a private apt
+# configuration: the system's apt sources and its package database know nothing of them. DIRECTORY/version-PACKAGE has
+# each one's version.
+from_suite() {
+	_suite=$1
+	_into=$2
+	shift 2
 	echo "${0##*/}: fetching $*"
 	_work=$(mktemp -d)
 	_uri=$(_mirror)
@@ -84,7 +91,7 @@ from_trixie() {
 	[ -n "$_uri" ] || fail "no Debian archive among this machine's apt sources; set TAPLOOM_DEBIAN_MIRROR"
 	[ -r "$_keyring" ] || fail "$_keyring is missing: install debian-archive-keyring"
 	mkdir -p "$_work/lists/partial" "$_work/archives/partial" "$_into"
-	echo "deb [signed-by=$_keyring] $_uri trixie main" >"$_work/sources.list"
+	echo "deb [signed-by=$_keyring] $_uri $_suite main" >"$_work/sources.list"
 	_wanted=$*
 	set -- -q -o Dir::Etc::sourcelist="$_work/sources.list" -o Dir::Etc::sourceparts=- \
 		-o Dir::State::lists="$_work/lists" -o Dir::Cache="$_work" -o Dir::Cache::archives="$_work/archives" \

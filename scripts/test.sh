@@ -20,10 +20,13 @@ fi
 scripts/conformance-setup.sh || exit 1
 before=$(leftovers)
 began=$(date +%s)
-# Files run side by side, one lab or more each: they mostly wait, so there are more of them than cores.
+# Files run side by side, one lab or more each: they mostly wait, so there are more of them than cores. Those that take
+# longest begin first.
 summary=$(mktemp)
 trap 'rm -f "$summary"' EXIT
-TAPLOOM_CONFORMANCE_SUMMARY=$summary python -m pytest tests --numprocesses 3 --dist loadfile "$@"
+TAPLOOM_CONFORMANCE_SUMMARY=$summary python -m pytest \
+	tests/conformance tests/system tests/protocol tests/unit \
+	--numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"
 result=$?
 after=$(leftovers)
 if [ "$before" != "$after" ]; then

@@ -41,11 +41,14 @@ __all__ = [
     "HybridAddress",
     "UnixAddress",
     "VsockAddress",
+    "close_stream",
     "connect",
     "data_address",
     "open_listener",
     "parse_address",
+    "send_all",
     "set_buffers",
+    "write_limit",
 ]
 
 logger = logging.getLogger("taploom.address")
@@ -62,10 +65,10 @@ _SO_RCVBUFFORCE: Final = 33
 _SO_PEERGROUPS: Final = 59
 _MAX_OPTION: Final = 1024  # the socket module takes no more
 _VSOCK_BUFFER: Final = 8 << 20
+_VSOCK_WRITE: Final = 28 * 1024
 _UNIX_BUFFER: Final = 4 << 20
 # sun_path holds 108 bytes on Linux and 104 on macOS, the final NUL included.
 _MAX_PATH: Final = 103 if sys.platform == "darwin" else 107
-_MAX_HYBRID_REPLY: Final = 64
 _BACKLOG: Final = 256
 _DECIMAL: Final = re.compile(r"0|[1-9][0-9]{0,9}")
 _RETRY_ACCEPT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -254,6 +257,44 @@ def set_buffers(sock: socket.socket | trio.socket.SocketType) -> None:
                 size //= 2
 
 
+def write_limit(sock: socket.socket | trio.socket.SocketType) -> int:
+    """Bytes that one write to ``sock`` may have: 28 KiB on vsock, else no limit worth the name.
+
+    A guest's kernel makes one packet of each write, up to 64 KiB. Kernels from 6.17 on, and the stable ones that have
+    it too (6.12.117 is one), put what does not fit into an allocation of 32 KiB, with 44 bytes of header and the
+    kernel's own 320, into several fragments: a chain of three descriptors and more. Devices that follow the rust-vmm
+    crate virtio-vsock (vhost-device-vsock 0.3.0 among them) take two at most and drop such a packet without a word:
+    the bytes are missing from the stream, their credit never comes back, and the connection stalls. Between 32,404
+    and 32,768 bytes it depends on how fragmented the guest's memory is.
+    """
+    return _VSOCK_WRITE if sock.family == getattr(socket, "AF_VSOCK", None) else 1 << 30
+
+
+def close_stream(sock: socket.socket) -> None:
+    """Close a socket that does not block so that its peer reads what was sent and then the end, and no error.
+
+    A Unix socket that is closed with something unread in it resets its peer. vhost-device-vsock (0.3.0) does not tell
+    the guest of that, where the connection then seems to live on, and stalls.
+    """
+    if sock.family == socket.AF_UNIX:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)  # from here on nothing is added
+            while sock.recv(1 << 16):
+                pass
+    sock.close()
+
+
+async def send_all(stream: trio.abc.SendStream, data: bytes | bytearray | memoryview) -> None:
+    """``stream.send_all(data)`` in writes that any stream of ``connect`` and of a listener can take (write_limit)."""
+    if len(data) <= _VSOCK_WRITE:
+        await stream.send_all(data)
+        return
+    with memoryview(data) as view:
+        for start in range(0, len(view), _VSOCK_WRITE):
+            with view[start : start + _VSOCK_WRITE] as piece:
+                await stream.send_all(piece)
+
+
 async def connect(
     address: Address,
     *,
@@ -273,13 +314,9 @@ async def connect(
             case UnixAddress(path):
                 return await _connect_socket(socket.AF_UNIX, path, address)
             case HybridAddress(path, port):
-                stream = await _connect_socket(socket.AF_UNIX, path, address)
-                try:
-                    await _hybrid_connect(stream, port, address)
-                except BaseException:
-                    await trio.aclose_forcefully(stream)
-                    raise
-                return stream
+                from taploom.hybrid import connect_hybrid
+
+                return await connect_hybrid(path, port, lambda: _connect_socket(socket.AF_UNIX, path, address))
             case FdAddress():
                 sock = _adopt(address)
                 if _is_listening(sock):
@@ -307,35 +344,6 @@ def _with_address(error: OSError, address: Address) -> OSError:
     # OSError picks the subclass (ConnectionRefusedError, ...) from the number.
     number = error.errno or errno.EIO
     return OSError(number, f"cannot connect to {address}: {os.strerror(number)}")
-
-
-async def _hybrid_connect(stream: trio.SocketStream, port: int, address: Address) -> None:
-    """The host-initiated connect of Firecracker's hybrid vsock (docs/vsock.md in its repository).
-
-    The reply is read byte by byte: what follows its newline belongs to the peer in the guest.
-    """
-    try:
-        await stream.send_all(b"CONNECT %d\n" % port)
-        reply = bytearray()
-        while not reply.endswith(b"\n"):
-            if len(reply) >= _MAX_HYBRID_REPLY:
-                raise ConnectionRefusedError(
-                    errno.ECONNREFUSED,
-                    f"{address}: the VMM's answer {bytes(reply)!r} is longer than {_MAX_HYBRID_REPLY} bytes",
-                )
-            byte = await stream.receive_some(1)
-            if not byte:
-                raise ConnectionRefusedError(
-                    errno.ECONNREFUSED,
-                    f"{address}: the VMM closed the connection: nothing listens on port {port} in the VM",
-                )
-            reply += byte
-    except trio.BrokenResourceError as error:
-        raise ConnectionResetError(errno.ECONNRESET, f"{address}: the VMM reset the connection") from error
-    if not re.fullmatch(rb"OK( [0-9]{1,10})?\r?\n", reply):
-        raise ConnectionRefusedError(
-            errno.ECONNREFUSED, f"{address}: the VMM answered {bytes(reply)!r} instead of 'OK PORT'"
-        )
 
 
 def _adopt(address: FdAddress) -> socket.socket:

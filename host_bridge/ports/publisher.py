@@ -19,6 +19,7 @@ import trio
 from host_bridge.ports.allocator import BoundPort, PortAllocator
 from host_bridge.ports.host_access import HostAccess
 from host_bridge.ports.model import PortBinding, PublishedPort
+from host_bridge.waiting import Backoff, Signal
 from taploom.address import Address
 from taploom.contracts.taploom.helper.v1 import StreamWanted
 from taploom.contracts.taploom.link.v1 import StreamProtocol, StreamTarget
@@ -28,7 +29,7 @@ from taploom.link.connections import Budget, ConnectionServer, Route, socket_add
 from taploom.link.datagrams import DatagramServer, Flow
 from taploom.link.loop import Loop
 from taploom.link.splice import Splice, plain_socket, reset, tune_tcp
-from taploom.link.streams import STREAM_TIMEOUT, stream_hello
+from taploom.link.streams import STREAM_TIMEOUT, StreamUnauthorizedError, StreamUnavailableError, stream_hello
 
 __all__ = ["PortPublisher", "StreamHelper"]
 
@@ -55,6 +56,9 @@ class StreamHelper(Protocol):
     def stream_secret(self) -> bytes | None:
         """What AuthorizeStreams gave it on this connection; None: it cannot carry streams now."""
 
+    async def streams_ready(self) -> None:
+        """Returns once there is a stream secret."""
+
     async def refuse_stream(self, token: bytes) -> None:
         """Calls RefuseStream; must not raise when the helper has gone."""
 
@@ -73,12 +77,14 @@ class _Port:
 class _Owner:
     """A container's ports, and the connections that were not opened by their servers."""
 
-    __slots__ = ("addresses", "connections", "ports")
+    __slots__ = ("addresses", "changed", "connections", "opening", "ports")
 
     def __init__(self) -> None:
         self.ports: list[_Port] = []
-        self.addresses: tuple[str, ...] = ()
+        self.addresses: tuple[str, ...] | None = None  # None: not known yet
+        self.changed = Signal()  # of addresses
         self.connections: set[Attachment] = set()
+        self.opening: set[trio.CancelScope] = set()
 
 
 class PortPublisher:
@@ -140,8 +146,7 @@ class PortPublisher:
                 self.release(name)
 
     def publish(self, owner: str, bindings: Sequence[PortBinding]) -> tuple[PublishedPort, ...]:
-        """Listen for all of ``bindings``, in addition to what the owner has; connections are refused until
-        ``set_target``.
+        """Listen for all of ``bindings``, in addition to what the owner has; connections wait for ``set_target``.
 
         Raises PortError, whose message is dockerd's, or InvalidError for a host address that is none; nothing was
         changed then.
@@ -165,6 +170,7 @@ class PortPublisher:
         if entry is None or entry.addresses == target:
             return
         entry.addresses = target
+        entry.changed.notify()
         self._tend(entry, flows_before=math.inf, openings_before=-math.inf)
         if not target:
             self._end_connections(entry)
@@ -177,6 +183,7 @@ class PortPublisher:
         if entry is None:
             return
         entry.addresses = ()
+        entry.changed.notify()
         for port in entry.ports:
             if port.attachment is not None:
                 self._dataplane.end_attachment(port.attachment, within=_CLOSE_WITHIN)
@@ -216,6 +223,8 @@ class PortPublisher:
 
         servers = [port.server for port in owner.ports if isinstance(port.server, ConnectionServer)]
         self._dataplane.call(end)
+        for scope in owner.opening:
+            scope.cancel()
         for attachment in owner.connections:
             self._dataplane.end_attachment(attachment)
         self._slow -= len(owner.connections)
@@ -275,10 +284,15 @@ class PortPublisher:
         return broken
 
     async def _connect(self, owner: _Owner, client: socket.socket, port: PublishedPort) -> None:
-        """A connection whose stream takes more than connect(2), or a moment's waiting."""
+        """A connection whose stream takes more than connect(2), or some waiting."""
         joined = False
+        scope = trio.CancelScope()
+        owner.opening.add(scope)
         try:
-            stream = await self._open(owner, port)
+            with scope:
+                stream = await self._open_patiently(owner, port)
+            if scope.cancelled_caught:
+                return
             container = plain_socket(stream.socket)
             tune_tcp(client)
 
@@ -297,6 +311,7 @@ class PortPublisher:
         except StreamError as error:
             logger.debug("a connection to port %d is refused: %s", port.host_port, error)
         finally:
+            owner.opening.discard(scope)
             if not joined:
                 self._slow -= 1
                 reset(client)
@@ -330,6 +345,29 @@ class PortPublisher:
         sock = plain_socket(stream.socket)
         self._dataplane.call(lambda: server.join(flow, sock))
 
+    async def _open_patiently(self, owner: _Owner, port: PublishedPort) -> trio.SocketStream:
+        """As `_open`, but not only now: until the container has a target, and while the helper is away. A bridge or a
+        helper that was started again is no reason to turn away whom it can serve a moment later.
+        """
+        backoff = Backoff()
+        why = StreamError("there is no way to the container")
+        with trio.move_on_after(STREAM_TIMEOUT):
+            while True:
+                await owner.changed.until(lambda: owner.addresses is not None)
+                if not owner.addresses:
+                    raise why
+                await self._helper.streams_ready()
+                try:
+                    return await self._open(owner, port)
+                except StreamUnauthorizedError as error:  # it is another one, whose secret is on its way
+                    why = error
+                except StreamUnavailableError as error:
+                    if error.refusal is not None:
+                        raise
+                    why = error  # it is away
+                await trio.sleep(backoff.next(trio.current_time()))
+        raise why
+
     async def _open(self, owner: _Owner, port: PublishedPort) -> trio.SocketStream:
         """A stream to the container; raises StreamError."""
         address, secret = self._way(owner, port)
@@ -344,7 +382,7 @@ class PortPublisher:
 
         Also for the data plane's thread.
         """
-        addresses, v6 = owner.addresses, ":" in port.host_ip
+        addresses, v6 = owner.addresses or (), ":" in port.host_ip
         # As docker-proxy: over the other family where the container has only that.
         address = next((address for address in addresses if (":" in address) == v6), addresses[0] if addresses else "")
         return address, self._helper.stream_secret or b""

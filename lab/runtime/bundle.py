@@ -6,7 +6,7 @@ gives them to its own runtime.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -130,7 +130,7 @@ def container_config(
     writable: bool,
     hostname: str,
     domainname: str,
-    files: dict[str, Path],
+    files: Mapping[str, Path],
     mounts: Sequence[MountSpec],
     netns: str | None,
     privileged: bool,

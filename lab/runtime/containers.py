@@ -12,14 +12,11 @@ ID[:32]/
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import logging
-import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,13 +24,11 @@ from typing import Any, Literal
 
 import trio
 
-from lab.runtime import children, kernel
-from lab.runtime.agents import Agent, Zygote
 from lab.runtime.bundle import MountSpec, ProcessSpec, container_config, process_config
-from lab.runtime.crun import Crun, Stdio
+from lab.runtime.engine import Child, Engine, Guest
 from lab.runtime.errors import InvalidFailure, NotFoundFailure, StateFailure
 from lab.runtime.log import Log
-from lab.runtime.streams import DRAIN_TIMEOUT, Streams, pipe
+from lab.runtime.streams import DRAIN_TIMEOUT, Streams
 from lab.runtime.users import find_user
 from lab.state import replace_json
 
@@ -41,16 +36,6 @@ logger = logging.getLogger("taploom.runtime")
 
 State = Literal["created", "booted", "running", "exited"]
 
-# As dockerd sets them in each network namespace: ports below 1024 and ping need no capability.
-_SYSCTLS = {"net/ipv4/ip_unprivileged_port_start": "0", "net/ipv4/ping_group_range": "0 2147483647"}
-_HOSTS = """\
-127.0.0.1\tlocalhost
-::1\tlocalhost ip6-localhost ip6-loopback
-fe00::0\tip6-localnet
-ff00::0\tip6-mcastprefix
-ff02::1\tip6-allnodes
-ff02::2\tip6-allrouters
-"""
 _KILLED = 128 + signal.SIGKILL
 
 
@@ -88,7 +73,7 @@ class Process:
         self.ended: Ended | None = None
         self.exited = trio.Event()
         self.failure = ""
-        self._child: children.Child | None = None
+        self._child: Child | None = None
 
     @property
     def started(self) -> bool:
@@ -99,11 +84,11 @@ class Process:
         return self._child is not None and self.ended is None
 
     @property
-    def child(self) -> children.Child | None:
+    def child(self) -> Child | None:
         """It while it runs."""
         return self._child if self.ended is None else None
 
-    def start(self, child: children.Child) -> None:
+    def start(self, child: Child) -> None:
         """It runs."""
         self._child = child
 
@@ -144,14 +129,11 @@ class Container:
         self.main: Process | None = None
         self.next_main = Process(record.id, "", self.log)
         self.processes: dict[str, Process] = {}
-        self.netns: int | None = None
-        self.agent: Agent | None = None
+        self.guest: Guest | None = None
         self.hostname = ""
         self.domainname = ""
         self.booted = False
         self.deleted = False
-        self._agent_scope = trio.CancelScope()
-        self._agent_gone = trio.Event()
 
     @property
     def id(self) -> str:
@@ -194,38 +176,13 @@ class Container:
         if not self.deleted:
             replace_json(self.directory / "container.json", asdict(self.record))
 
-    async def start_agent(self, zygote: Zygote, netns: int, log: Path, nursery: trio.Nursery) -> None:
-        """Starts the agent and returns when it takes connections. OSError when it does not."""
-        self.netns = netns
-        self.agent = Agent(zygote, self.directory, netns, log)
-        self._agent_scope = trio.CancelScope()
-        self._agent_gone = trio.Event()
-        await nursery.start(self._run_agent, self.agent)
-
-    async def _run_agent(self, agent: Agent, *, task_status: trio.TaskStatus[None]) -> None:
-        try:
-            with self._agent_scope:
-                await agent.run(task_status=task_status)
-        finally:
-            self._agent_gone.set()
-
-    async def stop_agent(self) -> None:
-        """Ends the agent, and the network namespace when nothing else is in it."""
-        if self.agent is not None:
-            self._agent_scope.cancel()
-            await self._agent_gone.wait()
-            self.agent = None
-        if self.netns is not None:
-            os.close(self.netns)
-            self.netns = None
-
 
 class Containers:
     """All containers of the lab.
 
     Args:
         directory: where theirs are.
-        root_of: where the root file system of a layer is.
+        engine: what they run on.
         nursery: where what belongs to them runs.
         on_exit: called when a process has ended and its output is in the log.
     """
@@ -234,20 +191,12 @@ class Containers:
         self,
         directory: Path,
         *,
-        crun: Crun,
-        zygote: Zygote,
-        pids: children.MachinePids,
-        agent_log: Path,
-        root_of: Callable[[str], Path],
+        engine: Engine,
         nursery: trio.Nursery,
         on_exit: Callable[[Process], None],
     ) -> None:
         self._directory = directory
-        self._crun = crun
-        self._zygote = zygote
-        self._pids = pids
-        self._agent_log = agent_log
-        self._root_of = root_of
+        self._engine = engine
         self._nursery = nursery
         self._on_exit = on_exit
         self._containers: dict[str, Container] = {}
@@ -267,6 +216,11 @@ class Containers:
                 # It ran when the runtime was killed, and the kernel took it along.
                 container.save(exit_code=_KILLED, finished_at=datetime.now(UTC).isoformat())
             self._containers[container.id] = container
+
+    @property
+    def host_network(self) -> bool:
+        """Whether a container can have the host's network."""
+        return self._engine.host_network
 
     def all(self) -> list[Container]:
         """In order of their ids."""
@@ -304,7 +258,7 @@ class Containers:
         self._containers[record.id] = container
 
     async def boot(self, container: Container, *, hostname: str, domainname: str, own_network: bool) -> None:
-        """Mounts the root file system, and starts the agent in a new network namespace when it has its own network.
+        """Makes the root file system be there, and the agent answer when it has a network of its own.
 
         Raises:
             NotFoundFailure: it was removed meanwhile.
@@ -316,42 +270,13 @@ class Containers:
                 return
             container.hostname, container.domainname = hostname, domainname
             try:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(trio.to_thread.run_sync, self._prepare, container, own_network)
-                    if own_network:
-                        # With the limit of its own that a thread which waits for the kernel's lock needs.
-                        netns = await trio.to_thread.run_sync(kernel.new_network_namespace, _SYSCTLS)
-                        await container.start_agent(self._zygote, netns, self._agent_log, self._nursery)
+                container.guest = await self._engine.boot(container, own_network=own_network)
             except BaseException:
                 with trio.CancelScope(shield=True):
                     await self._unboot(container)
                 raise
             container.main = None
             container.booted = True
-
-    def _prepare(self, container: Container, own_network: bool) -> None:
-        directory = container.directory
-        layer = self._root_of(container.record.layer)
-        if any(character in str(layer) for character in ":,\\"):
-            raise OSError(errno.EINVAL, f"{layer}: no ':', ',' or backslash may be in a lab's path")
-        kernel.mount(
-            "overlay",
-            directory / "root",
-            "overlay",
-            # No devices: nothing but the container's own /dev is to lead to the machine's.
-            kernel.MS_NODEV,
-            f"lowerdir={layer},upperdir={directory / 'upper'},workdir={directory / 'work'}",
-        )
-        resolv_conf = Path("/etc/resolv.conf").read_text() if Path("/etc/resolv.conf").exists() else ""
-        files = {"hostname": f"{container.hostname}\n", "hosts": _HOSTS, "resolv.conf": resolv_conf}
-        if not own_network:
-            files["hosts"] = Path("/etc/hosts").read_text() if Path("/etc/hosts").exists() else _HOSTS
-        for name, text in files.items():
-            path = directory / name
-            path.write_text(text)
-            path.chmod(0o644)
-            # A mount point cannot be replaced by renaming: whoever writes it writes into the file that is bound.
-            kernel.mount(str(path), path, "", kernel.MS_BIND)
 
     async def start(self, container: Container, process_id: str, spec: ProcessSpec) -> int:
         """Starts a process; returns its pid as the machine sees it.
@@ -396,16 +321,9 @@ class Containers:
         config = process_config(spec, user)
         if not process.id:
             config = self._container_config(container, config, privileged=spec.privileged)
-        run = self._crun.execute if process.id else self._crun.run
-        with _pipes(spec) as (stdio, ours):
-            child, master = await run(container.name, container.directory, config, stdio)
-            if master is not None:
-                process.streams.open_terminal(master, stdin=spec.stdin)
-            elif ours is not None:
-                process.streams.open_pipes(*ours)
-        process.start(child)
+        child = await self._engine.start(container, process, config, spec)
         self._started(container, process)
-        pid = self._pids.pid(child)
+        pid = self._engine.pid(child)
         self._nursery.start_soon(self._run, container, process)
         return pid
 
@@ -416,16 +334,16 @@ class Containers:
             logger.exception("a process of container %s has no one to carry its output any more", container.id)
 
     def _container_config(self, container: Container, process: dict[str, Any], *, privileged: bool) -> dict[str, Any]:
-        directory = container.directory
+        layout = self._engine.layout(container)
         return container_config(
             process,
-            root=directory / "root",
+            root=layout.root,
             writable=container.record.writable,
             hostname=container.hostname,
             domainname=container.domainname,
-            files={f"/etc/{name}": directory / name for name in ("resolv.conf", "hostname", "hosts")},
-            mounts=container.record.mounts,
-            netns=None if container.netns is None else f"/proc/{os.getpid()}/fd/{container.netns}",
+            files=layout.files,
+            mounts=layout.mounts,
+            netns=layout.netns,
             privileged=privileged,
             fresh_run=not container.record.layer,
         )
@@ -460,19 +378,14 @@ class Containers:
             if main.child is not None:
                 main.child.kill()
                 await main.exited.wait()
-            await self._crun.delete(container.name)
+            await self._engine.end(container)
         await self._unboot(container)
         container.main = None
         container.booted = False
 
     async def _unboot(self, container: Container) -> None:
-        await container.stop_agent()
-
-        def unmount() -> None:
-            for name in ("root", "resolv.conf", "hosts", "hostname"):
-                kernel.unmount(container.directory / name)
-
-        await trio.to_thread.run_sync(unmount)
+        await self._engine.halt(container)
+        container.guest = None
 
     async def delete(self, container: Container) -> None:
         """Halts the container and removes what there is of it."""
@@ -508,29 +421,4 @@ class Containers:
     def pid(self, container: Container) -> int:
         """The main process's pid as the machine sees it; 0 when there is none."""
         child = container.main.child if container.main is not None else None
-        return self._pids.pid(child) if child is not None else 0
-
-
-@contextlib.contextmanager
-def _pipes(spec: ProcessSpec) -> Iterator[tuple[Stdio | None, tuple[int | None, int, int] | None]]:
-    """A process's ends of its streams, which are closed at the end, and ours, which are only closed after a failure.
-
-    Neither for a process with a terminal.
-    """
-    if spec.terminal:
-        yield None, None
-        return
-    out, err = pipe(), pipe()
-    into = pipe() if spec.stdin else (None, None)
-    ours = (into[1], out[0], err[0])
-    try:
-        yield Stdio(into[0], out[1], err[1]), ours
-    except BaseException:
-        for fd in ours:
-            if fd is not None:
-                os.close(fd)
-        raise
-    finally:
-        for fd in (into[0], out[1], err[1]):
-            if fd is not None:
-                os.close(fd)
+        return self._engine.pid(child) if child is not None else 0

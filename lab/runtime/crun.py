@@ -91,7 +91,7 @@ class Crun:
                         stderr=stdio.stderr if stdio else None,
                     )
                 if code:
-                    raise _failure(log.read_text(errors="replace").strip() if log.exists() else "", arguments)
+                    raise failure(log.read_text(errors="replace").strip() if log.exists() else "", arguments)
                 child = children.adopt(int(pid_file.read_text()))
                 # crun has sent the terminal before it ended.
                 return child, None if listener is None else _receive_terminal(listener)
@@ -115,7 +115,7 @@ def _receive_terminal(listener: socket.socket) -> int:
     return descriptors[0]
 
 
-def _failure(text: str, arguments: list[str]) -> InvalidFailure:
+def failure(text: str, arguments: list[str]) -> InvalidFailure:
     """What Docker's runtime says where crun says `text`."""
     # The last line is the error; warnings may stand before it, each after its time.
     text = re.sub(r"^\d{4}-\d\d-\d\dT\S+ ", "", text.splitlines()[-1]) if text else "crun failed without a word"

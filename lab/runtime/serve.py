@@ -16,7 +16,9 @@ from lab.runtime.agents import Zygote
 from lab.runtime.children import MachinePids
 from lab.runtime.containers import Containers
 from lab.runtime.crun import Crun
+from lab.runtime.engine import Engine
 from lab.runtime.images import ImageStore
+from lab.runtime.namespaces import NamespaceEngine
 from lab.runtime.service import RuntimeService
 from lab.state import Lab
 from taploom.address import open_listener, parse_address
@@ -42,17 +44,11 @@ def run(name: str, machine_proc: int) -> int:
 async def _serve(lab: Lab, machine_proc: int) -> None:
     images = ImageStore(lab.path / "images")
     service = RuntimeService(images)
-    zygote = Zygote()
     async with trio.open_nursery() as nursery:
         await nursery.start(_reap)
-        await nursery.start(zygote.run)
         service.containers = Containers(
             lab.containers,
-            crun=Crun(_empty(lab.path / "crun")),
-            zygote=zygote,
-            pids=MachinePids(machine_proc),
-            agent_log=lab.logs / "containers.log",
-            root_of=images.root,
+            engine=await _engine(lab, images, machine_proc, nursery),
             nursery=nursery,
             on_exit=service.process_ended,
         )
@@ -60,6 +56,23 @@ async def _serve(lab: Lab, machine_proc: int) -> None:
         listener = await open_listener(parse_address(lab.runtime_address))
         logger.info("serves containers on %s", lab.runtime_address)
         await Server([service]).serve(listener)
+
+
+async def _engine(lab: Lab, images: ImageStore, machine_proc: int, nursery: trio.Nursery) -> Engine:
+    if lab.on_vms():
+        from lab.vm.containers import VmEngine
+
+        return VmEngine(lab, root_of=images.root, nursery=nursery)
+    zygote = Zygote()
+    await nursery.start(zygote.run)
+    return NamespaceEngine(
+        crun=Crun(_empty(lab.path / "crun")),
+        zygote=zygote,
+        pids=MachinePids(machine_proc),
+        agent_log=lab.logs / "containers.log",
+        root_of=images.root,
+        nursery=nursery,
+    )
 
 
 async def _reap(*, task_status: trio.TaskStatus[None]) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import platform
 import secrets
-import struct
-import termios
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -86,7 +83,7 @@ class RuntimeService(RuntimeServiceBase):
             contract_versions=[1],
             features=[
                 v1.RuntimeFeature.TERMINAL,
-                v1.RuntimeFeature.HOST_NETWORK,
+                *([v1.RuntimeFeature.HOST_NETWORK] if self.containers.host_network else []),
                 v1.RuntimeFeature.IMAGES,
             ],
             instance_id=self._instance_id,
@@ -160,9 +157,9 @@ class RuntimeService(RuntimeServiceBase):
                 domainname=request.domainname,
                 own_network=request.network_mode != v1.NetworkMode.HOST,
             )
-        agent = container.agent
+        guest = container.guest
         return v1.BootContainerResponse(
-            guest_address=agent.control if agent else "", guest_data_address=agent.data if agent else ""
+            guest_address=guest.control if guest else "", guest_data_address=guest.data if guest else ""
         )
 
     async def start_process(self, request: v1.StartProcessRequest, context: ServerContext) -> v1.StartProcessResponse:
@@ -217,12 +214,11 @@ class RuntimeService(RuntimeServiceBase):
     ) -> v1.ResizeProcessResponse:
         with _statuses():
             process = self.containers.get(request.container_id).process(request.process_id)
-            terminal = process.streams.terminal
-            if terminal is None:
+            if not process.streams.has_terminal:
                 raise StateFailure("the process has no terminal, or does not run")
             if not (0 <= request.columns < 1 << 16 and 0 <= request.rows < 1 << 16):
                 raise InvalidFailure("a terminal has less than 65536 lines of less than 65536 characters")
-            fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", request.rows, request.columns, 0, 0))
+            process.streams.resize(request.rows, request.columns)
         return v1.ResizeProcessResponse()
 
     async def halt_container(
@@ -250,7 +246,7 @@ class RuntimeService(RuntimeServiceBase):
         return v1.ListContainersResponse(containers=[self._status(container) for container in self.containers.all()])
 
     def _status(self, container: Container) -> v1.ContainerStatus:
-        record, agent = container.record, container.agent
+        record, guest = container.record, container.guest
         return v1.ContainerStatus(
             container_id=record.id,
             state=_STATES[container.state],
@@ -260,8 +256,8 @@ class RuntimeService(RuntimeServiceBase):
             else record.exit_code,
             started_at=datetime.fromisoformat(record.started_at) if record.started_at else None,
             finished_at=datetime.fromisoformat(record.finished_at) if record.finished_at else None,
-            guest_address=agent.control if agent else "",
-            guest_data_address=agent.data if agent else "",
+            guest_address=guest.control if guest else "",
+            guest_data_address=guest.data if guest else "",
             process_ids=sorted(process.id for process in container.processes.values() if process.running),
         )
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import struct
+import termios
 from collections import deque
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Protocol
 
 import trio
 
@@ -20,6 +24,24 @@ _CHUNK = 32 * 1024
 _MAX_WAITING = 1 << 20
 # How long output of what a process left behind is waited for after its end, as in Docker.
 DRAIN_TIMEOUT = 2.0
+
+
+class Source(Protocol):
+    """What output comes from."""
+
+    async def receive_some(self, max_bytes: int | None = None, /) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+class Sink(Protocol):
+    """Where input goes."""
+
+    async def send_all(self, data: bytes, /) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Attachment:
@@ -70,11 +92,11 @@ class Streams:
     def __init__(self, log: Log | None) -> None:
         self._log = log
         self._attachments: list[Attachment] = []
-        self._outputs: list[tuple[Stream, trio.lowlevel.FdStream]] = []
-        self._input: trio.lowlevel.FdStream | None = None
+        self._outputs: list[tuple[Stream, Source]] = []
+        self._input: Sink | None = None
         self._input_lock = trio.Lock()
         self._input_opened = trio.Event()
-        self._terminal: int | None = None
+        self._resize: Callable[[int, int], None] | None = None
         self._reads: set[trio.CancelScope] = set()
         self._exited_at = float("inf")
         self._exited = trio.Event()
@@ -84,7 +106,11 @@ class Streams:
         """A terminal's master side carries everything; the descriptor is ours from now on."""
         stream = trio.lowlevel.FdStream(master)
         self._outputs = [(STDOUT, stream)]
-        self._terminal = master
+
+        def resize(rows: int, columns: int) -> None:
+            fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+        self._resize = resize
         self._open_input(stream if stdin else None)
 
     def open_pipes(self, stdin: int | None, stdout: int, stderr: int) -> None:
@@ -92,14 +118,29 @@ class Streams:
         self._outputs = [(STDOUT, trio.lowlevel.FdStream(stdout)), (STDERR, trio.lowlevel.FdStream(stderr))]
         self._open_input(None if stdin is None else trio.lowlevel.FdStream(stdin))
 
-    def _open_input(self, stream: trio.lowlevel.FdStream | None) -> None:
+    def open_streams(
+        self, stdin: Sink | None, stdout: Source, stderr: Source | None, resize: Callable[[int, int], None] | None
+    ) -> None:
+        """Streams that are no descriptors of ours. `resize` sets a terminal's rows and columns; None: there is none."""
+        self._outputs = [(STDOUT, stdout)]
+        if stderr is not None:
+            self._outputs.append((STDERR, stderr))
+        self._resize = resize
+        self._open_input(stdin)
+
+    def _open_input(self, stream: Sink | None) -> None:
         self._input = stream
         self._input_opened.set()
 
     @property
-    def terminal(self) -> int | None:
-        """The terminal's master side while it is open."""
-        return self._terminal
+    def has_terminal(self) -> bool:
+        """Whether they are a terminal's, and open."""
+        return self._resize is not None
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Sets the terminal's size, in characters."""
+        if self._resize is not None:
+            self._resize(rows, columns)
 
     def attach(self, streams: frozenset[Stream]) -> Attachment:
         """A queue of all output from here on."""
@@ -132,7 +173,7 @@ class Streams:
     async def close_input(self) -> None:
         """The process reads the end of its input. A terminal's stays open."""
         await self._input_opened.wait()
-        if self._terminal is None and self._input is not None:
+        if self._resize is None and self._input is not None:
             await self._input.aclose()
 
     async def carry(self) -> None:
@@ -164,14 +205,14 @@ class Streams:
         for attachment in self._attachments:
             attachment.end()
         self._attachments.clear()
-        self._terminal = None
+        self._resize = None
         for source in (*(source for _, source in self._outputs), self._input):
             if source is not None:
                 source.close()
         self._input = None
         self._input_opened.set()
 
-    async def _carry(self, stream: Stream, source: trio.lowlevel.FdStream) -> None:
+    async def _carry(self, stream: Stream, source: Source) -> None:
         while True:
             with trio.CancelScope(deadline=self._exited_at + DRAIN_TIMEOUT) as scope:
                 self._reads.add(scope)

@@ -29,7 +29,7 @@ def main() -> None:
     """Serves requests until the other side closes."""
     server = socket.socket(fileno=int(sys.argv[1]))
     os.set_inheritable(server.fileno(), False)
-    importlib.import_module(f"{AGENT}.lean").without_openssl()  # as the agent's own start does
+    importlib.import_module("taploom.lean").without_unused()  # as the agent's own start does
     agent = importlib.import_module(f"{AGENT}.__main__")
     importlib.import_module(f"{AGENT}.cli")
     gc.collect()

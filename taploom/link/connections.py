@@ -106,19 +106,34 @@ class _Opening:
         except OSError:
             data = b""
         self._got += data
+        if not data:
+            self._go_on_elsewhere("the data port closed the stream")
+            return
         try:
-            if not data:
-                raise HandshakeError("the data port closed the stream")
             if self._got != _READY:
                 if len(self._got) < len(_READY) or len(self._got) < 4 + decode_length(self._got[:4]):
                     return
                 check_reply(decode_message(LinkReply, self._got[4:]), ())
-        except (HandshakeError, RefusedError) as error:
+        except RefusedError as error:
+            if error.refusal is LinkRefusal.UNAUTHORIZED:
+                self._go_on_elsewhere(str(error))
+                return
+            self._server.forget(self, str(error))
+            self.stop()
+            return
+        except HandshakeError as error:
             self._server.forget(self, str(error))
             self.stop()
             return
         self._server.loop.watch(self._stream.fileno(), 0, self._readable)
         self._server.join(self, self._client, self._stream)
+
+    def _go_on_elsewhere(self, reason: str) -> None:
+        """The agent has just ended, or is another one than before."""
+        self._server.loop.watch(self._stream.fileno(), 0, self._readable)
+        self._stream.close()
+        self._server.forget(self, reason)
+        self._server.fall_back(self._client)
 
 
 class ConnectionServer:
@@ -127,11 +142,11 @@ class ConnectionServer:
     Args:
         loop: the thread's.
         listener: a listening socket that does not block; closed with the server.
-        route: where a connection leads that comes now; None: it is reset. Called on the thread.
+        route: where a connection leads that comes now; None: nowhere yet. Called on the thread.
         direct: False: the data port takes more than connect(2) to be connected to; all connections go to `fallback`.
         budget: shared with other servers; connections beyond it are reset.
-        fallback: takes connections whose stream cannot be opened at once, and resets or carries them by itself; on the
-            thread.
+        fallback: takes connections whose stream cannot be opened at once, or that lead nowhere yet, and resets or
+            carries them by itself; on the thread.
         on_refused: told why a stream was refused; on the thread.
     """
 
@@ -151,7 +166,7 @@ class ConnectionServer:
         self._route: Final = route
         self._direct: Final = direct
         self._budget: Final = budget
-        self._fallback: Final = fallback
+        self.fall_back: Final = fallback
         self._on_refused: Final = on_refused
         self._parts: set[_Part] = set()
         self._paused = False
@@ -232,12 +247,12 @@ class ConnectionServer:
             self._begin(client)
 
     def _begin(self, client: socket.socket) -> None:
-        if not self._direct:
-            self._fallback(client)
-            return
-        route = self._route() if self._budget.used < self._budget.limit else None
-        if route is None:
+        if self._direct and self._budget.used >= self._budget.limit:
             reset(client)
+            return
+        route = self._route() if self._direct else None
+        if route is None:
+            self.fall_back(client)
             return
         tune_tcp(client)
         try:
@@ -251,15 +266,10 @@ class ConnectionServer:
             stream.connect(route.address)
             opening = _Opening(self, client, stream)
             opening.start(route.hello)
-        except BlockingIOError:
-            # vsock's connect takes its time, and so does a Unix listener whose queue is full.
+        except OSError:
+            # vsock's connect takes its time, and so does a Unix listener whose queue is full; or the agent is away.
             stream.close()
-            self._fallback(client)
-            return
-        except OSError as error:
-            stream.close()
-            reset(client)
-            self._on_refused(str(error))
+            self.fall_back(client)
             return
         self._budget.used += 1
         self._parts.add(opening)

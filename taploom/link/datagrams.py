@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+from taploom.address import write_limit
 from taploom.link.loop import READ, WRITE, Loop
-from taploom.link.pump import write_limit
 from taploom.link.splice import widen
 
 __all__ = [

@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Final
 
+from taploom.address import write_limit
 from taploom.contracts.taploom.link.v1 import LinkFeature
 from taploom.link.frames import HEADER_SIZE, LENGTH_SIZE, MAX_FRAME, MIN_FRAME, FrameError, FrameScanner
 from taploom.link.loop import CHUNK, READ, WRITE, Loop
 
-__all__ = ["Counters", "Pump", "write_limit"]
+__all__ = ["Counters", "Pump"]
 
 _BATCH_BYTES: Final = 64 * 1024
 _BATCH_FRAMES: Final = 64
@@ -44,14 +45,6 @@ class Counters:
         self.rx_drops = 0
         self.tx_drops = 0
         self.reconnects = 0
-
-
-def write_limit(sock: socket.socket) -> int:
-    """Bytes that one write to ``sock`` may have.
-
-    32 KiB on vsock: a larger write makes packets of several descriptors, which some VMMs do not expect.
-    """
-    return 32 * 1024 if sock.family == getattr(socket, "AF_VSOCK", None) else 1 << 30
 
 
 class Pump:

@@ -10,8 +10,9 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
+from taploom.address import close_stream, write_limit
 from taploom.link.loop import CHUNK, READ, WRITE, Loop
-from taploom.link.pump import Counters, write_limit
+from taploom.link.pump import Counters
 
 __all__ = ["Relay"]
 
@@ -66,7 +67,7 @@ class Relay:
             self._stopped = True
             for side in (self._guest, self._helper):
                 self._watch(side, 0)
-                side.sock.close()
+                close_stream(side.sock)
 
     def _end(self, reason: str) -> None:
         if not self._stopped:

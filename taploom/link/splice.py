@@ -16,9 +16,8 @@ from typing import Final
 
 import trio
 
-from taploom.address import set_buffers
+from taploom.address import close_stream, set_buffers, write_limit
 from taploom.link.loop import CHUNK, HANGUP, READ, WRITE, Loop
-from taploom.link.pump import write_limit
 
 __all__ = ["Splice", "plain_socket", "reset", "tune_tcp", "widen"]
 
@@ -192,7 +191,7 @@ def reset(sock: socket.socket) -> None:
     if sock.family in _INTERNET:
         with suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
-    sock.close()
+    close_stream(sock)
 
 
 def widen(carrier: socket.socket) -> None:

@@ -6,6 +6,7 @@ between checkpoints, so there are no locks.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -18,6 +19,8 @@ import h2.events
 import h2.exceptions
 import h2.settings
 import trio
+
+from taploom.address import send_all
 
 from .framing import (
     PREFIX_SIZE,
@@ -345,7 +348,7 @@ class Connection:
             if self._outbound:
                 data, self._outbound = self._outbound, bytearray()
                 try:
-                    await self._transport.send_all(data)
+                    await send_all(self._transport, data)
                 except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
                     self.finish("the peer closed the connection")
                     return
@@ -649,8 +652,10 @@ class Connection:
                 continue
             if self._incomplete <= _INCOMPLETE_LIMIT or not stream.reader.pending or self._is_oldest_incomplete(stream):
                 credit, stream.credit_deferred = stream.credit_deferred, 0
+                # h2 is ahead of us: what has come since in the same packet may have ended the stream.
                 if not stream.remote_closed:
-                    self._h2.increment_flow_control_window(credit, stream.stream_id)
+                    with contextlib.suppress(h2.exceptions.StreamClosedError):
+                        self._h2.increment_flow_control_window(credit, stream.stream_id)
         self._flush()
 
     def _framing_failed(self, stream: Http2Stream, error: FramingError) -> None:

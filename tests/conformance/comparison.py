@@ -116,8 +116,8 @@ class Pair:
         return bool(explaining)
 
     def unused(self) -> Iterator[Difference]:
-        """Listed differences that nothing matched."""
-        return (entry for number, entry in enumerate(DIFFERENCES) if number not in self.tally.used)
+        """Listed differences that nothing matched, of those that are there in every run."""
+        return (entry for number, entry in enumerate(DIFFERENCES) if number not in self.tally.used and not entry.varies)
 
     def close(self) -> None:
         self.stack.close()

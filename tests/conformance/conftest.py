@@ -12,6 +12,11 @@ from script import Scenario
 from setup_cache import conformance_setup
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest of all begins first; others run beside it (scripts/test.sh)."""
+    items.sort(key=lambda item: item.path.name != "test_conformance_script.py")
+
+
 @pytest.fixture(scope="session")
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     conformance_setup()

@@ -62,6 +62,11 @@ class Machine:
         (self.directory / "resolv.conf").write_text(f"nameserver {INTERNET_ADDRESS}\nsearch example.test\n")
         self.holder = self._hold("--mount", "--net")
         self.internet = self._hold("--mount", "--net", directory=self.directory / "internet")
+        # What a side does while its bridges still look for others with their IPv6 addresses (DAD, RFC 4862), for a
+        # second or two, is chance: another source address, no answer from a gateway. Here nobody else has them.
+        for setting in ("accept_dad", "dad_transmits"):
+            for scope in ("all", "default"):
+                self.check("sh", "-c", f"echo 0 >/proc/sys/net/ipv6/conf/{scope}/{setting}")
         outside = ["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", str(self.internet.pid)]
         self.check(*outside)
         for enter, addresses in (

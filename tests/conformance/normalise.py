@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from script import Result, Step
@@ -46,7 +48,7 @@ def normalise(step: Step, result: Result, symbols: dict[str, str]) -> Any:
 
     def walk(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
-            return {text(name): walk(item, name) for name, item in value.items()}
+            return _members((text(name), walk(item, name)) for name, item in value.items())
         if isinstance(value, list):
             items = [walk(item) for item in value]
             return sorted(items, key=_order) if all(isinstance(item, dict) for item in items) else items
@@ -60,6 +62,8 @@ def normalise(step: Step, result: Result, symbols: dict[str, str]) -> Any:
     answer: dict[str, Any] = {status: result.exit}
     if result.document is not None:
         answer["json"] = walk(result.document)
+        if step.title.startswith("docker events"):
+            answer["json"] = _leaving_at_once(answer["json"])
     elif result.stdout:
         # Sorted in the container, by what is a symbol here.
         unordered = step.unordered or step.title.endswith((" routes", " addresses"))
@@ -79,6 +83,31 @@ def _lines(text: str, unordered: bool) -> str:
     # Columns are as wide as what was in them before it was normalised.
     lines = [re.sub(r" {2,}", "  ", line.rstrip()) for line in text.strip("\n").split("\n")]
     return "\n".join(sorted(lines) if unordered else lines)
+
+
+def _members(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; what has the same name now, such as several containers by their ids, is told apart by its content."""
+    found: dict[str, list[Any]] = {}
+    for name, item in pairs:
+        found.setdefault(name, []).append(item)
+    return {
+        name if not number else f"{name}#{number + 1}": item
+        for name, items in found.items()
+        for number, item in enumerate(sorted(items, key=lambda item: json.dumps(item, sort_keys=True)))
+    }
+
+
+def _leaving_at_once(events: Any) -> Any:
+    """The networks that a container joins or leaves at once come in an order of dockerd's that varies (a map's)."""
+    if not isinstance(events, list):
+        return events
+    ordered: list[Any] = []
+    for (kind, action), run in itertools.groupby(events, key=lambda event: (event.get("Type"), event.get("Action"))):
+        several = list(run)
+        if kind == "network" and action in ("connect", "disconnect"):
+            several.sort(key=lambda event: json.dumps(event["Actor"], sort_keys=True))
+        ordered += several
+    return ordered
 
 
 def _order(item: dict[str, Any]) -> str:

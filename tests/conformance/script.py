@@ -137,7 +137,7 @@ class Performer:
 
     def perform(self, step: Step) -> Result:
         """Does one step."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while True:
             result = self._once(step)
             if not step.until or result.exit in (0, 200) or time.monotonic() > deadline:

@@ -26,7 +26,7 @@ from taploom.contracts.taploom.guest import v1 as guest
 from taploom.contracts.taploom.guest.v1.rpc import GuestServiceBase
 from taploom.contracts.taploom.helper import v1 as helper
 from taploom.contracts.taploom.helper.v1.rpc import HelperServiceBase
-from taploom.contracts.taploom.link.v1 import LinkCounters, LinkFeature, LinkHello, LinkRefusal
+from taploom.contracts.taploom.link.v1 import LinkCounters, LinkFeature, LinkHello, LinkRefusal, StreamTarget
 from taploom.link import open_dataplane
 from taploom.link.handshake import HandshakeError, negotiate, ready, receive_message, refused
 from taploom.rpc import RpcError, SendStream, Server, ServerContext, StatusCode, open_channel
@@ -129,6 +129,9 @@ class FakeAgent:
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError, HandshakeError):
             hello = await receive_message(stream, LinkHello)
             self.hellos.append(hello)
+            if hello.stream is not None:
+                await self.carry(stream, hello)
+                return
             secret = self._secrets.pop(hello.endpoint_id, None)
             if self.refuse_links is not None:
                 await stream.send_all(refused(LinkRefusal.UNAVAILABLE, self.refuse_links))
@@ -139,6 +142,11 @@ class FakeAgent:
                 self.links[hello.endpoint_id] = stream
                 self.changed.unpark_all()
                 return
+        await trio.aclose_forcefully(stream)
+
+    async def carry(self, stream: trio.SocketStream, hello: LinkHello) -> None:
+        """Serves a stream."""
+        await stream.send_all(refused(LinkRefusal.UNAVAILABLE, "no streams here"))
         await trio.aclose_forcefully(stream)
 
     def break_link(self, endpoint_id: str) -> None:
@@ -291,6 +299,7 @@ class FakeHelper(FakeAgent, HelperServiceBase):
         self.ready = True
         self.uplink: helper.Uplink | None = None
         self.stream_secret = b""
+        self.streams: list[StreamTarget] = []
         self.refused_streams: list[bytes] = []
         self.policy = helper.Policy()
         self.counters: dict[str, tuple[int, int]] = {}
@@ -302,6 +311,18 @@ class FakeHelper(FakeAgent, HelperServiceBase):
 
     def known(self, endpoint_id: str) -> bool:
         return endpoint_id in self.endpoints
+
+    async def carry(self, stream: trio.SocketStream, hello: LinkHello) -> None:
+        """Whatever its target is, it echoes."""
+        assert hello.stream is not None
+        async with stream:
+            if not self.stream_secret or hello.secret != self.stream_secret:
+                await stream.send_all(refused(LinkRefusal.UNAUTHORIZED, "wrong secret"))
+                return
+            self.streams.append(hello.stream)
+            await stream.send_all(ready(1, ()))
+            async for data in stream:
+                await stream.send_all(data)
 
     def _check_ready(self) -> None:
         if not self.ready:
@@ -498,7 +519,7 @@ class Rig:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Waits for a condition that nothing signals."""
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while not condition():
                 await trio.sleep(0.005)
 

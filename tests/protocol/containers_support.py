@@ -394,7 +394,11 @@ class ContainerRig:
     async def start_bridge(self) -> None:
         """Starts a bridge on the state that there is; it is ready when this returns."""
         await self.nursery.start(self._bridge)
-        with trio.fail_after(20):
+        await self.connected()
+
+    async def connected(self) -> None:
+        """Waits until the bridge has found helper and runtime."""
+        with trio.fail_after(60):
             while not (self.fabric.helper.connected and self.manager.runtime and self.manager.runtime.connected):
                 await trio.sleep(0.005)
 
@@ -439,7 +443,7 @@ class ContainerRig:
 
     async def until(self, condition) -> None:  # type: ignore[no-untyped-def]
         """Waits for a condition that nothing signals."""
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while not condition():
                 await trio.sleep(0.005)
 

@@ -61,7 +61,7 @@ class Client:
         sent = {"Host": "docker", "Content-Type": "application/json"} | (headers or {})
         if data or method == "POST":
             sent.setdefault("Content-Length", str(len(data)))
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             async with await trio.open_unix_socket(str(self.path)) as stream:
                 connection = h11.Connection(h11.CLIENT)
                 request = h11.Request(method=method, target=target, headers=list(sent.items()))
@@ -84,7 +84,7 @@ class Client:
 
     async def raw(self, data: bytes, *, eof: bool = False) -> bytes:
         """Sends bytes and reads until the server closes."""
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             async with await trio.open_unix_socket(str(self.path)) as stream:
                 await stream.send_all(data)
                 if eof:

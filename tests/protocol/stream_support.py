@@ -19,7 +19,7 @@ from taploom.link import Dataplane, LinkServer, new_secret, open_dataplane, open
 TCP, UDP = StreamProtocol.TCP, StreamProtocol.UDP
 
 
-async def until(condition: Callable[[], bool], *, within: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], *, within: float = 60.0) -> None:
     """Wait for a condition; TooSlowError when it does not come true."""
     with trio.fail_after(within):
         while not condition():

@@ -44,7 +44,7 @@ class Bridge:
     async def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(self.command, stderr=log)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while True:
                 assert self.process.poll() is None, self.log.read_text()
                 with contextlib.suppress(OSError):
@@ -229,7 +229,7 @@ async def test_status_watch_streams_json_lines(bridge: Bridge) -> None:
     process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
     assert process.stdout is not None
     data = b""
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while data.count(b"\n") < 3:
             data += bytes(await process.stdout.receive_some())
     process.send_signal(signal.SIGINT)
@@ -240,7 +240,7 @@ async def test_status_watch_streams_json_lines(bridge: Bridge) -> None:
 
 async def test_status_watch_into_a_pipe_that_closes(bridge: Bridge) -> None:
     command = f"{' '.join(TAPLOOM)} --bridge {bridge.socket} status --watch --json --interval 0.1 | head -n 1"
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         result = await trio.run_process(["sh", "-c", command], capture_stdout=True, capture_stderr=True)
     assert json.loads(result.stdout)["components"]
     assert result.stderr == b""
@@ -249,12 +249,12 @@ async def test_status_watch_into_a_pipe_that_closes(bridge: Bridge) -> None:
 async def test_status_watch_for_people(bridge: Bridge) -> None:
     command = [*TAPLOOM, "--bridge", bridge.socket, "status", "--watch", "--interval", "0.1"]
     process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         # Not a terminal: rich writes the last picture when it ends.
         while b"watch" not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
             await trio.sleep(0.01)
     await bridge.kill()
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         assert await process.wait() == 1
     assert process.stderr is not None
     message = bytes(await process.stderr.receive_some())
@@ -291,7 +291,7 @@ async def test_kill_9_in_the_middle_of_a_connect(bridge: Bridge, helper: FakeHel
     await web.until(lambda: set(web.interfaces) == kept)
     await web.until(lambda: set(web.links) == kept)
     await helper.until(lambda: set(helper.links) == kept)
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while await bridge.taploom("network", "ls", "--json") != before:
             await trio.sleep(0.01)
     endpoint = json.loads(await bridge.taploom("network", "connect", "back", "web", "--json"))
@@ -301,7 +301,7 @@ async def test_kill_9_in_the_middle_of_a_connect(bridge: Bridge, helper: FakeHel
 async def test_second_bridge_and_damaged_state(bridge: Bridge, tmp_path: Path) -> None:
     second = [*bridge.command]
     second[second.index("--socket") + 1] = f"unix:{tmp_path}/run/other.sock"
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         result = await trio.run_process(second, capture_stderr=True, check=False)
     assert result.returncode == 1
     assert b"taploom-bridge: another bridge (process" in result.stderr
@@ -311,7 +311,7 @@ async def test_second_bridge_and_damaged_state(bridge: Bridge, tmp_path: Path) -
     for path in (tmp_path / "state").glob(f"{DATABASE}-*"):
         path.unlink()
     (tmp_path / "state" / DATABASE).write_bytes(b"garbage" * 1000)
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         result = await trio.run_process(bridge.command, capture_stderr=True, check=False)
     assert result.returncode == 1
     assert b"is damaged" in result.stderr

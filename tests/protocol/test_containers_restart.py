@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -45,14 +44,19 @@ async def test_running_containers_are_taken_up(rig: ContainerRig) -> None:
     container_id = await rig.run_container("web", HostConfig={"PortBindings": binding})
     await rig.docker("POST", "/networks/app/connect", {"Container": "web", "EndpointConfig": {"Aliases": ["www"]}})
     before = await rig.inspect("web")
+    port = int(before["NetworkSettings"]["Ports"]["80/tcp"][0]["HostPort"])
     await rig.kill_bridge()
-    await rig.start_bridge()
+    await rig.nursery.start(rig._bridge)
+    # It is served from the first moment on, before the helper has been told anything.
+    with trio.fail_after(60):
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            await stream.send_all(b"early")
+            assert await stream.receive_some() == b"early"
+    assert [(one.address, one.port) for one in rig.helper.streams] == [("172.18.0.2", 80)]
+    await rig.connected()
     after = await rig.inspect("web")
     assert after["State"] == before["State"]
     assert after["NetworkSettings"] == before["NetworkSettings"]
-    port = int(after["NetworkSettings"]["Ports"]["80/tcp"][0]["HostPort"])
-    with socket.create_connection(("127.0.0.1", port), timeout=5):
-        pass
     assert rig.runtime.calls == ["create", "boot", "start"]
     assert (await rig.docker("POST", "/containers/web/stop")).status == 204
     assert not rig.runtime.containers[container_id].main.running

@@ -83,7 +83,7 @@ async def test_attach_carries_input_and_ends_with_the_process(rig: ContainerRig)
         "POST /v1.42/containers/web/attach?stream=1&stdin=1&stdout=1&stderr=1 HTTP/1.1\r\nHost: d\r\n"
         "Connection: Upgrade\r\nUpgrade: tcp\r\nContent-Length: 0\r\n\r\n"
     )
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with await trio.open_unix_socket(str(rig.docker.path)) as stream:
             await stream.send_all(head.encode())
             received = bytes(await stream.receive_some())

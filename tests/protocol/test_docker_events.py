@@ -46,7 +46,7 @@ class Listener:
 
     async def event(self) -> Any:
         """The next event; None: the answer has ended."""
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while b"\n" not in self._data and not self.ended:
                 await self._next()
         line, _, self._data = self._data.partition(b"\n")
@@ -61,7 +61,7 @@ async def listening(rig: DockerRig, **query: str) -> AsyncIterator[Listener]:
         await listener.begin(urllib.parse.urlencode(query))
         assert listener.status == 200
         yield listener
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while rig.api.events.listeners != before:
             await trio.sleep(0.001)
 

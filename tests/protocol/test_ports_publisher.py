@@ -50,6 +50,10 @@ class HelperPeer:
     def data_address(self) -> Address:
         return self.front or self._helper.address
 
+    async def streams_ready(self) -> None:
+        while self.stream_secret is None:
+            await trio.sleep(0.002)
+
     async def refuse_stream(self, token: bytes) -> None:
         self.refused.append(token)
         self._helper.streams.refuse(token)
@@ -263,19 +267,74 @@ async def test_nobody_listens_in_the_container(tmp_path: Path) -> None:
         await until(lambda: rig.publisher.connections == 0)
 
 
-async def test_no_target_and_no_helper(tmp_path: Path) -> None:
+async def test_connections_wait_for_target_and_helper(tmp_path: Path) -> None:
+    """A container that is just starting, a helper or a bridge that was started again: who comes too early is served."""
     async with open_rig(tmp_path) as rig, tcp_server(echo) as target:
         port = rig.publisher.publish("web", [PortBinding(target)])[0].host_port
-        assert await connection_fails(port)
-        rig.publisher.set_target("web", ["127.0.0.1"])
-        assert await ask("127.0.0.1", port, b"x") == b"x"
+
+        @asynccontextmanager
+        async def waiting() -> AsyncIterator[None]:
+            answers: list[bytes] = []
+
+            async def early() -> None:
+                answers.append(await ask("127.0.0.1", port, b"early"))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(early)
+                await until(lambda: rig.publisher._slow == 1)
+                yield
+            assert answers == [b"early"]
+            await until(lambda: rig.publisher.connections == 0)
+
+        async with waiting():
+            rig.publisher.set_target("web", ["127.0.0.1"])
         rig.peer.stream_secret = None
-        assert await connection_fails(port)
+        async with waiting():
+            rig.peer.stream_secret = rig.helper.secret
         rig.peer.stream_secret = b"a secret of another agent"
-        assert await connection_fails(port)
-        rig.peer.stream_secret = rig.helper.secret
-        assert await ask("127.0.0.1", port, b"x") == b"x"
-        rig.publisher.set_target("web", [])
+        async with waiting():
+            rig.peer.stream_secret = rig.helper.secret
+        rig.peer.front = UnixAddress(str(tmp_path / "nobody.sock"))
+        async with waiting():
+            rig.peer.front = None
+
+
+async def test_connections_to_a_helper_that_ends_meanwhile(tmp_path: Path) -> None:
+    """It has taken the stream and is killed before it answers."""
+    dying = UnixAddress(str(tmp_path / "dying.sock"))
+    async with open_rig(tmp_path, front=dying) as rig, tcp_server(echo) as target, trio.open_nursery() as nursery:
+
+        async def die(stream: trio.SocketStream) -> None:
+            await stream.receive_some()
+            rig.peer.front = None
+            await stream.aclose()
+
+        nursery.start_soon(trio.serve_listeners, die, [await open_listener(dying)])
+        port = rig.publisher.publish("web", [PortBinding(target)])[0].host_port
+        rig.publisher.set_target("web", ["127.0.0.1"])
+        assert await ask("127.0.0.1", port, b"all the same") == b"all the same"
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("end", ["released", "no target", "time"])
+async def test_connections_wait_no_longer_than_makes_sense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    if end == "time":
+        monkeypatch.setattr("host_bridge.ports.publisher.STREAM_TIMEOUT", 1.0)
+    async with open_rig(tmp_path) as rig:
+        rig.peer.stream_secret = None
+        port = rig.publisher.publish("web", [PortBinding(80)])[0].host_port
+        rig.publisher.set_target("web", ["127.0.0.1"])
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            await until(lambda: rig.publisher.connections == 1 or end == "time")
+            if end == "released":
+                rig.publisher.release("web")
+            elif end == "no target":
+                rig.publisher.set_target("web", [])
+            with trio.fail_after(60), pytest.raises(trio.BrokenResourceError):
+                await stream.receive_some()
+        await until(lambda: rig.publisher.connections == 0)
         assert await connection_fails(port)
 
 

@@ -16,7 +16,7 @@ from hyperframe.frame import Frame, GoAwayFrame, HeadersFrame, PingFrame, RstStr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rpc_support import SERVICE, Echo, memory_pair
-from rpc_testing.taploomtest.echo.v1 import BidiRequest, ServerStreamRequest, UnaryRequest
+from rpc_testing.taploomtest.echo.v1 import BidiRequest, ServerStreamRequest, UnaryRequest, UnaryResponse
 from rpc_testing.taploomtest.echo.v1.rpc import EchoServiceClient
 
 from taploom.rpc import ConnectionConfig, RpcError, Server, StatusCode, open_channel
@@ -366,6 +366,7 @@ class RawServer:
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
+        self._complete: list[int] = []
         self.h2 = h2.connection.H2Connection(
             h2.config.H2Configuration(client_side=False, validate_outbound_headers=False)
         )
@@ -377,14 +378,13 @@ class RawServer:
 
     async def next_request(self) -> int:
         """The stream of the next request that is complete."""
-        while True:
+        while not self._complete:
             data = await self.stream.receive_some(65_536)
             assert data, "the client closed the connection"
             events = self.h2.receive_data(data)
             await self.flush()
-            for event in events:
-                if isinstance(event, h2.events.StreamEnded):
-                    return event.stream_id
+            self._complete += [event.stream_id for event in events if isinstance(event, h2.events.StreamEnded)]
+        return self._complete.pop(0)
 
     def respond(self, stream_id: int, data: bytes = frame_message(b"\x0a\x01x")) -> None:
         self.h2.send_headers(stream_id, [(":status", "200"), ("content-type", "application/grpc")])
@@ -412,6 +412,37 @@ async def scripted(script: Script, **options: Any) -> AsyncIterator[EchoServiceC
             client = EchoServiceClient(channel)
             yield client
         nursery.cancel_scope.cancel()
+
+
+async def test_calls_that_end_in_the_same_packet_as_one_that_was_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call whose credit was deferred has ended on the wire when it is its turn: no violation by anybody."""
+    monkeypatch.setattr("taploom.rpc.connection._INCOMPLETE_LIMIT", 100)
+    message = frame_message(bytes(UnaryResponse(payload=bytes(1000))))
+
+    async def script(server: RawServer) -> None:
+        streams = [await server.next_request() for _ in range(2)]
+        for stream_id in streams:
+            server.h2.send_headers(stream_id, [(":status", "200"), ("content-type", "application/grpc")])
+            server.h2.send_data(stream_id, message[:500])
+        await server.flush()
+        for stream_id in streams:
+            server.h2.send_data(stream_id, message[500:])
+            server.h2.send_headers(stream_id, [("grpc-status", "0")], end_stream=True)
+        await server.flush()
+        server.respond(await server.next_request())
+        await server.flush()
+
+    sizes: list[int] = []
+    async with scripted(script) as client:
+
+        async def one() -> None:
+            sizes.append(len((await client.unary(UnaryRequest(text="a"))).payload))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(one)
+        assert sizes == [1000, 1000]
+        assert (await client.unary(UnaryRequest(text="b"))).text == "x"
 
 
 async def call_against(script: Script) -> RpcError:

@@ -189,7 +189,7 @@ class Runtime:
 
     async def until(self, container: str, state: v1.ContainerState) -> v1.ContainerStatus:
         """Waits until the container is in a state."""
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             while True:
                 status = await self.status(container)
                 if status.state == state:
@@ -242,7 +242,7 @@ def runtime_process() -> Iterator[RuntimeProcess]:
 @asynccontextmanager
 async def open_runtime(path: Path) -> AsyncIterator[Runtime]:
     """The runtime of the lab in that directory."""
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         while True:
             try:
                 stream = await connect(parse_address(f"unix:{path}/runtime.sock"))

@@ -130,7 +130,7 @@ class Network:
         self.tap.set_offloads(agreed)
         self._dataplane.attach_pump(self.netns, self.tap.fileno(), stream, agreed, self.downs.append)
         self.tap.set_carrier(True)
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             async with guest.client() as client:
                 while True:
                     listed = (await client.list_interfaces(ListInterfacesRequest())).interfaces
@@ -201,7 +201,7 @@ class Rig:
         return sorted(item.to_text() for rrset in reply.answer for item in rrset)
 
     async def wait_for(self, name: str) -> None:
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             while not await self.found(name):
                 await trio.sleep(0.02)
 
@@ -446,7 +446,7 @@ async def test_many_addresses_are_shuffled_and_go_over_tcp_when_they_must(rig: R
     assert sorted(await rig.found("many", tcp=True)) == sorted(many)
     assert sorted(await rig.found("many", use_edns=0, payload=4096)) == sorted(many)
     orders = set()
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         while len(orders) < 3:
             reply = await rig.ask("few")
             orders.add(tuple(item.to_text() for rrset in reply.answer for item in rrset))

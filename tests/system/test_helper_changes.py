@@ -67,9 +67,8 @@ async def test_hot_connect_and_disconnect_leave_nothing_and_disturb_nobody() -> 
             await pinger.answered_after(time.time())
         finally:
             pinger.stop()
-        sent, got = re.findall(r"(\d+) packets transmitted, (\d+) received", (rig.folder / "ping").read_text())[0]
-        assert int(sent) > 100
-        assert int(sent) - int(got) <= 1, "one may be on its way when ping ends"
+        assert len(pinger.answers()) > 100
+        assert pinger.lost() == 0
         after: dict[str, int] = {}
 
         def same() -> bool:
@@ -239,8 +238,7 @@ async def test_sync_makes_everything_as_described() -> None:
             e.endpoint_id for e in wanted
         }
         assert all(status.port_up for status in response.endpoints)
-        sent, got = re.findall(r"(\d+) packets transmitted, (\d+) received", (rig.folder / "ping").read_text())[0]
-        assert int(sent) - int(got) <= 1
+        assert pinger.lost() == 0
         assert a.dig("169.254.64.1", "+short", "renamed") == "10.77.1.3"
         assert b.ping("10.77.1.2")
         # Addresses may change hands within a snapshot.

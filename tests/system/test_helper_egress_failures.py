@@ -33,7 +33,7 @@ async def ready(rig: Rig) -> None:
     async def is_ready() -> bool:
         return all(daemon.state == DaemonState.RUNNING for daemon in (await rig.daemons()).values())
 
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while not await is_ready():
             await trio.sleep(0.02)
 
@@ -42,7 +42,7 @@ async def ended(rig: Rig, name: str) -> None:
     """Kills the daemon; the agent has seen it."""
     before = (await rig.daemons())[name]
     os.kill(before.pid, signal.SIGKILL)
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while (await rig.daemons())[name].restarts == before.restarts:
             await trio.sleep(0.01)
 

@@ -48,6 +48,11 @@ class Pinger:
         answers = self.answers()
         return max(later - earlier for earlier, later in itertools.pairwise(answers))
 
+    def lost(self) -> int:
+        """How many of them were not answered, of all before the last that was: later ones may be on their way yet."""
+        answered = {int(number) for number in re.findall(r"icmp_seq=(\d+) ttl", self._log.read_text())}
+        return max(answered) - len(answered)
+
     def stop(self) -> None:
         self._process.send_signal(signal.SIGINT)
         self._process.wait()
@@ -71,7 +76,7 @@ async def recovered(rig: Rig, a: Guest) -> None:
     async def is_ready() -> bool:
         return all(daemon.state == DaemonState.RUNNING for daemon in (await rig.daemons()).values())
 
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while not await is_ready():
             await trio.sleep(0.02)
     (status,) = await rig.apply(endpoint(1, 9, "late"))

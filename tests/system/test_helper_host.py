@@ -98,7 +98,7 @@ def udp(guest: Guest, address: str, count: int = 3, port: int = 80) -> list[byte
 
 async def in_thread(function, *args):  # type: ignore[no-untyped-def]
     """The host answers meanwhile."""
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         return await trio.to_thread.run_sync(function, *args)
 
 
@@ -189,7 +189,7 @@ async def test_many_connections_at_once_and_some_refused() -> None:
             except ConnectionRefusedError:
                 outcomes.append(b"refused")
 
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 for number in range(80):
                     nursery.start_soon(one, number)

@@ -44,6 +44,7 @@ from taploom.rpc import RpcError, open_channel
 pytestmark = pytest.mark.system
 
 T = TypeVar("T")
+PATIENCE = 60.0  # s for what takes milliseconds on a machine that has nothing else to do
 FEATURES = frozenset({LinkFeature.VNET_HDR, LinkFeature.TSO})
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -71,11 +72,25 @@ def in_netns(name: str, function: Callable[[], T]) -> T:
         os.close(before)
 
 
-async def eventually(condition: Callable[[], object], within: float = 20.0) -> None:
+async def eventually(condition: Callable[[], object], within: float = PATIENCE) -> None:
     """Returns once the condition holds."""
     with trio.fail_after(within):
         while not condition():
             await trio.sleep(0.02)
+
+
+async def answered(*questions: Callable[[], bool]) -> list[bool]:
+    """The answers to questions that are asked at once: those that nobody answers take their time."""
+    answers = [False] * len(questions)
+
+    async def ask(place: int) -> None:
+        answers[place] = await trio.to_thread.run_sync(questions[place], limiter=limiter)
+
+    limiter = trio.CapacityLimiter(16)
+    async with trio.open_nursery() as nursery:
+        for place in range(len(questions)):
+            nursery.start_soon(ask, place)
+    return answers
 
 
 def network(number: int, *, ipv6: bool = False, **fields: object) -> Network:
@@ -124,11 +139,11 @@ class Guest:
     def run(self, *args: str, check: bool = True) -> str:
         return sh("ip", "netns", "exec", self.netns, *args, check=check)
 
-    def ping(self, address: str, count: int = 1, wait: int = 2) -> bool:
+    def ping(self, address: str, count: int = 1, wait: int = 10) -> bool:
         return " 0% packet loss" in self.run("ping", "-n", f"-c{count}", "-i0.1", f"-W{wait}", address, check=False)
 
     def dig(self, server: str, *question: str) -> str:
-        return self.run("dig", f"@{server}", "+tries=1", "+time=2", *question, check=False).strip()
+        return self.run("dig", f"@{server}", "+tries=1", "+time=5", *question, check=False).strip()
 
     def raw(self) -> socket.socket:
         """A packet socket on the interface: sends and receives whole frames."""
@@ -172,7 +187,7 @@ class Rig:
         ]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(argv, stdout=log, stderr=log, cwd=Path(__file__).parents[2])
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE):
             while True:
                 try:
                     stream = await connect(UnixAddress(str(self.folder / "control.sock")))
@@ -199,7 +214,7 @@ class Rig:
             self._channel_scope.cancel()
             if self.process is not None:
                 self.process.send_signal(signum)
-                with trio.fail_after(15):
+                with trio.fail_after(PATIENCE):
                     while self.process.poll() is None:
                         await trio.sleep(0.01)
                 self.process = None
@@ -216,18 +231,18 @@ class Rig:
         statuses = []
         for message in messages:
             if isinstance(message, Network):
-                await self.client.apply_network(ApplyNetworkRequest(network=message), timeout=20)
+                await self.client.apply_network(ApplyNetworkRequest(network=message), timeout=PATIENCE)
             else:
-                response = await self.client.apply_endpoint(ApplyEndpointRequest(endpoint=message), timeout=20)
+                response = await self.client.apply_endpoint(ApplyEndpointRequest(endpoint=message), timeout=PATIENCE)
                 assert response.status is not None
                 statuses.append(response.status)
         return statuses
 
     async def delete_endpoint(self, endpoint_id: str) -> None:
-        await self.client.delete_endpoint(DeleteEndpointRequest(endpoint_id=endpoint_id), timeout=20)
+        await self.client.delete_endpoint(DeleteEndpointRequest(endpoint_id=endpoint_id), timeout=PATIENCE)
 
     async def delete_network(self, network_id: str) -> None:
-        await self.client.delete_network(DeleteNetworkRequest(network_id=network_id), timeout=20)
+        await self.client.delete_network(DeleteNetworkRequest(network_id=network_id), timeout=PATIENCE)
 
     async def guest(self, message: Endpoint, *, mtu: int = 1500, gateway: str = "", dns: str = "") -> Guest:
         """Applies the endpoint and makes a guest with its interface up and its link joined."""

@@ -94,7 +94,7 @@ def link_flags(ns: str, name: str) -> list[str]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while not condition():
             await trio.sleep(0.002)
 

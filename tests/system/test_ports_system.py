@@ -40,6 +40,10 @@ class Peer:
     def data_address(self) -> Address:
         return self._rig.data
 
+    async def streams_ready(self) -> None:
+        while self.stream_secret is None:
+            await trio.sleep(0.002)
+
     async def refuse_stream(self, token: bytes) -> None:
         await self._rig.client.refuse_stream(RefuseStreamRequest(token=token))
 
@@ -184,7 +188,7 @@ async def test_udp_both_families() -> None:
 
 async def answered(client: trio.socket.SocketType, data: bytes, host: str, port: int) -> bytes:
     """The answer to a datagram that is sent until there is one."""
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while True:
             await client.sendto(data, (host, port))
             with trio.move_on_after(1):
@@ -274,7 +278,7 @@ async def test_guest_reaches_the_hosts_datagram_services() -> None:
             with client:
                 for data in (b"one", b"two"):
                     await client.sendto(data, ("10.77.1.1", port))
-                    with trio.fail_after(10):
+                    with trio.fail_after(60):
                         reply, peer = await client.recvfrom(65536)
                     assert (reply, peer) == (data.upper(), ("10.77.1.1", port))
             nursery.cancel_scope.cancel()

@@ -21,6 +21,7 @@ from taploom.address import (
     HybridAddress,
     UnixAddress,
     VsockAddress,
+    close_stream,
     connect,
     open_listener,
     parse_address,
@@ -296,6 +297,17 @@ def test_buffers() -> None:
             assert unix.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 8 << 20  # the kernel doubles it
 
 
+def test_closing_with_something_unread_is_an_end_of_file() -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.sendall(b"unread")
+    ours.send(b"last words")
+    close_stream(ours)
+    assert theirs.recv(100) == b"last words"
+    assert theirs.recv(100) == b""
+    theirs.close()
+
+
 # hybrid vsock
 
 Script = Callable[[trio.SocketStream], Awaitable[None]]
@@ -374,17 +386,51 @@ async def test_hybrid_refusals(directory: Path, reply: bytes, message: str) -> N
     await with_vmm(directory, vmm, client)
 
 
-async def test_hybrid_vmm_that_does_not_answer(directory: Path) -> None:
+async def test_hybrid_request_outlives_who_asked(directory: Path) -> None:
+    """A VMM may not bear that a request's socket is closed before its answer: the next one to ask takes it over."""
+    gave_up = trio.Event()
+
     async def vmm(stream: trio.SocketStream) -> None:
         await read_connect(stream)
         await stream.send_all(b"OK ")
-        assert await stream.receive_some(1) == b"", "the socket is closed when the time is over"
+        await gave_up.wait()
+        with trio.move_on_after(0.05) as scope:
+            await stream.receive_some(1)
+        assert scope.cancelled_caught, "the socket was closed, or asked again"
+        await stream.send_all(b"12\npong")
+        assert await stream.receive_some(4) == b"ping"
 
     async def client(address: HybridAddress) -> None:
         with pytest.raises(TimeoutError, match="did not answer within"):
             await connect(address, timeout=0.05)
+        with trio.move_on_after(0.05):
+            await connect(address)
+        gave_up.set()
+        async with await connect(address) as stream:
+            assert await stream.receive_some(100) == b"pong"
+            await stream.send_all(b"ping")
 
     await with_vmm(directory, vmm, client)
+
+
+async def test_hybrid_answer_that_nobody_waited_for(directory: Path) -> None:
+    """It is closed by the next one to connect, who asks anew."""
+    path = str(directory / "v.sock")
+    with trio.fail_after(5):
+        async with await open_listener(UnixAddress(path)) as listener:
+            with pytest.raises(TimeoutError):
+                await connect(HybridAddress(path, 5555), timeout=0.01)
+            first = await listener.accept()
+            await read_connect(first)
+            await first.send_all(b"OK 12\n")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(connect, HybridAddress(path, 5555))
+                second = await listener.accept()
+                await read_connect(second)
+                assert await first.receive_some(1) == b""
+                await second.send_all(b"OK 13\n")
+            await first.aclose()
+            await second.aclose()
 
 
 async def test_hybrid_without_vmm(directory: Path) -> None:

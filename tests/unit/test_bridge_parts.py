@@ -25,11 +25,11 @@ from host_bridge.describe import bridge_endpoint, endpoint_names, guest_interfac
 from host_bridge.errors import InvalidError
 from host_bridge.model import EndpointRecord, GuestRecord, NetworkRecord, SubnetRecord
 from host_bridge.names import check_aliases, check_mac, check_mtu, check_name, clean_text
-from host_bridge.notify import notify_ready
 from host_bridge.output import plain
 from host_bridge.peer import rpc_reason, status_code
 from host_bridge.waiting import Backoff, KeyedSignal, Signal
 from taploom.contracts.taploom.bridge.v1 import Component, ComponentState, Endpoint, Link, Pending, Status
+from taploom.notify import notify_ready
 from taploom.rpc import RpcError, StatusCode
 
 NOW = datetime.datetime(2026, 11, 21, 12, 0, tzinfo=datetime.UTC)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from agent_guest import netlink, watch
 from agent_guest.limiter import RepairLimiter
 from agent_guest.state import AddressState, LinkState, RouteState
+from taploom import netlink as taploom_netlink
 
 
 def message(kind: int, body: bytes, flags: int = 0) -> bytes:
@@ -64,9 +65,9 @@ def test_any_body_can_be_in_a_notification(kind: int, body: bytes) -> None:
 @given(st.lists(st.binary(max_size=20), max_size=5), st.integers(0, 40))
 def test_datagrams_are_cut_into_their_messages(bodies: list[bytes], cut: int) -> None:
     padded = [message(30, body) + bytes(-len(body) % 4) for body in bodies]
-    assert [entry[3][16:] for entry in netlink.split_messages(b"".join(padded))] == bodies
+    assert [entry[3][16:] for entry in taploom_netlink.split_messages(b"".join(padded))] == bodies
     whole = b"".join(padded)
-    shortened = netlink.split_messages(whole[: max(0, len(whole) - cut)])
+    shortened = taploom_netlink.split_messages(whole[: max(0, len(whole) - cut)])
     assert [entry[3][16:] for entry in shortened] == bodies[: len(shortened)]
 
 
@@ -75,10 +76,10 @@ def test_the_kernels_own_words_are_in_the_error() -> None:
     text = b"Invalid prefix\0"
     attribute = struct.pack("=HH", 4 + len(text), 1) + text
     body = struct.pack("=i", -errno.EINVAL) + request[:16] + attribute
-    with pytest.raises(netlink.NetlinkError, match="Invalid prefix") as caught:
-        netlink.raise_error(netlink.NLM_F_ACK_TLVS | netlink.NLM_F_CAPPED, message(2, body))
+    with pytest.raises(taploom_netlink.NetlinkError, match="Invalid prefix") as caught:
+        taploom_netlink.raise_error(taploom_netlink.NLM_F_ACK_TLVS | taploom_netlink.NLM_F_CAPPED, message(2, body))
     assert caught.value.errno == errno.EINVAL
-    netlink.raise_error(0, message(2, struct.pack("=i", 0) + request))
+    taploom_netlink.raise_error(0, message(2, struct.pack("=i", 0) + request))
 
 
 def test_repairs_are_free_at_first_and_then_rationed() -> None:

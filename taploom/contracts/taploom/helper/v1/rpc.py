@@ -204,7 +204,9 @@ class HelperServiceClient:
         timeout: float | None = None,
         metadata: MetadataLike | None = None,
     ) -> ApplyNetworkResponse:
-        """Creates the network or makes it be as described. UNAVAILABLE while OVN is not ready."""
+        """Creates the network or makes it be as described; a change of what is there is in force on return, for every packet.
+        UNAVAILABLE while OVN is not ready.
+        """
         return await self._channel.unary_unary(
             _HELPER_APPLY_NETWORK, request, timeout=timeout, metadata=metadata
         )
@@ -228,7 +230,7 @@ class HelperServiceClient:
         timeout: float | None = None,
         metadata: MetadataLike | None = None,
     ) -> ApplyEndpointResponse:
-        """Creates the endpoint or makes it be as described; returns once its port is programmed in the data path.
+        """Creates the endpoint or makes it be as described; returns once its port, or the change, is programmed in the data path.
         FAILED_PRECONDITION when its network is not there.
         """
         return await self._channel.unary_unary(
@@ -397,7 +399,9 @@ class HelperServiceBase(Service):
         request: ApplyNetworkRequest,
         context: ServerContext,
     ) -> ApplyNetworkResponse:
-        """Creates the network or makes it be as described. UNAVAILABLE while OVN is not ready."""
+        """Creates the network or makes it be as described; a change of what is there is in force on return, for every packet.
+        UNAVAILABLE while OVN is not ready.
+        """
 
     @abc.abstractmethod
     async def delete_network(
@@ -413,7 +417,7 @@ class HelperServiceBase(Service):
         request: ApplyEndpointRequest,
         context: ServerContext,
     ) -> ApplyEndpointResponse:
-        """Creates the endpoint or makes it be as described; returns once its port is programmed in the data path.
+        """Creates the endpoint or makes it be as described; returns once its port, or the change, is programmed in the data path.
         FAILED_PRECONDITION when its network is not there.
         """
 

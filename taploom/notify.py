@@ -1,4 +1,4 @@
-"""Tells systemd that the service is ready (sd_notify(3)): one datagram, no library."""
+"""Tells systemd, or the images' init, that a service is ready (sd_notify(3)): one datagram, no library."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 
-logger = logging.getLogger("taploom.bridge")
+logger = logging.getLogger("taploom.notify")
 
 
 def notify_ready() -> None:
@@ -19,4 +19,4 @@ def notify_ready() -> None:
             # A leading @ stands for the NUL of an abstract socket (unix(7)).
             sock.sendto(b"READY=1", "\0" + path[1:] if path[0] == "@" else path)
     except OSError as error:
-        logger.warning("cannot tell the service manager that the bridge is ready: %s", error)
+        logger.warning("cannot tell the service manager that the service is ready: %s", error)

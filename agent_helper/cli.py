@@ -1,0 +1,226 @@
+"""The agent in the helper VM: its command line, and its parts put together."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from agent_helper import links
+from agent_helper.door import Door
+from agent_helper.errors import SetupError
+from agent_helper.events import Events
+from agent_helper.fabric import Fabric
+from agent_helper.firewall import Redirect
+from agent_helper.outside import Outside, keep_outside, parse_outside
+from agent_helper.service import HelperService, daemon_message
+from agent_helper.stack import Stack, find_programs, new_instance_id
+from agent_helper.streams import MAX_HANDSHAKES, Streams
+from taploom import __version__
+from taploom.address import Address, AddressError, open_listener, parse_address
+from taploom.contracts.taploom.helper.v1 import (
+    LinkDown,
+    LinkUp,
+    PolicyLogged,
+    ResyncNeeded,
+    StreamWanted,
+    WatchEventsResponse,
+)
+from taploom.contracts.taploom.link.v1 import LinkFeature
+from taploom.link import LinkServer, open_dataplane, probe_features
+from taploom.log import LEVELS, setup_logging
+from taploom.notify import notify_ready
+from taploom.rpc import Server
+from taploom.supervise import SupervisedProcess
+
+logger = logging.getLogger("taploom.helper")
+
+_SERVICE = "taploom.helper.v1.HelperService"
+_DRAIN = 1.0
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m agent_helper",
+        description="Switches the guests' networks with OVS and OVN, as the host bridge describes them. Needs root.",
+        epilog="example: python -m agent_helper --control vsock:any:6000 --data vsock:any:6001 --state-dir /run/helper",
+    )
+
+    def address(text: str) -> Address:
+        try:
+            return parse_address(text)
+        except AddressError as exc:
+            raise argparse.ArgumentTypeError(str(exc)) from exc
+
+    parser.add_argument(
+        "--control", required=True, type=address, metavar="ADDR", help="where the host's gRPC calls come in"
+    )
+    parser.add_argument(
+        "--data", required=True, type=address, metavar="ADDR", help="where the host's data links come in"
+    )
+    parser.add_argument(
+        "--state-dir",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="for sockets, databases and logs; nothing in it is kept",
+    )
+    parser.add_argument(
+        "--net",
+        default="none",
+        metavar="WAY",
+        help="the way out of the machine: none (something else configures it), dhcp[,INTERFACE], "
+        "ADDRESS/PREFIX[,GATEWAY][,INTERFACE], or kernel: taploom.net=WAY of the kernel's command line, else dhcp "
+        "(%(default)s)",
+    )
+    parser.add_argument("--log-level", default="info", choices=LEVELS)
+    parser.add_argument("--version", action="version", version=f"agent_helper {__version__}")
+    return parser.parse_args(argv)
+
+
+@contextlib.contextmanager
+def _locked(state_dir: Path) -> Iterator[None]:
+    """Holds the state directory: two agents would take one another's databases away."""
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise SetupError(f"cannot use --state-dir {state_dir}: {exc.strerror}") from exc
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            raise SetupError(f"--state-dir {state_dir} is in use by another agent_helper") from exc
+        yield
+    finally:
+        os.close(fd)
+
+
+async def _serve(control: Address, data: Address, state_dir: Path, outside: Outside) -> None:
+    events = Events()
+    instance_id = new_instance_id()
+    programs = find_programs()
+    links.set_up("lo")
+    features = await trio.to_thread.run_sync(probe_features)
+
+    def on_daemon(process: SupervisedProcess) -> None:
+        logger.info("%s: %s %s", process.name, process.state, process.last_exit if process.state == "down" else "")
+        stack.daemon_changed()
+        events.publish(WatchEventsResponse(daemon_changed=daemon_message(process)))
+
+    def on_dns(network_id: str, process: SupervisedProcess) -> None:
+        events.publish(WatchEventsResponse(daemon_changed=daemon_message(process, network_id)))
+
+    def on_lost(reason: str) -> None:
+        events.publish(WatchEventsResponse(resync_needed=ResyncNeeded(reason=reason)))
+
+    def on_up(endpoint_id: str, agreed: frozenset[LinkFeature]) -> None:
+        events.publish(WatchEventsResponse(link_up=LinkUp(endpoint_id=endpoint_id, features=sorted(agreed))))
+
+    def on_down(endpoint_id: str, reason: str) -> None:
+        events.publish(WatchEventsResponse(link_down=LinkDown(endpoint_id=endpoint_id, reason=reason)))
+
+    def want(wanted: StreamWanted) -> bool:
+        if events.watched:
+            events.publish(WatchEventsResponse(stream_wanted=wanted))
+        return events.watched
+
+    def on_content(name: str) -> None:
+        fabric.database_read(name)
+
+    def on_logged(logged: PolicyLogged) -> None:
+        events.publish(WatchEventsResponse(policy_logged=logged))
+
+    stack = Stack(state_dir, programs, on_daemon=on_daemon, on_content=on_content)
+    stack.on_logged = on_logged
+    await stack.probe()
+    if not stack.kernel_datapath:
+        # The userspace data path carries TCP segments (userspace-tso-enable); it has nothing for UDP segments.
+        features -= {LinkFeature.USO}
+    async with open_dataplane() as dataplane, trio.open_nursery() as nursery:
+        streams = Streams(dataplane, want)
+        link_server = LinkServer(
+            dataplane,
+            features=features,
+            on_up=on_up,
+            on_down=on_down,
+            on_stream=streams.handle,
+            max_handshakes=MAX_HANDSHAKES,
+        )
+        fabric = Fabric(stack, link_server, on_dns=on_dns, on_lost=on_lost)
+        service = HelperService(
+            fabric, stack, link_server, events, streams, link_features=features, instance_id=instance_id
+        )
+        server = Server([service])
+        server.health.set(_SERVICE, False)
+        control_listener, data_listener = await open_listener(control), await open_listener(data)
+        nursery.start_soon(_until_signal, nursery.cancel_scope, server)
+        nursery.start_soon(keep_outside, outside, stack.log_dir / "udhcpc.log")
+        nursery.start_soon(server.serve, control_listener)
+        nursery.start_soon(link_server.serve, data_listener)
+        began = datetime.now(UTC)
+        await nursery.start(streams.run)
+        streams.network_of = fabric.kernel.network_of
+        door = Door(fabric.kernel.origin, streams.knock)
+        await nursery.start(door.run)
+        fabric.kernel.set_redirect(Redirect(streams.redirect_ports.tcp, streams.redirect_ports.udp), door)
+        await fabric.kernel.clear()  # what a run that was killed has left
+        await nursery.start(stack.run)
+        await nursery.start(fabric.run)
+        server.health.set(_SERVICE, True)
+        notify_ready()
+        logger.info(
+            "ready after %.2f s: OVS %s, OVN %s, %s data path, control %s, data %s",
+            (datetime.now(UTC) - began).total_seconds(),
+            stack.ovs_version,
+            stack.ovn_version,
+            "kernel" if stack.kernel_datapath else "userspace",
+            control,
+            data,
+        )
+
+
+async def _until_signal(scope: trio.CancelScope, server: Server) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+        async for signum in received:
+            logger.info("%s: ending", signal.Signals(signum).name)
+            await server.drain(_DRAIN)
+            scope.cancel()
+            return
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the agent until SIGTERM or SIGINT; returns its exit status."""
+    arguments = _arguments(argv)
+    setup_logging("agent_helper", arguments.log_level)
+    if arguments.log_level != "debug":
+        for name in ("ovsdbapp",):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        if os.geteuid():
+            raise SetupError("it must run as root: it creates TAP devices and network namespaces")
+        with _locked(arguments.state_dir.absolute()):
+            outside = parse_outside(arguments.net)
+            serve = partial(_serve, arguments.control, arguments.data, arguments.state_dir.absolute(), outside)
+            trio.run(serve, strict_exception_groups=True)
+    except* (SetupError, AddressError, OSError) as group:
+        print(f"agent_helper: {_first(group)}", file=sys.stderr)  # noqa: T201 -- the one line for people
+        sys.exit(1)  # out of an except* nothing can be returned
+    return 0
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    exc: BaseException = group
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
+    return exc

@@ -1,0 +1,201 @@
+"""The image's Python: the modules that the agent imports, compiled, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from images.common import python, wheels
+from images.common.tools import BuildError, run
+
+from .recipe import CHECKOUT, FILES, Recipe
+
+SITE = "usr/lib/taploom"
+_SHARED = "/run/exercise"
+# $1 the root with everything, $2 the root that the agent runs in, mounted below it, $3 the folder that both see as $4
+# is here.
+_NAMESPACES = """
+mount -t proc proc "$1/proc"
+mount --rbind /dev "$1/dev"
+mount -t sysfs sysfs "$1/sys"
+mkdir -p "$1$3" "$1/image"
+mount --bind "$4" "$1$3"
+if [ "$2" != "$1" ]; then
+	mount --bind "$2" "$1/image"
+	mount -t tmpfs tmpfs "$1/image/run"
+	mkdir -p "$1/image$3"
+	mount --bind "$4" "$1/image$3"
+	mount -t proc proc "$1/image/proc"
+	mount -t sysfs sysfs "$1/image/sys"
+	mount --rbind /dev "$1/image/dev"
+fi
+root=$1
+shift 4
+exec chroot "$root" /usr/bin/busybox sh -c 'busybox ip link set lo up; exec "$@"' sh "$@"
+"""
+_EXTENSION = re.compile(r"\.cpython-\d+-[\w-]+\.so$")
+
+
+def prepare(root: Path) -> None:
+    """What programs need to run in a root of unpacked packages, and no maintainer script has made."""
+    for name in ("proc", "sys", "dev", "run", "tmp", "etc"):
+        (root / name).mkdir(exist_ok=True)
+    for name in ("passwd", "group", "protocols", "nsswitch.conf", "hosts"):
+        shutil.copy(FILES / name, root / "etc" / name)
+    # Links to files that only maintainer scripts or the machine would have.
+    for path in [path for path in root.rglob("*") if path.is_symlink()]:
+        target = str(path.readlink())
+        if target.startswith("/") and not (root / target[1:]).exists():
+            path.unlink()
+
+
+def install_sources(root: Path, recipe: Recipe, found: Iterable[wheels.Wheel]) -> None:
+    """Puts our modules and their libraries, with sources, into a distribution's root."""
+    site = root / SITE
+    site.mkdir(parents=True)
+    for wheel in found:
+        wheels.unpack(wheel, site)
+    for name in recipe.python_modules:
+        ignored = shutil.ignore_patterns("__pycache__", "*.binpb")
+        shutil.copytree(CHECKOUT / name, site / name, ignore=ignored)
+    # Open vSwitch's own library, where the distribution has it; its C extension is for its distribution's Python only.
+    packaged = [path for path in root.glob("usr/lib/python3*/*-packages/ovs") if path.is_dir()]
+    if not packaged:
+        raise BuildError("the packages have no Python library of Open vSwitch (python3-openvswitch, py3-openvswitch)")
+    shutil.copytree(packaged[0], site / "ovs", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+
+
+def trace(root: Path, recipe: Recipe) -> set[str]:
+    """The files that the agent imports when it does all that it can, in this root; as paths in it, sources.
+
+    Raises:
+        BuildError: not root, or the agent fails.
+    """
+    return {name for name in python.used_modules([_exercise(root, root, recipe)]) if _is_module(name, recipe)}
+
+
+def verify(root: Path, tree: Path, recipe: Recipe) -> None:
+    """Has the agent do all that it can in the image's own tree.
+
+    Raises:
+        BuildError: something is missing there, or nothing imports a file; each is named.
+    """
+    present = python.module_files(tree, _folders(recipe))
+    landmark = f"/usr/lib/python{recipe.python}/os.pyc"
+    python.check(present, python.used_modules([_exercise(root, tree, recipe)]), landmarks=[landmark])
+
+
+def _folders(recipe: Recipe) -> tuple[str, str]:
+    return f"/usr/lib/python{recipe.python}", f"/{SITE}"
+
+
+def _is_module(name: str, recipe: Recipe) -> bool:
+    return any(name.startswith(f"{folder}/") for folder in _folders(recipe))
+
+
+def _exercise(root: Path, image: Path, recipe: Recipe) -> Path:
+    """Runs exercise.py in `root` with the agent in `image`, which may be the same; returns the tracer's report."""
+    if os.geteuid():
+        raise BuildError("it needs root: the agent is run in the image, in namespaces of its own")
+    shared = root / "exercise"
+    shutil.rmtree(shared, ignore_errors=True)
+    shared.mkdir()
+    for file in (Path(__file__).with_name("exercise.py"), python.TRACER):
+        shutil.copy(file, shared)
+    interpreter = f"/usr/bin/python{recipe.python}"
+    later = [part for name in recipe.python_later for part in ("--import", name)]
+    agent = [
+        interpreter,
+        "-I",
+        "-S",
+        "-B",
+        f"{_SHARED}/tracer.py",
+        "--report",
+        f"{_SHARED}/report",
+        "--path",
+        f"/{SITE}",
+    ]
+    agent += [*later, recipe.python_program, "--control", f"unix:{_SHARED}/control.sock"]
+    agent += ["--data", f"unix:{_SHARED}/data.sock", "--state-dir", f"{_SHARED}/state", "--net", "kernel"]
+    enter = [] if image == root else ["/usr/bin/busybox", "chroot", "/image"]
+    run(
+        [
+            *("unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--uts"),
+            *("sh", "-ec", _NAMESPACES, "sh", root, image, _SHARED, shared),
+            *(interpreter, "-B", f"{_SHARED}/exercise.py", _SHARED, *enter, *agent),
+        ],
+        env={"PYTHONPATH": f"/{SITE}", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/"},
+    )
+    return shared / "report"
+
+
+def install(
+    root: Path,
+    tree: Path,
+    recipe: Recipe,
+    *,
+    modules: set[str],
+    versions: Mapping[str, str],
+    interpreter_root: Path,
+) -> list[Path]:
+    """Puts the interpreter and these modules into the image's tree, compiled.
+
+    Args:
+        root: the distribution's root for the image's architecture.
+        modules: as traced, maybe in a root of another architecture.
+        versions: of the wheels, by name.
+        interpreter_root: the root whose interpreter runs here.
+
+    Returns:
+        The files in `root` that were taken and may need libraries.
+    """
+    binary = f"usr/bin/python{recipe.python}"
+    taken = [root / binary]
+    (tree / "usr/bin").mkdir(parents=True, exist_ok=True)
+    shutil.copy(root / binary, tree / binary)
+    (tree / "usr/bin/python3").symlink_to(f"python{recipe.python}")
+    sources: dict[str, Path] = {}
+    # By os.pyc the interpreter knows its library's folder (Modules/getpath.py), and reads the module from itself.
+    for name in (f"/usr/lib/python{recipe.python}/os.py", *modules):
+        source = root / name.lstrip("/")
+        if _EXTENSION.search(name):
+            source = _extension(root, name)
+            taken.append(source)
+            name = f"/{source.relative_to(root)}"  # noqa: PLW2901 -- the name that it has on this architecture
+        sources[name] = source
+    missing = sorted(name for name, source in sources.items() if not source.is_file())
+    if missing:
+        raise BuildError(f"traced, but not in the image's packages: {', '.join(missing)}")
+    # By way of its dynamic linker: this machine's libc may be older than the interpreter's.
+    linker = _linker(interpreter_root)
+    folders = ":".join(str(interpreter_root / folder) for folder in recipe.library_folders)
+    command: list[str | Path] = [linker, "--library-path", folders, interpreter_root / binary]
+    python.compile_into(sources, tree, interpreter=command, optimize=1)
+    for name in recipe.recorded:
+        (tree / SITE / f"{name}-{versions[name]}.dist-info").mkdir(parents=True)
+    return taken
+
+
+def _extension(root: Path, name: str) -> Path:
+    """The extension module in this root, whatever its architecture is called in the file's name."""
+    traced = Path(name.lstrip("/"))
+    stem = _EXTENSION.sub("", traced.name)
+    found = sorted((root / traced.parent).glob(f"{stem}.cpython-*.so"))
+    if not found:
+        raise BuildError(f"{name} was traced, but {root} has no {stem} for its architecture")
+    return found[0]
+
+
+def _linker(root: Path) -> Path:
+    for pattern in (
+        "lib64/ld-linux-*.so.*",
+        "usr/lib64/ld-linux-*.so.*",
+        "usr/lib/ld-linux-*.so.*",
+        "lib/ld-musl-*.so.1",
+    ):
+        for path in sorted(root.glob(pattern)):
+            return path
+    raise BuildError(f"{root} has no dynamic linker")

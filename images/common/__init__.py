@@ -1,0 +1,1 @@
+"""What the image builders share. Everything here writes the same bytes when it is given the same inputs."""

@@ -1,0 +1,1 @@
+"""Builds the guest image; images/guest-initfs/README.md is its page."""

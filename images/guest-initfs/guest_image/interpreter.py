@@ -1,0 +1,182 @@
+"""The interpreter in the image: cut to what the agent imports, by running it, and checked by running it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from images.common import debian, wheels
+from images.common import python as pythons
+from images.common.tools import BuildError, run
+
+from .recipe import CHECKOUT, FILES, Recipe
+
+_NATIVE = {"x86_64": "x86_64", "aarch64": "arm64"}
+_TRIPLETS = {"x86_64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}
+_LOADERS = ("usr/lib64/ld-linux-*.so.*", "usr/lib/ld-linux-*.so.*", "usr/lib/*/ld-linux-*.so.*")
+_SHARED = "/run/exercise"
+_EXERCISE = Path(__file__).with_name("exercise.py")
+_GENERATED = Path(__file__).with_name("generated.py")
+# $1 the root with everything, $2 the root that the agent runs in, mounted below it, $3 the folder that both see.
+_NAMESPACES = """
+mount -t proc proc "$1/proc"
+mount --rbind /dev "$1/dev"
+mount -t sysfs sysfs "$1/sys"
+mkdir -p "$1$3" "$1/image"
+mount --bind "$4" "$1$3"
+if [ "$2" != "$1" ]; then
+	mount --bind "$2" "$1/image"
+	mount -t tmpfs tmpfs "$1/image/run"
+	mkdir -p "$1/image$3"
+	mount --bind "$4" "$1/image$3"
+	mount -t proc proc "$1/image/proc"
+	mount --rbind /dev "$1/image/dev"
+fi
+root=$1
+shift 4
+exec chroot "$root" /usr/bin/busybox sh -c 'busybox ip link set lo up; exec "$@"' sh "$@"
+"""
+
+
+def native_arch() -> str:
+    """The architecture whose interpreter runs on this machine.
+
+    Raises:
+        BuildError: none of ours does.
+    """
+    arch = _NATIVE.get(platform.machine(), "") if platform.system() == "Linux" else ""
+    if not arch:
+        raise BuildError("the image's interpreter must run to be traced: build on Linux, x86_64 or arm64")
+    return arch
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the agent imports: paths in the image; extensions' names have TRIPLET for the architecture's."""
+
+    modules: tuple[str, ...]
+
+    def paths(self, arch: str) -> tuple[str, ...]:
+        """The paths for an architecture."""
+        return tuple(name.replace("TRIPLET", _TRIPLETS[arch]) for name in self.modules)
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(self.modules, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Trace:
+        return cls(tuple(json.loads(path.read_text())))
+
+
+def full_root(recipe: Recipe, packages: list[debian.Package], found: list[wheels.Wheel], root: Path) -> None:
+    """Everything that may be needed, with sources: Debian's packages, the wheels and the checkout's modules."""
+    debian.unpack(packages, root)
+    folder = root / recipe.folder.lstrip("/")
+    for wheel in found:
+        wheels.unpack(wheel, folder)
+    ignore = shutil.ignore_patterns("__pycache__", "*.binpb")
+    for name in ("taploom", recipe.module):
+        shutil.copytree(CHECKOUT / name, folder / name, ignore=ignore)
+    shutil.copytree(FILES, root, dirs_exist_ok=True)
+    for name in ("proc", "sys", "dev", "run", "tmp", "root"):
+        (root / name).mkdir(exist_ok=True)
+
+
+def host_command(root: Path) -> list[str | Path]:
+    """The command that runs a root's interpreter from outside it, with that root's libraries."""
+    loader = next(path for pattern in _LOADERS for path in sorted(root.glob(pattern)))
+    libraries = ":".join(str(path) for path in sorted(root.glob("usr/lib/*-linux-gnu")))
+    return [loader, "--library-path", libraries, next(root.glob("usr/bin/python3.*"))]
+
+
+def trace(recipe: Recipe, root: Path) -> Trace:
+    """Exercises the agent in the root with everything, and says which modules' files it imported."""
+    used = pythons.used_modules([_exercise(recipe, root, root, recipe.start)])
+    triplet = _TRIPLETS[native_arch()]
+    return Trace(tuple(sorted(name.replace(triplet, "TRIPLET") for name in used if _is_module(recipe, name))))
+
+
+def put_modules(recipe: Recipe, arch: str, traced: Trace, *, full: Path, root: Path, interpreter: Path) -> None:
+    """Puts the traced modules into the image's tree, compiled; ``interpreter`` is a root whose python runs here."""
+    modules: dict[str, Path] = {recipe.start: full / recipe.start.lstrip("/")}
+    for name in traced.paths(arch):
+        source = full / name.lstrip("/")
+        if not source.is_file():
+            raise BuildError(f"the {arch} packages have no {name}, which the agent imports")
+        modules[name] = source
+    for landmark in recipe.landmarks:
+        name = landmark.removesuffix("c")
+        if not name.endswith(".py"):
+            continue
+        modules.setdefault(name, full / name.lstrip("/"))
+    pythons.compile_into(modules, root, interpreter=host_command(interpreter))
+
+
+def put_generated(recipe: Recipe, root: Path, interpreter: Path) -> None:
+    """Puts beside start.py what it reads; ``interpreter`` is a root with everything whose python runs here."""
+    target = root / recipe.folder.lstrip("/") / "generated.marshal"
+    earlier = target.with_suffix(".earlier")
+    folder = interpreter / recipe.folder.lstrip("/")
+    command = [*host_command(interpreter), "-s", "-S", "-B", "-OO", "-X", "no_debug_ranges", _GENERATED, folder]
+    run([*command, earlier], env={"PYTHONHASHSEED": "1"})
+    run([*command, target, earlier], env={"PYTHONHASHSEED": "0"})
+    earlier.unlink()
+
+
+def verify(recipe: Recipe, full: Path, root: Path) -> None:
+    """Exercises the agent in the image's own tree and compares what it imported with what is there.
+
+    Raises:
+        BuildError: something fails there, or files that nothing imports; each is named.
+    """
+    start = f"{recipe.start}c"
+    report = _exercise(recipe, full, root, start)
+    used = pythons.used_modules([report]) | {start}
+    pythons.check(pythons.module_files(root, _folders(recipe)), used, landmarks=recipe.landmarks)
+
+
+def check_names(recipe: Recipe, arch: str, traced: Trace, root: Path) -> None:
+    """That a tree that cannot run here has exactly the traced modules.
+
+    Raises:
+        BuildError: names the files that nothing imports.
+    """
+    wanted = {name.removesuffix(".py") + ".pyc" if name.endswith(".py") else name for name in traced.paths(arch)}
+    present = pythons.module_files(root, _folders(recipe))
+    pythons.check(present, wanted | {f"{recipe.start}c"}, landmarks=recipe.landmarks)
+
+
+def _folders(recipe: Recipe) -> tuple[str, ...]:
+    return recipe.library, recipe.folder
+
+
+def _is_module(recipe: Recipe, name: str) -> bool:
+    return any(name.startswith(f"{folder}/") for folder in _folders(recipe)) and name != recipe.start
+
+
+def _exercise(recipe: Recipe, full: Path, root: Path, start: str) -> Path:
+    """Runs exercise.py in ``full`` with the agent in ``root``; returns the tracer's report."""
+    if os.geteuid() != 0:
+        raise BuildError("tracing the agent needs root: it makes namespaces and TAP devices")
+    shared = full / "exercise"
+    shutil.rmtree(shared, ignore_errors=True)
+    shared.mkdir()
+    shutil.copy(_EXERCISE, shared)
+    shutil.copy(pythons.TRACER, shared)
+    python = recipe.interpreter
+    enter = [] if root == full else ["/usr/bin/busybox", "chroot", "/image"]
+    imports = [part for name in recipe.lazy for part in ("--import", name)]
+    tracer = [python, "-I", "-S", "-B", f"{_SHARED}/tracer.py", "--report", f"{_SHARED}/report"]
+    tracer += ["--path", recipe.folder, *imports]
+    agent = [start, "--control", f"unix:{_SHARED}/control.sock", "--data", f"unix:{_SHARED}/data.sock"]
+    unshare = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--uts"]
+    exercise = [python, "-B", f"{_SHARED}/exercise.py", _SHARED, *enter, *tracer, *agent]
+    run(
+        [*unshare, "sh", "-ec", _NAMESPACES, "sh", full, root, _SHARED, shared, *exercise],
+        env={"PYTHONPATH": recipe.folder, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+    )
+    return shared / "report"

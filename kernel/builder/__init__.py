@@ -1,0 +1,1 @@
+"""Building the kernel: source, configuration from fragments, compilation, a cache by content."""

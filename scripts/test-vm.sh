@@ -1,0 +1,93 @@
+#!/bin/bash
+# Builds what virtual machines boot, proves the kernel, runs the tests over virtual machines, and checks that nothing was
+# left behind. Run as root, by `make test-vm`. Arguments go to pytest.
+#
+# Environment: TAPLOOM_ACCEL  kvm, hvf or tcg instead of what works here
+#              TAPLOOM_CACHE  where what was built and fetched stays (default /var/cache/taploom)
+set -u
+cd "$(dirname "$0")/.." || exit 1
+
+# Processes by what only ours have in their command lines: a machine may run other virtual machines too.
+leftovers() {
+	{
+		ip netns list 2>/dev/null | awk '/^(taploom\.|tlt)/ {print "namespace " $1}'
+		ip -o link | awk -F': ' '{sub(/@.*/, "", $2); print "interface " $2}'
+		ps -eo args= | grep -E '(process=taploom-vm|vhost-device-vsock|ovs-vswitchd|ovsdb-server|ovn-northd|ovn-controller|dnsmasq|agent_guest|agent_helper|host_bridge|lab\.supervisor|lab\.runtime|crun)' |
+			grep -v grep | sed 's/^/process /'
+		ls /run/taploom 2>/dev/null | sed 's,^,state /run/taploom/,'
+		ls -d /run/tlv-* 2>/dev/null | sed 's,^,state ,'
+	} | sort
+}
+
+# figure WHAT MEASURED [WANTED]: a line of the table at the end; tests add theirs with the fixture of that name.
+figure() {
+	printf '%s\t%s\t%s\n' "$1" "$2" "${3:-}" >>"$summary"
+}
+
+# size WHAT FILE [MOST]: a file's size and how many MB (10^6 bytes) it may have.
+size() {
+	local bytes
+	bytes=$(stat -c %s "$2")
+	figure "size: $1" "$(awk "BEGIN {printf \"%.1f MB\", $bytes / 1e6}")" "${3:+at most $3 MB}"
+	if [ -n "${3:-}" ] && [ "$bytes" -gt $(($3 * 1000000)) ]; then
+		echo "$2 has $bytes bytes: at most $3 MB are wanted"
+		result=1
+	fi
+}
+
+step() {
+	local name=$1 start
+	shift
+	start=$(date +%s)
+	echo "== $name"
+	if ! "$@"; then
+		echo "make test-vm: FAILED at: $name ($*)"
+		exit 1
+	fi
+	times+=("$name $(($(date +%s) - start))")
+}
+
+if [ "$(id -u)" != 0 ]; then
+	echo "make test-vm needs root: it makes namespaces, TAPs and virtual machines" >&2
+	exit 1
+fi
+times=()
+arch=$(uname -m | sed 's/aarch64/arm64/')
+step "what virtual machines need is installed" scripts/vm-setup.sh
+step "kernel" kernel/build --arch "$arch"
+step "guest image" images/guest-initfs/build --arch "$arch"
+step "helper image" images/alpine-helper/build --arch "$arch"
+
+before=$(leftovers)
+began=$(date +%s)
+step "kernel verified by use" kernel/verify
+summary=$(mktemp)
+trap 'rm -f "$summary"' EXIT
+echo "== tests over virtual machines"
+start=$(date +%s)
+# Two files at a time: a VM that boots keeps a processor busy, one that waits does not.
+TAPLOOM_VM_SUMMARY=$summary python -m pytest tests/vm --numprocesses 2 --dist loadfile "$@"
+result=$?
+times+=("tests $(($(date +%s) - start))")
+after=$(leftovers)
+if [ "$before" != "$after" ]; then
+	echo "left behind by the tests (> is new):"
+	diff <(echo "$before") <(echo "$after")
+	result=1
+fi
+size "kernel" "build/kernel/$arch/vmlinuz"
+size "guest image, compressed" "build/images/guest-initfs/$arch/guest-initfs.cpio.zst" 16
+size "helper image, compressed" "build/images/alpine-helper/$arch/helper.cpio.zst" 60
+for entry in "${times[@]}"; do
+	figure "time: ${entry% *}" "${entry##* } s"
+done
+echo
+sort "$summary" | column -t -s "$(printf '\t')" -N figure,measured,wanted
+echo
+took=$(($(date +%s) - began))
+if [ $result = 0 ]; then
+	echo "make test-vm: all passed in $((took / 60)) min $((took % 60)) s after the builds; nothing left behind"
+else
+	echo "make test-vm: FAILED after $((took / 60)) min $((took % 60)) s"
+fi
+exit $result
