@@ -31,6 +31,7 @@ json_parser.install()
 # Reconnect delays in ms. The library's (1 s to 8 s) suit remote servers; ours is a child, back within milliseconds.
 _BACKOFF_MIN, _BACKOFF_MAX = 10, 200
 _TIMEOUT = 5.0  # of a transaction, in seconds, over reconnections
+_FIRST_CONTENT = 120.0  # s; an emulated machine that is short of processors takes tens of them
 
 
 class Txn:
@@ -254,7 +255,7 @@ class Database:
             # A row inserted without the column that an index goes by would stay in it; ACLs need no name.
             if "name" in table.columns and table.columns["name"].type.n_min == 1:
                 index_by_name(table)
-        self._connection = connection.Connection(self._idl, timeout=_TIMEOUT)
+        self._connection = connection.Connection(self._idl, timeout=_FIRST_CONTENT)
         self._api = _Api(self._connection)
         self._jobs: list[_Job] = []
         self._commit_lock = trio.Lock()
@@ -263,6 +264,7 @@ class Database:
     async def start(self) -> None:
         """Connects and waits for the content."""
         await trio.to_thread.run_sync(self._connection.start, limiter=self._limiter)
+        self._connection.timeout = _TIMEOUT
 
     async def stop(self) -> None:
         """Ends the IDL's thread and closes the connection."""

@@ -112,6 +112,7 @@ class HelperService(HelperServiceBase):
     async def get_info(self, request: GetInfoRequest, context: ServerContext) -> GetInfoResponse:
         features = [_LINK_FEATURES[feature] for feature in sorted(self._link_features)]
         features += [HelperFeature.EVENTS, HelperFeature.EGRESS, HelperFeature.STREAMS, HelperFeature.EARLY_LINKS]
+        features.append(HelperFeature.STREAM_RECORDS)
         features.append(HelperFeature.POLICY)
         if self._stack.kernel_datapath:
             features.append(HelperFeature.KERNEL_DATAPATH)

@@ -200,14 +200,15 @@ class Stack:
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._run_ovsdb_server)
-                await self._connect()
-                await self.ensure_conf()
-                if self.on_logged is not None:
-                    await nursery.start(PolicyLog(self.run_dir / policy_log.SOCKET, self.on_logged).run)
+                # They start while we read the databases; vswitchd does nothing before it has its configuration.
                 nursery.start_soon(self._run_vswitchd)
                 nursery.start_soon(self._run_northd)
+                await self._connect()
+                await self.ensure_conf()
                 await self._connectable(self.mgmt)
                 await trio.to_thread.run_sync(self._mark_datapath)
+                if self.on_logged is not None:
+                    await nursery.start(PolicyLog(self.run_dir / policy_log.SOCKET, self.on_logged).run)
                 nursery.start_soon(self._run_controller)
                 nursery.start_soon(self._kick_controller)
                 nursery.start_soon(self._prove_connections)

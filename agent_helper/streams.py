@@ -176,6 +176,8 @@ class Streams:
             raise HandshakeError("wrong secret", LinkRefusal.UNAUTHORIZED)
         reply = ready(min(hello.version, LINK_VERSION), ())
         if target.token:
+            if target.protocol == StreamProtocol.TCP_RECORDS:
+                raise HandshakeError("streams that were asked for are not in records", LinkRefusal.UNAVAILABLE)
             wanted = self._wanted.pop(target.token, None)
             if wanted is None:
                 raise HandshakeError("no such token, or too late", LinkRefusal.UNAUTHORIZED)
@@ -187,9 +189,10 @@ class Streams:
             return
         if self.active >= self._max_streams:
             raise HandshakeError(f"there are {self.active} streams already", LinkRefusal.UNAVAILABLE)
-        if target.protocol == StreamProtocol.TCP:
+        if target.protocol != StreamProtocol.UDP:
             where, carrier = (target.address, target.port), plain_socket(stream.socket)
-            self._carry(lambda loop, end: Reach(loop, carrier, where, reply, end), None)
+            records = target.protocol == StreamProtocol.TCP_RECORDS
+            self._carry(lambda loop, end: Reach(loop, carrier, where, reply, end, records=records), None)
             return
         with self._counted(None):
             peer = _connected_udp(target)

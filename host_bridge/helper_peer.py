@@ -21,7 +21,7 @@ from host_bridge.peer import (
 )
 from host_bridge.policy.state import PolicyState
 from host_bridge.store import Store
-from taploom.address import Address
+from taploom.address import Address, HybridAddress
 from taploom.contracts.taploom.helper.v1 import (
     ApplyEndpointRequest,
     ApplyNetworkRequest,
@@ -51,7 +51,7 @@ from taploom.contracts.taploom.helper.v1 import (
     WatchEventsResponse,
 )
 from taploom.contracts.taploom.helper.v1.rpc import HelperServiceClient
-from taploom.contracts.taploom.link.v1 import LinkFeature
+from taploom.contracts.taploom.link.v1 import LinkFeature, StreamProtocol
 from taploom.link import new_secret
 from taploom.rpc import Channel, RpcError, StatusCode
 
@@ -163,6 +163,13 @@ class HelperPeer(Peer[HelperObject]):
         """What to do about such an agent."""
         version = self.info.version if self.info is not None else "unknown"
         return f"{self.subject} (version {version}) is too old to enforce policies: update it"
+
+    @property
+    def tcp_protocol(self) -> StreamProtocol:
+        """What TCP streams into the networks are opened with."""
+        # Few VMMs hand the end of one direction on through their Unix sockets.
+        records = isinstance(self.data_address, HybridAddress) and self._can(HelperFeature.STREAM_RECORDS)
+        return StreamProtocol.TCP_RECORDS if records else StreamProtocol.TCP
 
     def _can(self, feature: HelperFeature) -> bool:
         return self.info is not None and feature in self.info.features

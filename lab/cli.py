@@ -227,19 +227,21 @@ def _prepare_vms(lab: Lab) -> None:
         LabError: this machine lacks something; the message says what to do.
     """
     from lab.vm import artefacts, tools
+    from lab.vm.accelerator import accelerator
     from lab.vm.errors import MachineError
-    from lab.vm.supervisor import ARTEFACTS
 
+    if lab.supervisor_pid() is not None:
+        return  # its VMs boot what they were told to
     try:
         arch = tools.host_architecture()
         tools.qemu(arch)
         tools.vhost_device_vsock()
         built = artefacts.build(arch, say=_say)
+        _say(f"VMs run with {accelerator(arch, built.kernel)}")  # finding out may take seconds
     except MachineError as error:
         raise LabError(str(error)) from error
     lab.create()
-    if lab.supervisor_pid() is None:
-        built.save(lab.path / ARTEFACTS)
+    built.save(lab.path / artefacts.FILE)
 
 
 def _known_vm(lab: Lab, name: str) -> str:

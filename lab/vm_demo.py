@@ -186,7 +186,7 @@ def main() -> None:
     print_rows("taploom between virtual machines", rows)
     if arguments.keep:
         console.print("The lab is still up. Try: [bold]. .venv/bin/activate; export TAPLOOM_LAB=vm-demo[/bold], then")
-        console.print("[bold]taploom lab exec web[/bold] -- sh; [bold]taploom lab down[/bold] ends it. For docker:")
+        console.print("[bold]taploom lab exec web -- sh[/bold]; [bold]taploom lab down[/bold] ends it. For docker:")
         console.print(f"[bold]export DOCKER_HOST={steps.lab.docker_host}[/bold]")
     console.print(
         f"[green]vm-demo: everything worked, in {time.monotonic() - began:.0f} s; "

@@ -56,6 +56,10 @@ class StreamHelper(Protocol):
     def stream_secret(self) -> bytes | None:
         """What AuthorizeStreams gave it on this connection; None: it cannot carry streams now."""
 
+    @property
+    def tcp_protocol(self) -> StreamProtocol:
+        """TCP_RECORDS where the way to its data port cannot close one direction alone, and the helper knows them."""
+
     async def streams_ready(self) -> None:
         """Returns once there is a stream secret."""
 
@@ -290,14 +294,15 @@ class PortPublisher:
         owner.opening.add(scope)
         try:
             with scope:
-                stream = await self._open_patiently(owner, port)
+                stream, protocol = await self._open_patiently(owner, port)
             if scope.cancelled_caught:
                 return
             container = plain_socket(stream.socket)
+            records = container if protocol == StreamProtocol.TCP_RECORDS else None
             tune_tcp(client)
 
             def make(loop: Loop, end: Callable[[str], None]) -> Splice:
-                return Splice(loop, client, container, end)
+                return Splice(loop, client, container, end, records=records)
 
             def ended(_reason: str) -> None:
                 owner.connections.discard(attachment)
@@ -337,7 +342,7 @@ class PortPublisher:
 
     async def _connect_flow(self, owner: _Owner, server: DatagramServer, port: PublishedPort, flow: Flow) -> None:
         try:
-            stream = await self._open(owner, port)
+            stream, _ = await self._open(owner, port)
         except StreamError as error:
             logger.debug("datagrams to port %d are lost: %s", port.host_port, error)
             self._dataplane.call(lambda: server.drop(flow))
@@ -345,7 +350,7 @@ class PortPublisher:
         sock = plain_socket(stream.socket)
         self._dataplane.call(lambda: server.join(flow, sock))
 
-    async def _open_patiently(self, owner: _Owner, port: PublishedPort) -> trio.SocketStream:
+    async def _open_patiently(self, owner: _Owner, port: PublishedPort) -> tuple[trio.SocketStream, StreamProtocol]:
         """As `_open`, but not only now: until the container has a target, and while the helper is away. A bridge or a
         helper that was started again is no reason to turn away whom it can serve a moment later.
         """
@@ -368,14 +373,14 @@ class PortPublisher:
                 await trio.sleep(backoff.next(trio.current_time()))
         raise why
 
-    async def _open(self, owner: _Owner, port: PublishedPort) -> trio.SocketStream:
-        """A stream to the container; raises StreamError."""
+    async def _open(self, owner: _Owner, port: PublishedPort) -> tuple[trio.SocketStream, StreamProtocol]:
+        """A stream to the container, and what is spoken on it; raises StreamError."""
         address, secret = self._way(owner, port)
         if not address or not secret:
             raise StreamError("there is no way to the container now")
-        protocol = StreamProtocol.TCP if port.protocol == "tcp" else StreamProtocol.UDP
+        protocol = self._helper.tcp_protocol if port.protocol == "tcp" else StreamProtocol.UDP
         target = StreamTarget(protocol=protocol, address=address, port=port.container_port)
-        return await open_stream(self._helper.data_address, target, secret)
+        return await open_stream(self._helper.data_address, target, secret), protocol
 
     def _way(self, owner: _Owner, port: PublishedPort) -> tuple[str, bytes]:
         """The container's address that the port leads to, and the secret for the way there; empty: none now.

@@ -184,7 +184,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the checks and end")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--jobs", type=int, default=2, help="processors, and checks at once (default 2)")
-    parser.add_argument("--limit", type=float, default=900, metavar="SECONDS", help="give up after (default 900)")
+    parser.add_argument("--limit", type=float, default=1800, metavar="SECONDS", help="give up after (default 1800)")
     parser.add_argument("--append", default="", metavar="WORDS", help="added to the kernel's command line")
     parser.add_argument("--directory", type=Path, metavar="DIR", help="keep the machine's console and logs there")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR", help=f"default {DEFAULT_CACHE}")

@@ -14,6 +14,9 @@ from pathlib import Path
 from lab.vm import tools
 from lab.vm.errors import MachineError
 
+FILE = "vm.json"
+"""Where a lab writes down what it boots, in its directory."""
+
 # What makes each, and what it leaves below build/.
 _BUILDS = (
     ("kernel", "kernel/build", "kernel/{arch}/vmlinuz"),

@@ -31,8 +31,9 @@ from lab.runtime.engine import Child, Guest, Layout
 from lab.state import GUEST_PORT, Lab
 from lab.vm import processes
 from lab.vm.accelerator import accelerator
-from lab.vm.artefacts import Artefacts
+from lab.vm.artefacts import FILE, Artefacts
 from lab.vm.errors import MachineError
+from lab.vm.keeper import until_wedged
 from lab.vm.machine import Machine, Share
 from lab.vm.processes import Command, ProcessError, Runtime, Terminal
 from taploom.address import connect, parse_address
@@ -92,10 +93,12 @@ class _Vm:
         first = True
         while True:
             self.machine.prepare_vsock()
+            (self.machine.directory / "vsock.log").unlink(missing_ok=True)
             child = await self._spawn(self.machine.vsock_command(), "vsock.log")
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._offer_vsock, first, task_status)
+                    nursery.start_soon(self._end_wedged, child)
                     code = await child.wait()
                     nursery.cancel_scope.cancel()
             except BaseException:
@@ -116,6 +119,10 @@ class _Vm:
             await self.machine.open_vsock()
         except MachineError as error:
             logger.warning("container %s: %s", self.container.id, error)
+
+    async def _end_wedged(self, child: children.Child) -> None:
+        await until_wedged(self.machine.directory / "vsock.log")
+        child.kill()
 
     async def wait_answers(self, port: int) -> None:
         """Returns once something listens on a port of its vsock. OSError when it ends before."""
@@ -140,7 +147,7 @@ class VmEngine:
     host_network = False
 
     def __init__(self, lab: Lab, *, root_of: Callable[[str], Path], nursery: trio.Nursery) -> None:
-        self._artefacts = Artefacts.load(lab.path / "vm.json")
+        self._artefacts = Artefacts.load(lab.path / FILE)
         self._root_of = root_of
         self._nursery = nursery
         self._vms: dict[str, _Vm] = {}

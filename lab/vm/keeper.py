@@ -120,15 +120,29 @@ class KeptMachine:
         self._lost = False
 
     async def _end_wedged(self) -> None:
-        """Ends a vhost-device-vsock of which a thread has died: it stays, and answers nobody."""
         read = self._vsock_log.stat().st_size
         while True:
-            await trio.sleep(_PANIC_POLL)
-            with self._vsock_log.open("rb") as log:
-                log.seek(read)
-                said = log.read()
-            whole = said.rfind(b"\n") + 1
-            read += whole
-            if b"panicked at" in said[:whole]:
-                logger.warning("%s lost a thread; see %s", self.vsock.name, self._vsock_log)
-                self.vsock.kill(signal.SIGKILL)
+            read = await until_wedged(self._vsock_log, read)
+            logger.warning("%s lost a thread; see %s", self.vsock.name, self._vsock_log)
+            self.vsock.kill(signal.SIGKILL)
+
+
+async def until_wedged(log: Path, start: int = 0) -> int:
+    """Returns once a vhost-device-vsock has said that a thread of its panicked: it stays, and answers nobody.
+
+    Args:
+        log: what it says.
+        start: how many bytes of that are older.
+
+    Returns:
+        How many bytes were read.
+    """
+    while True:
+        with log.open("rb") as file:
+            file.seek(start)
+            said = file.read()
+        whole = said.rfind(b"\n") + 1
+        start += whole
+        if b"panicked at" in said[:whole]:
+            return start
+        await trio.sleep(_PANIC_POLL)

@@ -173,6 +173,8 @@ class Machine:
             # Whether the timer ticks is asked with a time limit that an emulated processor does not always keep.
             words.append("no_timer_check")
             if self._accelerator() == "tcg":
+                # The rate of the processor's own clock is measured at boot, and wrong by any factor on a busy host.
+                words.append("clocksource=hpet")
                 # Code that is patched has to be translated anew, and nobody needs the jitter of an emulated clock.
                 words += ["noreplace-smp", "initcall_blacklist=jent_mod_init"]
         return " ".join([*words, *self.append.split()])

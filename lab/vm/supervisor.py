@@ -12,11 +12,10 @@ from lab import internet
 from lab.state import GUEST_PORT, HELPER_PORT, Lab
 from lab.supervisor import Supervisor, add_netns
 from lab.vm.accelerator import accelerator
-from lab.vm.artefacts import Artefacts
+from lab.vm.artefacts import FILE, Artefacts
 from lab.vm.keeper import KeptMachine
 from lab.vm.machine import Machine
 
-ARTEFACTS = "vm.json"
 _GUEST_MEMORY = 512
 _HELPER_MEMORY = 1024
 _TAP = "eth0"
@@ -27,7 +26,7 @@ class VmSupervisor(Supervisor):
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
-        self._artefacts = Artefacts.load(lab.path / ARTEFACTS)
+        self._artefacts = Artefacts.load(lab.path / FILE)
         self._accelerator = accelerator(self._artefacts.arch, self._artefacts.kernel)
         # Booting keeps a processor busy: what boots beside others is not ready sooner. The helper, which takes longest
         # and without which nothing is ready, does not wait.

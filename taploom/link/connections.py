@@ -278,7 +278,8 @@ class ConnectionServer:
 class Reach:
     """Connects to a TCP stream's target, answers the hello, and splices the two; both sockets are closed with it.
 
-    ``end(reason)`` as with other jobs. A target that cannot be reached is refused with UNREACHABLE.
+    ``end(reason)`` as with other jobs. A target that cannot be reached is refused with UNREACHABLE. ``records``: the
+    stream is in records (see Splice).
     """
 
     def __init__(
@@ -288,7 +289,10 @@ class Reach:
         target: tuple[str, int],
         reply: bytes,
         end: Callable[[str], None],
+        *,
+        records: bool = False,
     ) -> None:
+        self._records: Final = records
         self._loop: Final = loop
         self._stream: Final = stream
         self._target: Final = target
@@ -361,7 +365,8 @@ class Reach:
             self._close()
             self._end(f"the stream broke: {error.strerror}")
             return
-        self._splice = Splice(self._loop, self._stream, self._peer, self._end)
+        records = self._stream if self._records else None
+        self._splice = Splice(self._loop, self._stream, self._peer, self._end, records=records)
         self._splice.start()
 
 

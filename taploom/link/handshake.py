@@ -124,7 +124,7 @@ def check_hello(hello: LinkHello) -> None:
 
 
 def _check_target(target: StreamTarget) -> None:
-    if target.protocol not in (StreamProtocol.TCP, StreamProtocol.UDP):
+    if target.protocol not in (StreamProtocol.TCP, StreamProtocol.UDP, StreamProtocol.TCP_RECORDS):
         # One that is newer than this code is no fault of the dialler's.
         missing = target.protocol == StreamProtocol.UNSPECIFIED
         refusal = LinkRefusal.MALFORMED if missing else LinkRefusal.UNAVAILABLE

@@ -3,6 +3,10 @@
 Runs on the data-plane thread, also on macOS. Unlike a relay's, a side's end of file is not the end: it is handed on as
 a half-close (shutdown(2)), and the other direction goes on. When a side breaks, the other one is reset, so that nobody
 takes a torn connection for a complete one.
+
+Not every transport can close one direction alone: what leads through a VMM's Unix socket (hybrid vsock) often ends
+both or none. There a side can be in records: a 4-byte big-endian length before so many bytes, and 0 for the end of the
+direction.
 """
 
 from __future__ import annotations
@@ -26,16 +30,22 @@ _CARRIER_BUFFER: Final = 512 * 1024
 # SO_SNDBUFFORCE of asm-generic/socket.h, for those who may exceed the system's limit.
 _SEND_BUFFER: Final = (32, socket.SO_SNDBUF) if sys.platform == "linux" else (socket.SO_SNDBUF,)
 _LINGER: Final = struct.pack("ii", 1, 0)
+_RECORD: Final = struct.Struct(">I")
+_END_RECORD: Final = _RECORD.pack(0)
+_MAX_RECORD: Final = 1 << 20
 _KEEP_ALIVE: Final = 15  # seconds, as Go's (and so docker-proxy's) connections have it
 
 
 class _Side:
     """One of the two sockets, and the bytes that it has yet to take."""
 
-    __slots__ = ("ended", "events", "fd", "handler", "limit", "shut", "sock", "unsent")
+    __slots__ = ("ended", "events", "fd", "handler", "head", "left", "limit", "records", "shut", "sock", "unsent")
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, records: bool) -> None:
         self.sock = sock
+        self.records = records
+        self.head = b""  # of a record's length
+        self.left = 0  # of a record's bytes
         self.fd = sock.fileno()
         self.limit = write_limit(sock)
         self.unsent: memoryview | None = None
@@ -54,13 +64,23 @@ class Splice:
 
     At most one chunk per direction is kept while its reader is slow. ``on_end(reason)`` is called, on the thread, when
     the splice ends by itself: empty when both directions were closed in order, else why it broke.
+
+    ``records``: that one of the two is in records.
     """
 
-    def __init__(self, loop: Loop, first: socket.socket, second: socket.socket, on_end: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        first: socket.socket,
+        second: socket.socket,
+        on_end: Callable[[str], None],
+        *,
+        records: socket.socket | None = None,
+    ) -> None:
         self._loop: Final = loop
         self._on_end: Final = on_end
         self._stopped = False
-        a, b = self._sides = (_Side(first), _Side(second))
+        a, b = self._sides = (_Side(first, first is records), _Side(second, second is records))
         a.handler = lambda mask: self._ready(mask, a, b)
         b.handler = lambda mask: self._ready(mask, b, a)
 
@@ -124,25 +144,72 @@ class Splice:
 
     def _copy(self, source: _Side, target: _Side) -> None:
         buffer = self._loop.buffer
+        start = _RECORD.size if target.records else 0
         try:
-            size = source.sock.recv_into(buffer, CHUNK)
+            size = source.sock.recv_into(buffer[start:], CHUNK)
         except BlockingIOError:
             return
         except OSError as error:
             self._end(f"a peer broke the connection: {error.strerror}")
             return
-        if not size:
+        ended = not size
+        if source.records:
+            if ended:
+                self._end("the stream broke off")
+                return
+            try:
+                size, ended = self._unpack(source, buffer[start : start + size])
+            except ValueError as error:
+                self._end(str(error))
+                return
+        if size:
+            if target.records:
+                _RECORD.pack_into(buffer, 0, size)
+                size += _RECORD.size
+            sent = self._send(target, buffer[:size])
+            if sent < 0:
+                return
+            if sent < size:
+                # A copy: the buffer is everyone's.
+                target.unsent = memoryview(bytes(buffer[sent:size]))
+                self._watch(source, source.events & ~READ)
+                self._watch(target, target.events | WRITE)
+        if ended:
             source.ended = True
             self._watch(source, source.events & ~READ)
             if target.unsent is None:
                 self._shut(target)
-            return
-        sent = self._send(target, buffer[:size])
-        if 0 <= sent < size:
-            # A copy: the buffer is everyone's.
-            target.unsent = memoryview(bytes(buffer[sent:size]))
-            self._watch(source, source.events & ~READ)
-            self._watch(target, target.events | WRITE)
+
+    def _unpack(self, source: _Side, data: memoryview) -> tuple[int, bool]:
+        """Move the records' bytes to the beginning of ``data``; return how many they are, and whether the end is there.
+
+        Raises ValueError when they are no records.
+        """
+        position = kept = 0
+        size = len(data)
+        while position < size:
+            if source.left:
+                taken = min(source.left, size - position)
+                if kept != position:
+                    data[kept : kept + taken] = data[position : position + taken]
+                kept += taken
+                position += taken
+                source.left -= taken
+                continue
+            missing = _RECORD.size - len(source.head)
+            source.head += bytes(data[position : position + missing])
+            position += missing
+            if len(source.head) < _RECORD.size:
+                break
+            (source.left,) = _RECORD.unpack(source.head)
+            source.head = b""
+            if source.left > _MAX_RECORD:
+                raise ValueError(f"a record of {source.left} bytes: {_MAX_RECORD} are allowed")
+            if not source.left:
+                if position < size:
+                    raise ValueError("something follows the end of a stream")
+                return kept, True
+        return kept, False
 
     def _flush(self, target: _Side, source: _Side) -> None:
         assert target.unsent is not None
@@ -152,23 +219,38 @@ class Splice:
         elif sent > 0:
             target.unsent = None
             self._watch(target, target.events & ~WRITE)
-            if source.ended:
-                self._shut(target)
-            else:
+            if not source.ended:
                 self._watch(source, source.events | READ)
+            elif target.shut:
+                self._finish(target)
+            else:
+                self._shut(target)
 
     def _shut(self, target: _Side) -> None:
         """Hand the end of file on."""
         target.shut = True
-        try:
-            target.sock.shutdown(socket.SHUT_WR)
-        except OSError as error:
-            self._end(f"a peer broke the connection: {error.strerror}")
-            return
-        if all(side.ended and side.shut for side in self._sides):
+        if target.records:
+            sent = self._send(target, memoryview(_END_RECORD))
+            if sent < 0:
+                return
+            if sent < len(_END_RECORD):
+                target.unsent = memoryview(_END_RECORD)[sent:]
+                self._watch(target, target.events | WRITE)
+                return
+        else:
+            try:
+                target.sock.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                self._end(f"a peer broke the connection: {error.strerror}")
+                return
+        self._finish(target)
+
+    def _finish(self, target: _Side) -> None:
+        """Nothing more goes to the target: end with the other direction, if it has ended."""
+        if all(side.ended and side.shut and side.unsent is None for side in self._sides):
             self._end("")
         elif target.ended:
-            self._watch(target, 0)
+            self._watch(target, target.events & WRITE)
 
     def _send(self, target: _Side, data: memoryview) -> int:
         """Write what ``target`` takes; return how much, or -1 when it broke, which ends the splice."""

@@ -102,13 +102,13 @@ async def echo(stream: trio.SocketStream) -> None:
 
 @asynccontextmanager
 async def hybrid_front(directory: Path, behind: UnixAddress) -> AsyncIterator[HybridAddress]:
-    """A VMM's Unix socket (Firecracker's hybrid vsock) before a data port."""
+    """A VMM's Unix socket (Firecracker's hybrid vsock) before a data port: the end of one direction is that of both."""
     path = directory / "vmm.sock"
 
-    async def copy(source: trio.SocketStream, target: trio.SocketStream) -> None:
+    async def copy(source: trio.SocketStream, target: trio.SocketStream, end: trio.CancelScope) -> None:
         async for data in source:
             await target.send_all(data)
-        await target.send_eof()
+        end.cancel()
 
     async def serve(front: trio.SocketStream) -> None:
         line = b""
@@ -119,8 +119,8 @@ async def hybrid_front(directory: Path, behind: UnixAddress) -> AsyncIterator[Hy
             await front.send_all(b"OK 1\n")
             with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(copy, front, back)
-                    nursery.start_soon(copy, back, front)
+                    nursery.start_soon(copy, front, back, nursery.cancel_scope)
+                    nursery.start_soon(copy, back, front, nursery.cancel_scope)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.serve_listeners, serve, [await open_listener(UnixAddress(str(path)))])

@@ -114,16 +114,16 @@ def test_targets_that_are_not_valid(fields: dict[str, Any]) -> None:
 def test_protocol_of_a_newer_host() -> None:
     hello = decode_message(
         LinkHello,
-        bytes.fromhex("0801 1a10 000102030405060708090a0b0c0d0e0f 2a10 0803 120a")
+        bytes.fromhex("0801 1a10 000102030405060708090a0b0c0d0e0f 2a10 0804 120a")
         + b"172.18.0.2"
         + bytes.fromhex("1850"),
     )
-    with pytest.raises(HandshakeError, match="protocol 3") as caught:
+    with pytest.raises(HandshakeError, match="protocol 4") as caught:
         check_hello(hello)
     assert caught.value.refusal == LinkRefusal.UNAVAILABLE
 
 
-@given(st.text(max_size=50), st.integers(0, 2**32 - 1), st.binary(max_size=70), st.integers(0, 2))
+@given(st.text(max_size=50), st.integers(0, 2**32 - 1), st.binary(max_size=70), st.integers(0, 3))
 def test_any_target_is_valid_or_refused(address: str, port: int, token: bytes, protocol: int) -> None:
     target = StreamTarget(protocol=StreamProtocol(protocol), address=address, port=port, token=token)
     try:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from system.fabric import TAPLOOM, until
-from vmlab import BOOT, compile_tool
+from system.fabric import TAPLOOM
+from vmlab import BOOT, compile_tool, until
 
 from images.common import cpio
 from lab.vm import tools

@@ -13,11 +13,9 @@ from system import test_helper_rig as rig
 
 from lab.vm.machine import Machine
 from taploom.contracts.taploom.helper.v1 import (
-    ApplyUplinkRequest,
     GetInfoRequest,
     HelperFeature,
     ListEndpointsRequest,
-    Uplink,
 )
 
 MEMORY = 1024  # MiB

@@ -8,11 +8,12 @@ import re
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from system.fabric import TAPLOOM, Fabric, until
+from system import fabric
+from system.fabric import TAPLOOM, Fabric
 
 # Longest waits; nothing here is a promise about speed. With an emulated processor a VM takes half a minute to boot, and
 # longer on a busy machine.
@@ -21,6 +22,11 @@ RECOVERY = 240.0
 
 TOOL = "/run/vmtool"
 _DROPPED = ("link_up", "linkUp", "connected", "problem", "status")
+
+
+def until(condition: Callable[[], Any], what: str, timeout: float = RECOVERY) -> Any:
+    """As fabric.until, with the patience that emulated machines need."""
+    return fabric.until(condition, what, timeout)
 
 
 def compile_tool(target: Path) -> Path:
@@ -59,6 +65,13 @@ class VmFabric(Fabric):
             check=True,
             timeout=120,
         )
+
+    def answers(self, guest: str, target: str, *options: str) -> bool:
+        """True when one ping is answered."""
+        return self.guest(guest, "ping", "-n", "-c1", "-W5", *options, target).returncode == 0
+
+    def until_answers(self, guest: str, target: str, *options: str) -> None:
+        until(lambda: self.answers(guest, target, *options), f"{target} answers {guest}\n{self.logs()}")
 
     def in_helper(self, *command: str) -> str:
         return self.in_guest("helper", *command)

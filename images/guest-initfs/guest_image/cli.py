@@ -7,13 +7,14 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from images.common.cache import DEFAULT_CACHE, publish
 from images.common.tools import ARCHITECTURES, BuildError
 
-from . import debian_builder
-from .recipe import CHECKOUT, read_recipe
+from . import buildroot, debian_builder
+from .recipe import CHECKOUT, Recipe, read_recipe
 
 _EXAMPLE = """\
 example:
@@ -33,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         recipe = read_recipe()
-        inputs = debian_builder.gather(recipe, arguments.arch, cache=arguments.cache, update=arguments.update, say=say)
+        if arguments.builder == "buildroot":
+            return _buildroot(recipe, arguments, say)
+        inputs = debian_builder.gather(
+            recipe, arguments.arch, cache=arguments.cache, update=arguments.update, vminit=arguments.vminit, say=say
+        )
         place, hit = debian_builder.build(recipe, inputs, cache=arguments.cache, say=say)
         output = arguments.output or CHECKOUT / "build/images/guest-initfs" / arguments.arch
         publish(place, output)
@@ -52,6 +57,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds": round(time.monotonic() - began, 1),
     }
     print(json.dumps(result, indent=1) if arguments.json else _summary(result))
+    return 0
+
+
+def _buildroot(recipe: Recipe, arguments: argparse.Namespace, say: debian_builder.Say) -> int:
+    """Checks, or says how to build."""
+    folder = buildroot.prepare(recipe, cache=arguments.cache)
+    tree = arguments.buildroot or Path("BUILDROOT")
+    if not arguments.check:
+        names = " or ".join(path.name for path in buildroot.defconfigs())
+        print(f"{folder} has the wheels. Build with Buildroot {recipe.buildroot_release}, which downloads all sources:")
+        print(f"  make -C {tree} O=OUTPUT BR2_EXTERNAL={buildroot.EXTERNAL} DEFCONFIG && make -C OUTPUT")
+        print(f"DEFCONFIG is {names}; the image is OUTPUT/images/rootfs.cpio.zst.")
+        return 0
+    if arguments.buildroot is None:
+        raise BuildError("--check needs a Buildroot tree: --buildroot DIR")
+    found = buildroot.check(recipe, arguments.buildroot.absolute(), say)
+    if arguments.json:
+        print(json.dumps([asdict(entry) for entry in found], indent=1))
+    else:
+        for entry in found:
+            print(f"{entry.name}: {entry.requested} symbols requested, none dropped; {len(entry.packages)} packages")
     return 0
 
 
@@ -76,8 +102,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--arch", choices=sorted(ARCHITECTURES), default="x86_64", help="default: %(default)s")
+    parser.add_argument("--builder", choices=("debian", "buildroot"), default="debian", help="default: %(default)s")
+    parser.add_argument("--buildroot", type=Path, metavar="DIR", help="a Buildroot tree, for --builder buildroot")
+    parser.add_argument("--check", action="store_true", help="only resolve the defconfigs with that tree")
     parser.add_argument("--output", type=Path, help="default: build/images/guest-initfs/ARCH in the checkout")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="default: $TAPLOOM_CACHE, or %(default)s")
     parser.add_argument("--update", action="store_true", help="ask Debian's archive for newer packages")
+    parser.add_argument("--vminit", type=Path, metavar="LAYOUT", help="Apple's vminit image, for the OCI layout")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser

@@ -10,19 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from images.common import cpio, debian, elf, wheels
-from images.common.cache import cached, inputs_hash
-from images.common.init import SOURCES, build_init
+from images.common.cache import cached, file_sha256, inputs_hash
+from images.common.init import build_init
 from images.common.manifest import build_manifest, write_manifest
 from images.common.tools import BuildError, debian_architecture, run
 from taploom import __version__
 
 from . import interpreter
+from .apple import write_init_image
 from .recipe import CHECKOUT, FOLDER, LOCK, Recipe
 
 INITFS = "guest-initfs.cpio.zst"
 _INIT = "usr/sbin/taploom-init"
 _POWER = ("poweroff", "reboot", "halt", "shutdown")
 _COMMON = CHECKOUT / "images/common"
+_OWN = ("recipe", "interpreter", "exercise", "generated", "debian_builder", "apple")
+# What else decides about the bytes; a README or the other builder does not.
+_PARTS = [FOLDER / "image.toml", FOLDER / "files", _COMMON, *(FOLDER / f"guest_image/{name}.py" for name in _OWN)]
 
 Say = Callable[[str], None]
 
@@ -37,17 +41,20 @@ class Inputs:
     wheels: list[wheels.Wheel]
     init: Path
     musl: debian.Package
+    vminit: Path | None = None
 
     @property
     def key(self) -> str:
         """The hash of it all."""
         sums = [package.sha256 for package in (*self.packages, *self.native, self.musl)]
         sums += [wheel.sha256 for wheel in self.wheels]
+        if self.vminit is not None:
+            sums.append(file_sha256(self.vminit / "index.json"))
         texts = [self.arch, run(["zstd", "--version"]), *sums]
-        return inputs_hash(texts, [FOLDER, _COMMON, SOURCES, *_code()], CHECKOUT)
+        return inputs_hash(texts, [*_PARTS, *_code()], CHECKOUT)
 
 
-def gather(recipe: Recipe, arch: str, *, cache: Path, update: bool, say: Say) -> Inputs:
+def gather(recipe: Recipe, arch: str, *, cache: Path, update: bool, vminit: Path | None, say: Say) -> Inputs:
     """Finds and downloads what the image is made of."""
     debian_architecture(arch)
     native = interpreter.native_arch()
@@ -60,7 +67,7 @@ def gather(recipe: Recipe, arch: str, *, cache: Path, update: bool, say: Say) ->
     pinned = wheels.wheels(LOCK, recipe.wheels, python=recipe.python, cache=cache)
     say("init")
     init, musl = build_init(arch, cache=cache, update=update)
-    return Inputs(arch, found[arch], found[native], pinned, init, musl)
+    return Inputs(arch, found[arch], found[native], pinned, init, musl, vminit)
 
 
 def build(recipe: Recipe, inputs: Inputs, *, cache: Path, say: Say) -> tuple[Path, bool]:
@@ -106,6 +113,8 @@ def _build(recipe: Recipe, inputs: Inputs, work: Path, place: Path, *, cache: Pa
     size = (place / INITFS).stat().st_size
     if size > recipe.max_compressed:
         raise BuildError(f"the image has {size:,} bytes compressed; more than {recipe.max_compressed:,} are not wanted")
+    (work / "oci").mkdir()
+    write_init_image(root, inputs.arch, work / "oci", place / "oci", vminit=inputs.vminit, version=__version__)
     content = build_manifest(
         image=recipe.name,
         arch=inputs.arch,
@@ -125,8 +134,7 @@ def _build(recipe: Recipe, inputs: Inputs, work: Path, place: Path, *, cache: Pa
 def _trace(recipe: Recipe, inputs: Inputs, full: Path, cache: Path) -> interpreter.Trace:
     """Traced once for all architectures."""
     sums = [package.sha256 for package in inputs.native] + [wheel.sha256 for wheel in inputs.wheels]
-    files = [FOLDER / "image.toml", FOLDER / "files", Path(__file__).parent, _COMMON, *_code()]
-    key = inputs_hash(sums, files, CHECKOUT)
+    key = inputs_hash(sums, [*_PARTS, *_code()], CHECKOUT)
     place, _ = cached(
         cache, "guest-trace", key, lambda new: interpreter.trace(recipe, full).write(new / "modules.json")
     )

@@ -45,7 +45,7 @@ class _Switch:
     def vsctl(self, *arguments: str) -> str:
         """ovs-vsctl in the switch's namespace; waits until ovs-vswitchd has done it."""
         try:
-            return self.namespace.run("ovs-vsctl", "--timeout=20", *arguments)
+            return self.namespace.run("ovs-vsctl", "--timeout=80", *arguments)
         except CheckError as error:
             raise CheckError(f"{error} {self.complaints()}".strip()) from None
 
@@ -53,7 +53,11 @@ class _Switch:
         """The warnings and errors in ovs-vswitchd's log."""
         log = Path("/run/ovs-vswitchd.log")
         lines = log.read_text().splitlines() if log.exists() else []
-        return "; ".join(line.split("|", 3)[-1] for line in lines if "|WARN|" in line or "|ERR|" in line)[:300]
+        return "; ".join(
+            line.split("|", 3)[-1]
+            for line in lines
+            if ("|WARN|" in line or "|ERR|" in line) and "|timeval|" not in line
+        )[:300]
 
     def appctl(self, *arguments: str) -> str:
         """ovs-appctl to ovs-vswitchd."""
@@ -191,6 +195,7 @@ def ovs_tunnels() -> str:
             )
             switch.flows(f"in_port=1,actions=output:{number}\nin_port={number},actions=output:1")
             remote.ip(f"address add 10.1.0.2/24 dev {device}", f"link set {device} up")
+            one.ip("neighbour flush dev eth0")  # the other device has a MAC of its own
             talk(one, remote, "10.1.0.2")
             remote.ip(f"address del 10.1.0.2/24 dev {device}", f"link set {device} down")
         switch.vsctl(

@@ -167,7 +167,12 @@ class HelperFeature(betterproto2.Enum):
     Links may be dialled before the helper has been told of them (LinkHello.early).
     """
 
-    POLICY = 9
+    STREAM_RECORDS = 9
+    """
+    Streams can be in records (STREAM_PROTOCOL_TCP_RECORDS).
+    """
+
+    POLICY = 10
     """
     Policies are enforced: ApplyPolicy, SyncRequest.policy, Endpoint.policy. An agent without it lets everything pass.
     """
@@ -184,7 +189,8 @@ class HelperFeature(betterproto2.Enum):
             6: "HELPER_FEATURE_EGRESS",
             7: "HELPER_FEATURE_STREAMS",
             8: "HELPER_FEATURE_EARLY_LINKS",
-            9: "HELPER_FEATURE_POLICY",
+            9: "HELPER_FEATURE_STREAM_RECORDS",
+            10: "HELPER_FEATURE_POLICY",
         }
 
     @classmethod
@@ -199,7 +205,8 @@ class HelperFeature(betterproto2.Enum):
             "HELPER_FEATURE_EGRESS": 6,
             "HELPER_FEATURE_STREAMS": 7,
             "HELPER_FEATURE_EARLY_LINKS": 8,
-            "HELPER_FEATURE_POLICY": 9,
+            "HELPER_FEATURE_STREAM_RECORDS": 9,
+            "HELPER_FEATURE_POLICY": 10,
         }
 
 

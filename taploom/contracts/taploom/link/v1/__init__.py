@@ -149,12 +149,20 @@ class StreamProtocol(betterproto2.Enum):
     UDP: each datagram is preceded by its length, 4 bytes big-endian, 65,507 at most.
     """
 
+    TCP_RECORDS = 3
+    """
+    TCP in records, over a transport that cannot close one direction alone (hybrid vsock): each is preceded by its length, 4 bytes
+    big-endian, 1 MiB at most; a length of 0 is the end of the direction. A stream that ends without it broke. Only to an address,
+    and for helpers that name the feature.
+    """
+
     @classmethod
     def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
         return {
             0: "STREAM_PROTOCOL_UNSPECIFIED",
             1: "STREAM_PROTOCOL_TCP",
             2: "STREAM_PROTOCOL_UDP",
+            3: "STREAM_PROTOCOL_TCP_RECORDS",
         }
 
     @classmethod
@@ -163,6 +171,7 @@ class StreamProtocol(betterproto2.Enum):
             "STREAM_PROTOCOL_UNSPECIFIED": 0,
             "STREAM_PROTOCOL_TCP": 1,
             "STREAM_PROTOCOL_UDP": 2,
+            "STREAM_PROTOCOL_TCP_RECORDS": 3,
         }
 
 
