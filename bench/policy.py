@@ -134,7 +134,9 @@ async def _populate(bridge: str, networks: int) -> None:
                 await client.connect_guest(ConnectGuestRequest(network=network, guest=guest), timeout=60)
 
         for number in range(networks):
-            await client.create_network(CreateNetworkRequest(name=f"net{number}"), timeout=60)
+            # There are fewer default subnets than that.
+            request = CreateNetworkRequest(name=f"net{number}", subnets=[f"10.200.{number}.0/24"])
+            await client.create_network(request, timeout=60)
             async with trio.open_nursery() as nursery:
                 for guest in guests:
                     nursery.start_soon(join, f"net{number}", guest)
