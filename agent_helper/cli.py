@@ -31,6 +31,7 @@ from taploom.address import Address, AddressError, open_listener, parse_address
 from taploom.contracts.taploom.helper.v1 import (
     LinkDown,
     LinkUp,
+    PolicyLogged,
     ResyncNeeded,
     StreamWanted,
     WatchEventsResponse,
@@ -137,7 +138,11 @@ async def _serve(control: Address, data: Address, state_dir: Path, outside: Outs
     def on_content(name: str) -> None:
         fabric.database_read(name)
 
+    def on_logged(logged: PolicyLogged) -> None:
+        events.publish(WatchEventsResponse(policy_logged=logged))
+
     stack = Stack(state_dir, programs, on_daemon=on_daemon, on_content=on_content)
+    stack.on_logged = on_logged
     await stack.probe()
     if not stack.kernel_datapath:
         # The userspace data path carries TCP segments (userspace-tso-enable); it has nothing for UDP segments.

@@ -6,20 +6,23 @@ dnsmasq to what is described whatever was there, so the same functions repair wh
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeVar
 
 import trio
 
-from agent_helper import links, northbound, vswitch
+from agent_helper import links, northbound, policy_rows, vswitch
 from agent_helper.dns import DnsServer
 from agent_helper.errors import HelperError, InvalidSpecError, NotFoundError, PreconditionError, UnavailableError
 from agent_helper.locks import KeyedLocks, SharedLock
-from agent_helper.ovsdb import Txn
+from agent_helper.ovsdb import Row, Txn
+from agent_helper.policy import MemberSpec, PolicySpec, parse_member, parse_policy
+from agent_helper.policy_counters import read_counters
 from agent_helper.spec import (
     EndpointSpec,
     NetworkSpec,
@@ -32,7 +35,7 @@ from agent_helper.spec import (
 )
 from agent_helper.stack import Stack
 from agent_helper.uplink import KernelEnd, usable
-from taploom.contracts.taploom.helper.v1 import Endpoint, Network, SyncRequest, Uplink
+from taploom.contracts.taploom.helper.v1 import Endpoint, EndpointPolicy, Network, Policy, SyncRequest, Uplink
 from taploom.link import Tap
 from taploom.supervise import SupervisedProcess
 
@@ -45,6 +48,7 @@ _UP_TIMEOUT = 10.0  # s that a port may take to be programmed, daemons' restarts
 _NAMES_TIMEOUT = 2.0  # s that dnsmasq may take to know a name
 _UNPLUG_TIMEOUT = 3.0  # s that vswitchd may take to let go of a port
 _SPARE_MTU = 1500
+_POLICY = "policy"  # what a failure of a Sync calls it
 _MAX_TAP_MTU = 65521  # the kernel's for TAPs: 65535 less the Ethernet header
 
 
@@ -122,7 +126,9 @@ class Fabric:
         self._on_lost = on_lost
         self._numbers = itertools.count()  # of interfaces; a name is never used twice, see _open_tap
         self.uplink: UplinkSpec | None = None
+        self.policy = PolicySpec()
         self._uplink_changes = Changes()
+        self._policy_changes = Changes()
         self.kernel = KernelEnd(stack.programs["nft"], self._numbers)
         self._gate = SharedLock()
         self._network_locks = KeyedLocks()
@@ -186,6 +192,7 @@ class Fabric:
             northbound.ensure_uplink(txn, spec)
             for network in networks:
                 northbound.ensure_network(txn, network, spec)
+            policy_rows.ensure_addresses(txn, spec)
 
         await _together(partial(self._stack.nb.transact, in_nb), partial(self._apply_kernel_end, spec))
 
@@ -273,7 +280,10 @@ class Fabric:
         network_id = network.spec.network_id
         self.kernel.remove_network(network_id)
         await _together(
-            partial(self._stack.nb.transact, partial(northbound.remove_network, network_id=network_id)),
+            partial(
+                self._stack.nb.transact,
+                partial(northbound.remove_network, network_id=network_id, uplink=self.uplink),
+            ),
             partial(self._close_dns, network),
             self.kernel.converge,
         )
@@ -401,7 +411,8 @@ class Fabric:
             endpoint = EndpointState(spec, message, network)
             self.endpoints[spec.endpoint_id] = endpoint
             network.endpoints[spec.endpoint_id] = endpoint
-        if endpoint.tap is not None and endpoint.spec.port_addresses != spec.port_addresses:
+        seen = endpoint.spec.port_addresses, endpoint.spec.policy
+        if endpoint.tap is not None and seen != (spec.port_addresses, spec.policy):
             endpoint.changes.made += 1
         for key in _keys(endpoint.spec):
             network.holders.pop(key, None)
@@ -417,9 +428,12 @@ class Fabric:
         wanted = [e for e in endpoints if not e.spec.disabled]
         idle = [e for e in endpoints if e.spec.disabled and e.tap is not None]
 
+        uplink = self.uplink
+
         def in_nb(txn: Txn) -> None:
-            for endpoint in wanted:
-                northbound.ensure_endpoint(txn, endpoint.spec)
+            ports = [(e.spec, *northbound.ensure_endpoint(txn, e.spec)) for e in wanted]
+            # In the same transaction: there is no moment in which they are reached by whom they must not be.
+            policy_rows.ensure_members(txn, ports, uplink)
 
         async def plug() -> None:
             await self._give_taps([e for e in wanted if e.tap is None])
@@ -589,6 +603,66 @@ class Fabric:
 
         await _together(programmed, known)
 
+    # Policies
+
+    async def apply_policy(self, message: Policy, members: Mapping[str, EndpointPolicy]) -> None:
+        """Makes the rules, and what they mean to these endpoints, be as described; returns once they are enforced.
+
+        Raises:
+            InvalidSpecError: nothing was changed.
+            UnavailableError: the next attempt completes it.
+        """
+        policy = parse_policy(message)
+        for member in members.values():
+            parse_member(member)
+        self._check_ready()
+        async with self._gate.exclusive():
+            with trio.CancelScope(shield=True):
+                self.policy = policy
+                self._policy_changes.made += 1
+                self._enter_members(members)
+                await self._stack.nb.transact(self._policy_rows())
+        await self._come_into_force(self._policy_changes)
+
+    async def policy_counters(self, rule_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Packets and bytes that rules have matched since they were programmed; none named: of all.
+
+        Raises:
+            UnavailableError: OVS or OVN does not answer.
+        """
+        self._check_ready()
+        acls = await self._stack.nb.transact(policy_rows.rules_of)
+        known = {rule.rule_id for rule in self.policy.rules}
+        wanted = known & set(rule_ids) if rule_ids else known
+        acls = {rule_id: uuid for rule_id, uuid in acls.items() if rule_id in wanted}
+        return await read_counters(self._stack.socket, self._stack.mgmt, acls) if acls else {}
+
+    def _enter_members(self, members: Mapping[str, EndpointPolicy | None]) -> None:
+        for endpoint_id, member in members.items():
+            endpoint = self.endpoints.get(endpoint_id)
+            if endpoint is not None:
+                with contextlib.suppress(InvalidSpecError):  # of a Sync: whoever applies that endpoint is told
+                    endpoint.spec = replace(endpoint.spec, policy=parse_member(member))
+                    endpoint.message = replace(endpoint.message, policy=member)
+
+    def _policy_in_books(self) -> tuple[PolicySpec, dict[str, MemberSpec]]:
+        return self.policy, {key: endpoint.spec.policy for key, endpoint in self.endpoints.items()}
+
+    def _policy_rows(self) -> Callable[[Txn], None]:
+        """Makes all groups, rules and memberships be as they are in the books now, for a transaction."""
+        policy, uplink = self.policy, self.uplink
+        specs = [e.spec for e in self.endpoints.values() if not e.spec.disabled]
+
+        def op(txn: Txn) -> None:
+            ports: list[tuple[EndpointSpec, Row]] = []
+            for spec in specs:
+                port = txn.find("Logical_Switch_Port", northbound.endpoint_port(spec.endpoint_id))
+                if port is not None:
+                    ports.append((spec, port))
+            policy_rows.ensure_policy(txn, policy, ports, uplink)
+
+        return op
+
     async def _come_into_force(self, *changes: Changes) -> None:
         """Returns once no packet is treated any more as it was before the changes. Nothing that is new waits here: it
         is told by `ovn-installed`."""
@@ -615,6 +689,11 @@ class Fabric:
         uplink = parse_uplink(request.uplink or Uplink())
         self._check_ready()
         failures: list[tuple[str, HelperError]] = []
+        try:
+            policy = parse_policy(request.policy)
+        except InvalidSpecError as exc:  # of two that are not as described, the one with rules is the safer
+            policy = self.policy
+            failures.append((_POLICY, exc))
 
         async def apply_network(spec: NetworkSpec, network: Network) -> None:
             try:
@@ -629,6 +708,13 @@ class Fabric:
                 async with trio.open_nursery() as nursery:
                     for spec, network in _parsed(request.networks, parse_network, _network_id, failures):
                         nursery.start_soon(apply_network, spec, network)
+                # The rules together with what they mean to endpoints that are there; new ones come afterwards.
+                before = self._policy_in_books()
+                self.policy = policy
+                self._enter_members({e.endpoint_id: e.policy for e in request.endpoints})
+                if self._policy_in_books() != before:
+                    self._policy_changes.made += 1
+                await self._stack.nb.transact(self._policy_rows())
                 endpoints = await self._apply_all(request.endpoints, failures)
 
         async def settle(endpoint: EndpointState) -> None:
@@ -640,7 +726,8 @@ class Fabric:
         async with trio.open_nursery() as nursery:
             for endpoint in endpoints:
                 nursery.start_soon(settle, endpoint)
-        await self._come_into_force(self._uplink_changes, *(network.changes for network in self.networks.values()))
+        whole = (self._uplink_changes, self._policy_changes)
+        await self._come_into_force(*whole, *(network.changes for network in self.networks.values()))
         self._spare_wanted.set()
         return SyncOutcome(endpoints, removed, failures)
 
@@ -710,7 +797,7 @@ class Fabric:
     async def _restore(self) -> None:
         networks = list(self.networks.values())
         endpoints = [e for e in self.endpoints.values() if e.tap is not None]
-        uplink = self.uplink
+        uplink, policy = self.uplink, self.policy
 
         def in_nb(txn: Txn) -> None:
             there = [(e.spec.network_id, e.spec.endpoint_id) for e in endpoints]
@@ -718,8 +805,8 @@ class Fabric:
             northbound.ensure_uplink(txn, uplink)
             for network in networks:
                 northbound.ensure_network(txn, network.spec, uplink)
-            for endpoint in endpoints:
-                northbound.ensure_endpoint(txn, endpoint.spec)
+            ports = [(endpoint.spec, northbound.ensure_endpoint(txn, endpoint.spec)[0]) for endpoint in endpoints]
+            policy_rows.ensure_policy(txn, policy, ports, uplink)
 
         interfaces = {n.dns.outer: northbound.dns_port(n.spec.network_id) for n in networks if n.dns is not None}
         interfaces |= {e.tap.name: northbound.endpoint_port(e.spec.endpoint_id) for e in endpoints if e.tap is not None}

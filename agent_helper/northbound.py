@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from agent_helper import policy_rows
 from agent_helper.errors import UnavailableError
 from agent_helper.ovsdb import Row, Txn
 from agent_helper.spec import EndpointSpec, Leg, NetworkSpec, UplinkSpec, legs
@@ -61,6 +62,7 @@ def ensure_network(txn: Txn, spec: NetworkSpec, uplink: UplinkSpec | None) -> No
         _remove_port(txn, switch, dns_port(spec.network_id))
     _ensure_legs(txn, router, spec, legs(spec, uplink), uplink.mtu if uplink else 0)
     _ensure_isolation(txn, switch, router, spec)
+    policy_rows.ensure_addresses(txn, uplink)
 
 
 def _ensure_legs(txn: Txn, router: Row, spec: NetworkSpec, network_legs: tuple[Leg, ...], mtu: int) -> None:
@@ -126,11 +128,11 @@ def _only_with(*ports: str) -> list[dict[str, object]]:
     return [{"priority": p, "direction": "to-lport", "match": m, "action": a} for p, m, a in rules]
 
 
-def remove_network(txn: Txn, network_id: str) -> None:
+def remove_network(txn: Txn, network_id: str, uplink: UplinkSpec | None) -> None:
     """The switch and the router with all their ports; nothing when they are not there."""
-    uplink = txn.find("Logical_Switch", UPLINK_SWITCH)
-    if uplink is not None:
-        _remove_port(txn, uplink, f"to-up-{network_id}")
+    switch = txn.find("Logical_Switch", UPLINK_SWITCH)
+    if switch is not None:
+        _remove_port(txn, switch, f"to-up-{network_id}")
     for table, name in (
         ("Logical_Switch", switch_name(network_id)),
         ("Logical_Router", router_name(network_id)),
@@ -138,15 +140,16 @@ def remove_network(txn: Txn, network_id: str) -> None:
         row = txn.find(table, name)
         if row is not None:
             txn.delete(table, row)  # its ports are not roots: the server collects them
+    policy_rows.ensure_addresses(txn, uplink)
 
 
-def ensure_endpoint(txn: Txn, spec: EndpointSpec) -> None:
-    """The endpoint's port, which lets only its own MAC and IP addresses in."""
+def ensure_endpoint(txn: Txn, spec: EndpointSpec) -> tuple[Row, bool]:
+    """The endpoint's port, which lets only its own MAC and IP addresses in; and whether it is new."""
     switch = txn.find("Logical_Switch", switch_name(spec.network_id))
     if switch is None:
         raise UnavailableError(f"network {spec.network_id} is just being restored in OVN's database; try again")
     addresses = [spec.port_addresses]
-    _ensure_port(txn, switch, endpoint_port(spec.endpoint_id), "", addresses, security=addresses)
+    return _ensure_port(txn, switch, endpoint_port(spec.endpoint_id), "", addresses, security=addresses)
 
 
 def remove_endpoints(txn: Txn, ports: Iterable[tuple[str, str]]) -> None:
@@ -155,6 +158,7 @@ def remove_endpoints(txn: Txn, ports: Iterable[tuple[str, str]]) -> None:
         switch = txn.find("Logical_Switch", switch_name(network_id))
         if switch is not None:
             _remove_port(txn, switch, endpoint_port(endpoint_id))
+    policy_rows.remove_unused(txn)
 
 
 def remove_strangers(txn: Txn, networks: Iterable[str], endpoints: Iterable[tuple[str, str]]) -> None:
@@ -189,7 +193,7 @@ def _ensure_port(
     *,
     security: list[str] | None = None,
     options: dict[str, str] | None = None,
-) -> None:
+) -> tuple[Row, bool]:
     port, new = txn.ensure(
         "Logical_Switch_Port",
         name,
@@ -200,6 +204,7 @@ def _ensure_port(
     )
     if new:
         switch.addvalue("ports", port)
+    return port, new
 
 
 def _ensure_rows(txn: Txn, parent: Row, column: str, table: str, wanted: Iterable[Mapping[str, object]]) -> None:

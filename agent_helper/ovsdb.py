@@ -59,6 +59,10 @@ class Txn:
         row = next(iter(idlutils.index_lookup_all(found, name=name)), None)
         return None if row is None or (table, row.uuid) in self._deleted else row
 
+    def is_deleted(self, table: str, row: Row) -> bool:
+        """Whether the transaction has deleted the row."""
+        return (table, row.uuid) in self._deleted
+
     def insert(self, table: str, **columns: Any) -> Row:
         row = self._txn.insert(self._idl.tables[table])
         for column, value in columns.items():
@@ -219,7 +223,7 @@ class Database:
     Args:
         remote: where ovsdb-server listens, such as `unix:/run/x/db.sock`.
         schema: what the database was created from.
-        tables: the tables and columns to replicate. Tables with a `name` column are indexed by it.
+        tables: the tables and columns to replicate. Tables with a mandatory `name` column are indexed by it.
         mirror: the tables and columns to keep in `mirrors`.
         on_dump: called in trio's thread after each (re)connection, once the database's content is there, and after a
             transaction that was given up: when what is in the database may not be what was meant.
@@ -248,7 +252,8 @@ class Database:
         self.mirrors: dict[str, Mirror] = {table: Mirror() for table in mirror}
         self._idl = _Idl(remote, helper, self)
         for table in self._idl.tables.values():
-            if "name" in table.columns:
+            # A row inserted without the column that an index goes by would stay in it; ACLs need no name.
+            if "name" in table.columns and table.columns["name"].type.n_min == 1:
                 index_by_name(table)
         self._connection = connection.Connection(self._idl, timeout=_FIRST_CONTENT)
         self._api = _Api(self._connection)

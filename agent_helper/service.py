@@ -17,6 +17,8 @@ from taploom.contracts.taploom.helper.v1 import (
     ApplyEndpointResponse,
     ApplyNetworkRequest,
     ApplyNetworkResponse,
+    ApplyPolicyRequest,
+    ApplyPolicyResponse,
     ApplyUplinkRequest,
     ApplyUplinkResponse,
     AuthorizeLinkRequest,
@@ -39,6 +41,9 @@ from taploom.contracts.taploom.helper.v1 import (
     ListEndpointsResponse,
     ListNetworksRequest,
     ListNetworksResponse,
+    ListPolicyCountersRequest,
+    ListPolicyCountersResponse,
+    PolicyCounters,
     RefuseStreamRequest,
     RefuseStreamResponse,
     SyncFailure,
@@ -108,6 +113,7 @@ class HelperService(HelperServiceBase):
         features = [_LINK_FEATURES[feature] for feature in sorted(self._link_features)]
         features += [HelperFeature.EVENTS, HelperFeature.EGRESS, HelperFeature.STREAMS, HelperFeature.EARLY_LINKS]
         features.append(HelperFeature.STREAM_RECORDS)
+        features.append(HelperFeature.POLICY)
         if self._stack.kernel_datapath:
             features.append(HelperFeature.KERNEL_DATAPATH)
         return GetInfoResponse(
@@ -187,6 +193,25 @@ class HelperService(HelperServiceBase):
     async def refuse_stream(self, request: RefuseStreamRequest, context: ServerContext) -> RefuseStreamResponse:
         self._streams.refuse(request.token)
         return RefuseStreamResponse()
+
+    async def apply_policy(self, request: ApplyPolicyRequest, context: ServerContext) -> ApplyPolicyResponse:
+        with _as_status():
+            if request.policy is None:
+                raise InvalidSpecError("policy is missing")
+            await self._fabric.apply_policy(request.policy, request.endpoints)
+        return ApplyPolicyResponse()
+
+    async def list_policy_counters(
+        self, request: ListPolicyCountersRequest, context: ServerContext
+    ) -> ListPolicyCountersResponse:
+        with _as_status():
+            counted = await self._fabric.policy_counters(request.rule_ids)
+        return ListPolicyCountersResponse(
+            counters=[
+                PolicyCounters(rule_id=rule_id, packets=packets, bytes=octets)
+                for rule_id, (packets, octets) in sorted(counted.items())
+            ]
+        )
 
     async def sync(self, request: SyncRequest, context: ServerContext) -> SyncResponse:
         with _as_status():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from agent_helper.errors import InvalidSpecError
+from agent_helper.policy import MemberSpec, parse_member
 from taploom.contracts.taploom.helper.v1 import Endpoint, Network, Uplink
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -103,6 +104,7 @@ class EndpointSpec:
     addresses: tuple[Address, ...]
     names: tuple[str, ...]
     disabled: bool
+    policy: MemberSpec = field(default_factory=MemberSpec)
 
     @property
     def port_addresses(self) -> str:
@@ -218,6 +220,7 @@ def parse_endpoint(message: Endpoint) -> EndpointSpec:
         addresses,
         tuple(dict.fromkeys(name for name in message.names if _servable(name))),
         message.disabled,
+        parse_member(message.policy),
     )
 
 

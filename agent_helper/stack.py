@@ -13,17 +13,19 @@ import re
 import shutil
 import signal
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 import trio
 
-from agent_helper import links
+from agent_helper import links, policy_log
 from agent_helper.errors import SetupError, UnavailableError
 from agent_helper.ovsdb import Database, Txn, Values
 from agent_helper.packet_sockets import enlarge_packet_sockets
+from agent_helper.policy_log import PolicyLog
 from agent_helper.schemas import create_database, read_schema
+from taploom.contracts.taploom.helper.v1 import PolicyLogged
 from taploom.supervise import SupervisedProcess
 
 logger = logging.getLogger("taploom.helper.stack")
@@ -66,7 +68,11 @@ _NB_TABLES = {
     "Logical_Router_Policy": ["priority", "match", "action", "external_ids"],
     "Logical_Router_Static_Route": ["ip_prefix", "nexthop", "output_port", "external_ids"],
     "NAT": ["external_ip", "logical_ip", "type", "options", "external_ids"],
-    "ACL": ["priority", "direction", "match", "action", "external_ids"],
+    "ACL": ["priority", "direction", "match", "action", "name", "log", "severity", "meter", "external_ids"],
+    "Port_Group": ["name", "ports", "acls"],
+    "Address_Set": ["name", "addresses"],
+    "Meter": ["name", "unit", "bands", "fair"],
+    "Meter_Band": ["action", "rate", "burst_size"],
 }
 _NB_MIRROR = {"NB_Global": ["nb_cfg", "hv_cfg"]}
 _SB_TABLES = {"Chassis": ["name"]}
@@ -130,6 +136,8 @@ class Stack:
         self.ready = trio.Event()
         self.waiting_for = "the daemons to start"
         self.daemons: dict[str, SupervisedProcess] = {}
+        # Called with each line that a policy's rule logs.
+        self.on_logged: Callable[[PolicyLogged], None] | None = None
         self._on_daemon = on_daemon
         self._on_content = on_content
         self._conf: Database | None = None
@@ -199,6 +207,8 @@ class Stack:
                 await self.ensure_conf()
                 await self._connectable(self.mgmt)
                 await trio.to_thread.run_sync(self._mark_datapath)
+                if self.on_logged is not None:
+                    await nursery.start(PolicyLog(self.run_dir / policy_log.SOCKET, self.on_logged).run)
                 nursery.start_soon(self._run_controller)
                 nursery.start_soon(self._kick_controller)
                 nursery.start_soon(self._prove_connections)
@@ -228,8 +238,9 @@ class Stack:
         if longest > 100:
             raise SetupError(f"--state-dir {self.state_dir} is too long for Unix sockets: at most 75 characters")
 
-    def _daemon(self, name: str, *args: str, **options: object) -> SupervisedProcess:
-        argv = [self.programs[name], *args, "-vconsole:warn", "-vsyslog:off", "-vfile:off", "--no-chdir"]
+    def _daemon(self, name: str, *args: str, verbosity: Iterable[str] = (), **options: object) -> SupervisedProcess:
+        quiet = ("-vconsole:warn", "-vsyslog:off", "-vfile:off")
+        argv = [self.programs[name], *args, *quiet, *verbosity, "--no-chdir"]
         process = SupervisedProcess(
             name,
             argv,
@@ -400,7 +411,15 @@ class Stack:
         async def ready() -> None:
             await self._connectable(self.run_dir / f"ovn-controller.{process.pid}.ctl")
 
-        process = self._daemon("ovn-controller", self._remotes, ready=ready, prepare=prepare)
+        log = self.run_dir / policy_log.SOCKET
+        process = self._daemon(
+            "ovn-controller",
+            self._remotes,
+            f"--syslog-method=unix:{log}",
+            ready=ready,
+            prepare=prepare,
+            verbosity=("-vacl_log:syslog:info",),
+        )
         await process.run()
 
     async def _prove_connections(self) -> None:

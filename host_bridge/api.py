@@ -27,7 +27,8 @@ _INTERVALS_MS = range(100, 60_001)
 
 
 @contextlib.contextmanager
-def _as_status() -> Iterator[None]:
+def as_status() -> Iterator[None]:
+    """Errors of the bridge's become the call's status."""
     try:
         yield
     except BridgeError as error:
@@ -100,7 +101,7 @@ class NetworkApi(NetworkServiceBase):
     async def create_network(
         self, request: bridge.CreateNetworkRequest, context: ServerContext
     ) -> bridge.CreateNetworkResponse:
-        with _as_status():
+        with as_status():
             record = await self._fabric.create_network(request.name, network_options(request))
         return bridge.CreateNetworkResponse(network=self._fabric.network_message(record))
 
@@ -111,21 +112,21 @@ class NetworkApi(NetworkServiceBase):
         return bridge.ListNetworksResponse(networks=[self._fabric.network_message(record) for record in networks])
 
     async def get_network(self, request: bridge.GetNetworkRequest, context: ServerContext) -> bridge.GetNetworkResponse:
-        with _as_status():
+        with as_status():
             record = self._fabric.desired.find_network(request.network)
         return bridge.GetNetworkResponse(network=self._fabric.network_message(record))
 
     async def delete_network(
         self, request: bridge.DeleteNetworkRequest, context: ServerContext
     ) -> bridge.DeleteNetworkResponse:
-        with _as_status():
+        with as_status():
             record = await self._fabric.delete_network(request.network)
         return bridge.DeleteNetworkResponse(id=record.id)
 
     async def connect_guest(
         self, request: bridge.ConnectGuestRequest, context: ServerContext
     ) -> bridge.ConnectGuestResponse:
-        with _as_status():
+        with as_status():
             record = await self._fabric.connect(
                 request.network,
                 request.guest,
@@ -143,7 +144,7 @@ class NetworkApi(NetworkServiceBase):
     async def disconnect_guest(
         self, request: bridge.DisconnectGuestRequest, context: ServerContext
     ) -> bridge.DisconnectGuestResponse:
-        with _as_status():
+        with as_status():
             await self._fabric.disconnect(request.network, request.guest)
         return bridge.DisconnectGuestResponse()
 
@@ -157,7 +158,7 @@ class GuestApi(GuestServiceBase):
     async def register_guest(
         self, request: bridge.RegisterGuestRequest, context: ServerContext
     ) -> bridge.RegisterGuestResponse:
-        with _as_status():
+        with as_status():
             record = await self._fabric.register_guest(request.name, request.address, request.data_address)
         return bridge.RegisterGuestResponse(guest=self._fabric.guest_message(record))
 
@@ -166,14 +167,14 @@ class GuestApi(GuestServiceBase):
         return bridge.ListGuestsResponse(guests=[self._fabric.guest_message(record) for record in guests])
 
     async def get_guest(self, request: bridge.GetGuestRequest, context: ServerContext) -> bridge.GetGuestResponse:
-        with _as_status():
+        with as_status():
             record = self._fabric.desired.find_guest(request.guest)
         return bridge.GetGuestResponse(guest=self._fabric.guest_message(record))
 
     async def remove_guest(
         self, request: bridge.RemoveGuestRequest, context: ServerContext
     ) -> bridge.RemoveGuestResponse:
-        with _as_status():
+        with as_status():
             record = await self._fabric.remove_guest(request.guest)
         return bridge.RemoveGuestResponse(id=record.id)
 

@@ -20,6 +20,7 @@ ENTRY_POINTS = "taploom.commands"
 _COMMANDS = {
     "network": ("host_bridge.commands.network", "network", "Networks, and which guests are on them."),
     "guest": ("host_bridge.commands.guest", "guest", "Guests: VMs with an agent in them."),
+    "policy": ("host_bridge.commands.policy", "policy", "Which connections may pass."),
     "status": ("host_bridge.commands.status", "status", "How every component and link is."),
     "kernel": ("host_bridge.commands.kernel", "kernel", "Whether a Linux kernel has what guests and helper need."),
 }

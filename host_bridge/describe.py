@@ -187,7 +187,12 @@ def endpoint_names(endpoint: EndpointRecord, guest_record: GuestRecord, network:
     return list(names.values())
 
 
-def helper_endpoint(endpoint: EndpointRecord, guest_record: GuestRecord, network: NetworkRecord) -> helper.Endpoint:
+def helper_endpoint(
+    endpoint: EndpointRecord,
+    guest_record: GuestRecord,
+    network: NetworkRecord,
+    policy: helper.EndpointPolicy | None = None,
+) -> helper.Endpoint:
     """What the helper is to make of an endpoint."""
     return helper.Endpoint(
         endpoint_id=endpoint.id,
@@ -195,6 +200,7 @@ def helper_endpoint(endpoint: EndpointRecord, guest_record: GuestRecord, network
         mac_address=endpoint.mac_address,
         addresses=list(endpoint.addresses),
         names=endpoint_names(endpoint, guest_record, network),
+        policy=policy,
     )
 
 

@@ -79,6 +79,8 @@ from host_bridge.names import (
     check_name,
     shown,
 )
+from host_bridge.policy.model import ALLOW, DEFAULTS, OPTION_POLICY
+from host_bridge.policy.state import PolicyState
 from host_bridge.store import Store
 from taploom.address import VMADDR_CID_ANY, Address, AddressError, FdAddress, VsockAddress, data_address, parse_address
 
@@ -118,10 +120,14 @@ class DesiredState:
     Args:
         store: the database.
         host_networks: the networks that this machine has an address in; default subnets avoid them, as Docker's do.
+
+    Attributes:
+        policies: which connections may pass.
     """
 
     def __init__(self, store: Store, *, host_networks: Callable[[], Iterable[ipam.Subnet]] = _no_networks) -> None:
         self._store = store
+        self.policies = PolicyState(store)
         self._host_networks = host_networks
         # The next number of a guest's interfaces, by prefix.
         self._interfaces: dict[str, dict[str, int]] = {}
@@ -632,6 +638,8 @@ def _checked_options(options: NetworkOptions) -> int:
     for key in (OPTION_ICC, OPTION_MASQUERADE):
         if key in values and parse_bool(values[key]) is None:
             raise NetworkOptionError(key, values[key], "bool")
+    if values.get(OPTION_POLICY, ALLOW) not in DEFAULTS:
+        raise NetworkOptionError(OPTION_POLICY, values[OPTION_POLICY], "policy")
     if OPTION_HOST_BINDING in values:
         try:
             ipaddress.ip_address(values[OPTION_HOST_BINDING])

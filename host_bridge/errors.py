@@ -129,7 +129,7 @@ class PredefinedNetworkError(PreconditionError):
 
 class NetworkOptionError(InvalidError):
     """An option of a network cannot be used. `option` is its key; `value` what was given; `reason` one of "bool",
-    "integer", "negative", "range", "address"."""
+    "integer", "negative", "range", "address", "policy"."""
 
     def __init__(self, option: str, value: str, reason: str) -> None:
         wanted = {
@@ -138,6 +138,7 @@ class NetworkOptionError(InvalidError):
             "negative": "use a number above 0",
             "range": "use 68 to 65535 bytes, 1280 at least with IPv6",
             "address": "use an IP address",
+            "policy": "use allow, deny, deny-in or deny-out",
         }[reason]
         super().__init__(f"option {_shown(option)} cannot be '{_shown(value)}': {wanted}")
         self.option, self.value, self.reason = option, value, reason

@@ -19,10 +19,16 @@ import trio
 
 from host_bridge.describe import bridge_endpoint, bridge_guest, bridge_network
 from host_bridge.desired import DesiredState
-from host_bridge.errors import AbortedError, ActiveEndpointsError, NetworkNotFoundError, UnavailableError
+from host_bridge.errors import (
+    AbortedError,
+    ActiveEndpointsError,
+    NetworkNotFoundError,
+    PreconditionError,
+    UnavailableError,
+)
 from host_bridge.events import EventBus, EventKind
 from host_bridge.guest_peer import RESOLVER_KEY, GuestPeer
-from host_bridge.helper_peer import UPLINK_KEY, HelperPeer, network_key
+from host_bridge.helper_peer import POLICY_KEY, UPLINK_KEY, HelperPeer, network_key
 from host_bridge.host_addresses import HostAddresses
 from host_bridge.links import DataLink
 from host_bridge.model import (
@@ -34,6 +40,9 @@ from host_bridge.model import (
     NetworkRecord,
 )
 from host_bridge.peer import CALL_TIMEOUT, PERMANENT, Peer
+from host_bridge.policy.log import PolicyLog
+from host_bridge.policy.model import Group, NetworkDefault
+from host_bridge.policy.state import Changes
 from taploom.address import Address
 from taploom.contracts.taploom.bridge import v1 as bridge
 from taploom.contracts.taploom.helper.v1 import StreamWanted
@@ -79,6 +88,7 @@ class Fabric:
     Attributes:
         events: what happens, whoever asked for it.
         upstreams: DNS servers of guests that have none of their own.
+        policy_log: what rules have matched that are to be told of.
         on_stream_wanted: joins the streams that containers open to the host; None: they are refused.
     """
 
@@ -97,6 +107,7 @@ class Fabric:
         self.timing = timing or Timing()
         self.events = EventBus()
         self.on_stream_wanted: Callable[[StreamWanted], None] | None = None
+        self.policy_log = PolicyLog(desired.store, desired.policies)
         self.helper = HelperPeer(
             helper,
             helper_data,
@@ -104,6 +115,8 @@ class Fabric:
             host_addresses=host_addresses.current if host_addresses is not None else tuple,
             on_up=lambda: self.events.emit("helper-up"),
             on_stream_wanted=self._stream_wanted,
+            policies=desired.policies,
+            on_policy_logged=self.policy_log.add,
             **self._callbacks(lambda: self.helper),
         )
         self.guests: dict[str, GuestPeer] = {}
@@ -184,6 +197,57 @@ class Fabric:
             with contextlib.suppress(ActiveEndpointsError, NetworkNotFoundError):
                 removed.append(await self.delete_network(network.id))
         return removed
+
+    # Policies
+
+    async def apply_policy(
+        self, source: str, groups: Sequence[Group], defaults: Sequence[NetworkDefault], *, prune: bool = False
+    ) -> tuple[Changes, str]:
+        """Changes policies, arguments as `PolicyState.apply`; returns once the helper enforces them.
+
+        Returns:
+            What was done, and why it is not enforced yet, for people: the helper converges to it all the same.
+
+        Raises:
+            InvalidError, PreconditionError: nothing was changed.
+        """
+        if self.helper.lacks_policy:
+            raise PreconditionError(self.helper.too_old_for_policy)
+        changes = self.desired.policies.apply(source, groups, defaults, prune=prune)
+        logger.info(
+            "policy: %d groups created, %d updated, %d removed, %d networks' defaults given",
+            len(changes.created),
+            len(changes.updated),
+            len(changes.removed),
+            len(defaults),
+        )
+        return changes, await self._until_enforced()
+
+    async def remove_policy_groups(self, names: Sequence[str]) -> str:
+        """Removes groups, as `PolicyState.remove`; returns why that is not so yet at the helper, for people."""
+        self.desired.policies.remove(names)
+        logger.info("policy: %d groups removed", len(names))
+        return await self._until_enforced()
+
+    async def _until_enforced(self) -> str:
+        self.helper.touch(POLICY_KEY)
+        try:
+            await self._converge(
+                lambda condition: self.helper.changes.until(POLICY_KEY, condition),
+                done=lambda: self.helper.has(POLICY_KEY),
+                refused=lambda: _refusal(self.helper, POLICY_KEY),
+                peers=(self.helper,),
+                explain=lambda: self.helper.waits_for(POLICY_KEY),
+            )
+        except UnavailableError as error:
+            return str(error)
+        return ""
+
+    def policy_pending(self) -> str:
+        """Why the policies are not enforced yet, for people; empty when they are."""
+        if self.helper.lacks_policy:
+            return self.helper.too_old_for_policy
+        return "" if self.helper.has(POLICY_KEY) else self.helper.waits_for(POLICY_KEY)
 
     # Guests
 

@@ -8,12 +8,24 @@ from typing import Any
 
 from host_bridge.describe import helper_endpoint, helper_network, helper_uplink
 from host_bridge.names import clean_text
-from host_bridge.peer import Event, LinkDownEvent, OtherEvent, Peer, PeerInfo, ResyncEvent, SyncResult, status_code
+from host_bridge.peer import (
+    SYNC_TIME_PER_OBJECT,
+    Event,
+    LinkDownEvent,
+    OtherEvent,
+    Peer,
+    PeerInfo,
+    ResyncEvent,
+    SyncResult,
+    status_code,
+)
+from host_bridge.policy.state import PolicyState
 from host_bridge.store import Store
 from taploom.address import Address, HybridAddress
 from taploom.contracts.taploom.helper.v1 import (
     ApplyEndpointRequest,
     ApplyNetworkRequest,
+    ApplyPolicyRequest,
     ApplyUplinkRequest,
     AuthorizeLinkRequest,
     AuthorizeStreamsRequest,
@@ -21,13 +33,16 @@ from taploom.contracts.taploom.helper.v1 import (
     DeleteEndpointRequest,
     DeleteNetworkRequest,
     Endpoint,
+    EndpointPolicy,
     EndpointStatus,
     GetHealthRequest,
     GetHealthResponse,
     GetInfoRequest,
     HelperFeature,
     ListEndpointsRequest,
+    ListPolicyCountersRequest,
     Network,
+    PolicyLogged,
     RefuseStreamRequest,
     StreamWanted,
     SyncRequest,
@@ -48,8 +63,12 @@ _LINK_FEATURES = {
 _NETWORK = "network:"
 UPLINK_KEY = "uplink"
 STREAMS_KEY = "streams"
+POLICY_KEY = "policy"
 
-HelperObject = Network | Endpoint | Uplink | AuthorizeStreamsRequest
+# Objects that are wanted for as long as the agent can do them.
+_LABELS = {UPLINK_KEY: "the uplink", STREAMS_KEY: "the secret of streams", POLICY_KEY: "the policy"}
+
+HelperObject = Network | Endpoint | Uplink | AuthorizeStreamsRequest | ApplyPolicyRequest
 
 
 def network_key(network_id: str) -> str:
@@ -58,7 +77,7 @@ def network_key(network_id: str) -> str:
 
 
 class HelperPeer(Peer[HelperObject]):
-    """The agent in the helper VM. Keys are endpoint ids, `network_key`s and `UPLINK_KEY`.
+    """The agent in the helper VM. Keys are endpoint ids, `network_key`s, and those of what there is once.
 
     Args:
         address: its control port.
@@ -67,6 +86,8 @@ class HelperPeer(Peer[HelperObject]):
         host_addresses: gives the host's addresses, without prefix length.
         on_up: called when the helper has been told everything after it was away.
         on_stream_wanted: called when a container opens a stream to the host.
+        policies: which connections may pass.
+        on_policy_logged: called when a rule that is to be told of has matched.
         options: see `Peer`.
 
     Attributes:
@@ -87,6 +108,8 @@ class HelperPeer(Peer[HelperObject]):
         host_addresses: Callable[[], Sequence[str]],
         on_up: Callable[[], None],
         on_stream_wanted: Callable[[StreamWanted], None],
+        policies: PolicyState,
+        on_policy_logged: Callable[[PolicyLogged], None],
         **options: Any,
     ) -> None:
         super().__init__("the helper", address, **options)
@@ -97,6 +120,8 @@ class HelperPeer(Peer[HelperObject]):
         self._host_addresses = host_addresses
         self._on_up = on_up
         self._on_stream_wanted = on_stream_wanted
+        self._policies = policies
+        self._on_policy_logged = on_policy_logged
         self._client: HelperServiceClient | None = None
 
     @property
@@ -129,6 +154,17 @@ class HelperPeer(Peer[HelperObject]):
         return self._can(HelperFeature.EARLY_LINKS)
 
     @property
+    def lacks_policy(self) -> bool:
+        """Whether the agent answers and cannot enforce policies: everything would pass."""
+        return self.connected and self.info is not None and not self._can(HelperFeature.POLICY)
+
+    @property
+    def too_old_for_policy(self) -> str:
+        """What to do about such an agent."""
+        version = self.info.version if self.info is not None else "unknown"
+        return f"{self.subject} (version {version}) is too old to enforce policies: update it"
+
+    @property
     def tcp_protocol(self) -> StreamProtocol:
         """What TCP streams into the networks are opened with."""
         # Few VMMs hand the end of one direction on through their Unix sockets.
@@ -145,6 +181,8 @@ class HelperPeer(Peer[HelperObject]):
             return helper_uplink(self._store.host_id(), self._host_addresses())
         if key == STREAMS_KEY:
             return AuthorizeStreamsRequest(secret=self._next_secret) if self._can(HelperFeature.STREAMS) else None
+        if key == POLICY_KEY:
+            return self._wanted_policy() if self._can(HelperFeature.POLICY) else None
         if key.startswith(_NETWORK):
             network = self._store.network(key.removeprefix(_NETWORK))
             return None if network is None or not network.switched else helper_network(network)
@@ -154,11 +192,30 @@ class HelperPeer(Peer[HelperObject]):
         guest = self._store.guest(endpoint.guest_id)
         network = self._store.network(endpoint.network_id)
         assert guest is not None and network is not None, "foreign keys"
-        return helper_endpoint(endpoint, guest, network)
+        policy = self._policies.endpoint_policy(endpoint, guest, network)
+        if policy is not None and (policy.deny_in or policy.deny_out) and self.lacks_policy:
+            return None  # it would be open: see `waits_for`
+        return helper_endpoint(endpoint, guest, network, policy)
+
+    def _wanted_policy(self) -> ApplyPolicyRequest:
+        """All rules, and what they mean to everybody, so that nothing is between two states."""
+        guests = {guest.id: guest for guest in self._store.guests()}
+        members = {}
+        for endpoint in self._store.endpoints():
+            network = self._store.network(endpoint.network_id)
+            assert network is not None, "foreign keys"
+            found = self._policies.endpoint_policy(endpoint, guests[endpoint.guest_id], network)
+            members[endpoint.id] = found or EndpointPolicy()
+        return ApplyPolicyRequest(policy=self._policies.message, endpoints=dict(sorted(members.items())))
+
+    def waits_for(self, key: str) -> str:
+        if self.lacks_policy and self.wanted(key) is None and self._store.endpoint(key) is not None:
+            return self.too_old_for_policy
+        return super().waits_for(key)
 
     def wanted_keys(self) -> Iterable[str]:
         networks = [network_key(network.id) for network in self._store.networks()]
-        return [STREAMS_KEY, UPLINK_KEY, *networks, *(endpoint.id for endpoint in self._store.endpoints())]
+        return [STREAMS_KEY, UPLINK_KEY, POLICY_KEY, *networks, *(endpoint.id for endpoint in self._store.endpoints())]
 
     def in_snapshot(self, key: str) -> bool:
         return key != STREAMS_KEY
@@ -176,8 +233,8 @@ class HelperPeer(Peer[HelperObject]):
         return network_key(description.network_id) if isinstance(description, Endpoint) else None
 
     def label(self, key: str) -> str:
-        if key in (UPLINK_KEY, STREAMS_KEY):
-            return "the uplink" if key == UPLINK_KEY else "the secret of streams"
+        if key in _LABELS:
+            return _LABELS[key]
         if not key.startswith(_NETWORK):
             return super().label(key)
         network = self._store.network(key.removeprefix(_NETWORK))
@@ -185,8 +242,10 @@ class HelperPeer(Peer[HelperObject]):
 
     async def sync(self, snapshot: Mapping[str, HelperObject], within: float) -> SyncResult:
         uplink = snapshot.get(UPLINK_KEY)
+        policy = snapshot.get(POLICY_KEY)
         request = SyncRequest(
             uplink=uplink if isinstance(uplink, Uplink) else None,
+            policy=policy.policy if isinstance(policy, ApplyPolicyRequest) else None,
             networks=[one for one in snapshot.values() if isinstance(one, Network)],
             endpoints=[one for one in snapshot.values() if isinstance(one, Endpoint)],
         )
@@ -208,13 +267,34 @@ class HelperPeer(Peer[HelperObject]):
             await self.client.authorize_streams(description, timeout=within)
             if description.secret == self._next_secret:
                 self.stream_secret = description.secret
+        elif isinstance(description, ApplyPolicyRequest):
+            await self._apply_policy(description, within)
         else:
             request = ApplyEndpointRequest(endpoint=description, link_secret=secret or b"")
             await self.client.apply_endpoint(request, timeout=within)
 
+    async def _apply_policy(self, request: ApplyPolicyRequest, within: float) -> None:
+        # An endpoint that is being applied meanwhile may have got there before or after.
+        before = {key: self._applied.get(key) for key in request.endpoints if key not in self._busy}
+        await self.client.apply_policy(request, timeout=within + SYNC_TIME_PER_OBJECT * len(request.endpoints))
+        for key, member in request.endpoints.items():
+            was = before.get(key)
+            if was is None or key in self._busy or self._applied.get(key) is not was:
+                self.touch(key)
+                continue
+            endpoint = Endpoint.parse(was)
+            endpoint.policy = member if bytes(member) else None
+            self._applied[key] = bytes(endpoint)
+
+    async def policy_counters(self, rule_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Packets and bytes of rules."""
+        request = ListPolicyCountersRequest(rule_ids=list(rule_ids))
+        response = await self.client.list_policy_counters(request, timeout=self.call_timeout)
+        return {one.rule_id: (one.packets, one.bytes) for one in response.counters}
+
     async def delete(self, key: str, within: float) -> None:
-        if key in (UPLINK_KEY, STREAMS_KEY):
-            return  # wanted for as long as the agent can do it
+        if key in _LABELS:
+            return
         if key.startswith(_NETWORK):
             request = DeleteNetworkRequest(network_id=key.removeprefix(_NETWORK))
             await self.client.delete_network(request, timeout=within)
@@ -233,6 +313,9 @@ class HelperPeer(Peer[HelperObject]):
     def _event(self, message: WatchEventsResponse) -> Event:
         if message.stream_wanted is not None:
             self._on_stream_wanted(message.stream_wanted)
+            return OtherEvent("")
+        if message.policy_logged is not None:
+            self._on_policy_logged(message.policy_logged)
             return OtherEvent("")
         return _event(message)
 

@@ -14,7 +14,7 @@ import trio
 
 from host_bridge.fabric import Fabric
 from host_bridge.guest_peer import RESOLVER_KEY, GuestPeer
-from host_bridge.helper_peer import STREAMS_KEY, UPLINK_KEY, network_key
+from host_bridge.helper_peer import POLICY_KEY, STREAMS_KEY, UPLINK_KEY, network_key
 from host_bridge.links import DataLink
 from host_bridge.names import clean_text
 from host_bridge.peer import Peer, PeerState
@@ -43,7 +43,7 @@ _DAEMON_STATES = {
 }
 
 # What a peer is given besides networks and endpoints.
-_OF_THE_WHOLE = frozenset({RESOLVER_KEY, UPLINK_KEY, STREAMS_KEY})
+_OF_THE_WHOLE = frozenset({RESOLVER_KEY, UPLINK_KEY, STREAMS_KEY, POLICY_KEY})
 
 T = TypeVar("T")
 
@@ -224,6 +224,9 @@ class StatusReader:
                 continue
             since = link.since if endpoint.active else endpoint.created_at
             pending.append(Pending(subject=f"endpoint {link.label}", reason=link.waits_for(), since=since))
+        if fabric.helper.lacks_policy and fabric.desired.policies.groups:
+            reason = fabric.helper.too_old_for_policy
+            pending.append(Pending(subject="the policy", reason=reason, since=fabric.helper.since))
         peers: list[Peer[Any]] = [fabric.helper, *fabric.guests.values()]
         for peer in peers:
             if isinstance(peer, GuestPeer) and peer.state is not PeerState.OK:

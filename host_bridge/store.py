@@ -34,6 +34,7 @@ from host_bridge.model import (
     NetworkRecord,
     SubnetRecord,
 )
+from host_bridge.policy.tables import PolicyTables, create_tables
 
 DATABASE = "bridge.db"
 _LOCK = "bridge.lock"
@@ -204,10 +205,10 @@ def _create_2(connection: sqlite3.Connection) -> None:
 
 # MIGRATIONS[n] takes a database from schema n to n + 1, inside the transaction that also sets user_version. Foreign
 # keys are not enforced meanwhile, but checked at the end.
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create_1, _create_2)
+MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create_1, _create_2, create_tables)
 
 
-class Store:
+class Store(PolicyTables):
     """The database and the lock on its directory.
 
     All methods are synchronous and for one thread: a commit takes well under a millisecond plus one fsync.

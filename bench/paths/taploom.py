@@ -36,7 +36,9 @@ _PREFIX = "bench"
 
 
 @dataclass
-class _Lab:
+class Lab:
+    """A lab, by its commands."""
+
     run: Run
     name: str
 
@@ -50,7 +52,7 @@ class _Lab:
 
 @dataclass
 class HotGuest:
-    lab: _Lab
+    lab: Lab
     bridge: str
     client: Netns
     server: Netns
@@ -99,7 +101,7 @@ def build(run: Run, mtus: list[int]) -> Path:
         BenchError: a `taploom` command failed.
     """
     _sweep(run)
-    lab = _Lab(run, f"{_PREFIX}{os.getpid()}")
+    lab = Lab(run, f"{_PREFIX}{os.getpid()}")
     # The lab is not our child: a guard takes it down should the benchmark be killed.
     run.guard(PROGRAM, "--lab", lab.name, "lab", "down")
     run.stack.callback(lab.command, "lab", "down")
@@ -110,7 +112,7 @@ def build(run: Run, mtus: list[int]) -> Path:
         for guest in ("client", "server") if name != "hot" else ("server",):
             lab.command("network", "connect", name, guest)
         network = json.loads(lab.command("network", "inspect", name, "--json"))
-        addresses[name] = _address(network, "server")
+        addresses[name] = address_of(network, "server")
     published = _publish(run, lab, f"mtu{mtus[0]}")
     status = lab.status()
     client, server = (
@@ -129,7 +131,7 @@ def build(run: Run, mtus: list[int]) -> Path:
     )
 
 
-def _publish(run: Run, lab: _Lab, network: str) -> Published:
+def _publish(run: Run, lab: Lab, network: str) -> Published:
     """Runs a container as with Docker, over the lab's socket of Docker's API."""
     directory = run.directory / "lab"
     directory.mkdir()
@@ -147,7 +149,7 @@ def _publish(run: Run, lab: _Lab, network: str) -> Published:
     return Published(Netns("/proc/self/ns/net"), Netns(f"/proc/{pid}/ns/net"), ports)
 
 
-def _address(network: dict[str, Any], guest: str) -> str:
+def address_of(network: dict[str, Any], guest: str) -> str:
     """The guest's IPv4 address on a network as `taploom network inspect --json` prints it."""
     for endpoint in network["endpoints"]:
         if guest in (endpoint.get("guestName"), endpoint.get("guest_name")):
@@ -155,7 +157,7 @@ def _address(network: dict[str, Any], guest: str) -> str:
     raise BenchError(f"{guest} is not on {network['name']}: {network}")
 
 
-def _processes(lab: _Lab) -> list[Process]:
+def _processes(lab: Lab) -> list[Process]:
     """The lab's processes with the names that `taploom lab status` gives them, or their programs' names."""
     status = lab.status()
     names = {row["pid"]: row["name"] for row in status["processes"] if row["pid"]}
@@ -175,4 +177,4 @@ def _sweep(run: Run) -> None:
     for path in _LABS.glob(f"{_PREFIX}[0-9]*"):
         pid = path.name.removeprefix(_PREFIX)
         if pid.isdigit() and not FilePath(f"/proc/{pid}").exists():
-            _Lab(run, path.name).command("lab", "down")
+            Lab(run, path.name).command("lab", "down")

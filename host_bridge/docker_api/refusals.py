@@ -84,6 +84,8 @@ def _option(error: errors.NetworkOptionError) -> DockerError:
             reason = f'strconv.Atoi: parsing "{value}": invalid syntax'
         case "address":
             reason = "nil ip"
+        case "policy":
+            reason = "use allow, deny, deny-in or deny-out"
         case _:
             return DockerError(400, f"invalid MTU number: {value}")
     return DockerError(400, f"failed to parse {key} value: {value} ({reason})")

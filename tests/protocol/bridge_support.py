@@ -17,10 +17,11 @@ from host_bridge.api import GuestApi, NetworkApi, StatusApi
 from host_bridge.desired import DesiredState
 from host_bridge.fabric import Fabric, Timing
 from host_bridge.host_addresses import HostAddresses
+from host_bridge.policy.api import PolicyApi
 from host_bridge.store import Store
 from taploom.address import UnixAddress, connect, open_listener
 from taploom.contracts.taploom.bridge.v1.rpc import GuestServiceClient as GuestApiClient
-from taploom.contracts.taploom.bridge.v1.rpc import NetworkServiceClient, StatusServiceClient
+from taploom.contracts.taploom.bridge.v1.rpc import NetworkServiceClient, PolicyServiceClient, StatusServiceClient
 from taploom.contracts.taploom.guest import v1 as guest
 from taploom.contracts.taploom.guest.v1.rpc import GuestServiceBase
 from taploom.contracts.taploom.helper import v1 as helper
@@ -300,6 +301,8 @@ class FakeHelper(FakeAgent, HelperServiceBase):
         self.stream_secret = b""
         self.streams: list[StreamTarget] = []
         self.refused_streams: list[bytes] = []
+        self.policy = helper.Policy()
+        self.counters: dict[str, tuple[int, int]] = {}
 
     @property
     def created(self) -> dict[str, helper.Network]:
@@ -425,6 +428,30 @@ class FakeHelper(FakeAgent, HelperServiceBase):
         self.stream_secret = request.secret
         return helper.AuthorizeStreamsResponse()
 
+    async def apply_policy(
+        self, request: helper.ApplyPolicyRequest, context: ServerContext
+    ) -> helper.ApplyPolicyResponse:
+        await self._called("ApplyPolicy")
+        self._check_ready()
+        assert request.policy is not None
+        self.policy = request.policy
+        for endpoint_id, member in request.endpoints.items():
+            if endpoint_id in self.endpoints:
+                self.endpoints[endpoint_id].policy = member
+        return helper.ApplyPolicyResponse()
+
+    async def list_policy_counters(
+        self, request: helper.ListPolicyCountersRequest, context: ServerContext
+    ) -> helper.ListPolicyCountersResponse:
+        await self._called("ListPolicyCounters")
+        return helper.ListPolicyCountersResponse(
+            counters=[
+                helper.PolicyCounters(rule_id=rule_id, packets=packets, bytes=octets)
+                for rule_id, (packets, octets) in self.counters.items()
+                if not request.rule_ids or rule_id in request.rule_ids
+            ]
+        )
+
     async def refuse_stream(
         self, request: helper.RefuseStreamRequest, context: ServerContext
     ) -> helper.RefuseStreamResponse:
@@ -440,6 +467,7 @@ class FakeHelper(FakeAgent, HelperServiceBase):
         networks = {one.network_id: one for one in request.networks}
         removed = sorted((self.endpoints.keys() - wanted.keys()) | (self.networks.keys() - networks.keys()))
         self.endpoints, self.networks, self.uplink = wanted, networks, request.uplink
+        self.policy = request.policy or helper.Policy()
         self.close_links_of_removed()
         self.changed.unpark_all()
         return helper.SyncResponse(
@@ -469,6 +497,7 @@ class Rig:
         self.networks: NetworkServiceClient
         self.guest_api: GuestApiClient
         self.status_api: StatusServiceClient
+        self.policies: PolicyServiceClient
 
     async def guest(self, name: str, *, register: bool = True, run: bool = True) -> FakeGuest:
         """Another guest; registered, and connected when this returns, unless said otherwise."""
@@ -521,13 +550,16 @@ async def open_rig(
                     host_addresses=host_addresses,
                 )
                 socket = UnixAddress(f"{directory}/bridge/api.sock")
-                server = Server([NetworkApi(rig.fabric), GuestApi(rig.fabric), StatusApi(rig.fabric)])
+                server = Server(
+                    [NetworkApi(rig.fabric), GuestApi(rig.fabric), StatusApi(rig.fabric), PolicyApi(rig.fabric)]
+                )
                 await nursery.start(rig.fabric.run)
                 await nursery.start(server.serve, await open_listener(socket))
                 async with open_channel(await connect(socket)) as channel:
                     rig.networks = NetworkServiceClient(channel)
                     rig.guest_api = GuestApiClient(channel)
                     rig.status_api = StatusServiceClient(channel)
+                    rig.policies = PolicyServiceClient(channel)
                     if run_helper:
                         await rig.until(lambda: rig.fabric.helper.connected and "Sync" in rig.helper.calls)
                     yield rig

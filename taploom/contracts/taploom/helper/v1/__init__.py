@@ -8,6 +8,8 @@ __all__ = (
     "ApplyEndpointResponse",
     "ApplyNetworkRequest",
     "ApplyNetworkResponse",
+    "ApplyPolicyRequest",
+    "ApplyPolicyResponse",
     "ApplyUplinkRequest",
     "ApplyUplinkResponse",
     "AuthorizeLinkRequest",
@@ -21,6 +23,7 @@ __all__ = (
     "DeleteNetworkRequest",
     "DeleteNetworkResponse",
     "Endpoint",
+    "EndpointPolicy",
     "EndpointStatus",
     "GetHealthRequest",
     "GetHealthResponse",
@@ -33,7 +36,19 @@ __all__ = (
     "ListEndpointsResponse",
     "ListNetworksRequest",
     "ListNetworksResponse",
+    "ListPolicyCountersRequest",
+    "ListPolicyCountersResponse",
     "Network",
+    "Policy",
+    "PolicyAction",
+    "PolicyCounters",
+    "PolicyDirection",
+    "PolicyGroup",
+    "PolicyLogged",
+    "PolicyPeer",
+    "PolicyProtocol",
+    "PolicyRule",
+    "PortRange",
     "RefuseStreamRequest",
     "RefuseStreamResponse",
     "ResyncNeeded",
@@ -157,6 +172,11 @@ class HelperFeature(betterproto2.Enum):
     Streams can be in records (STREAM_PROTOCOL_TCP_RECORDS).
     """
 
+    POLICY = 10
+    """
+    Policies are enforced: ApplyPolicy, SyncRequest.policy, Endpoint.policy. An agent without it lets everything pass.
+    """
+
     @classmethod
     def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
         return {
@@ -170,6 +190,7 @@ class HelperFeature(betterproto2.Enum):
             7: "HELPER_FEATURE_STREAMS",
             8: "HELPER_FEATURE_EARLY_LINKS",
             9: "HELPER_FEATURE_STREAM_RECORDS",
+            10: "HELPER_FEATURE_POLICY",
         }
 
     @classmethod
@@ -185,6 +206,139 @@ class HelperFeature(betterproto2.Enum):
             "HELPER_FEATURE_STREAMS": 7,
             "HELPER_FEATURE_EARLY_LINKS": 8,
             "HELPER_FEATURE_STREAM_RECORDS": 9,
+            "HELPER_FEATURE_POLICY": 10,
+        }
+
+
+class PolicyAction(betterproto2.Enum):
+    """
+    What becomes of a connection that a rule matches.
+    """
+
+    UNSPECIFIED = 0
+    """
+    Not an action; never sent.
+    """
+
+    ALLOW = 1
+    """
+    It passes, and so do its answers.
+    """
+
+    DROP = 2
+    """
+    Its packets vanish.
+    """
+
+    REJECT = 3
+    """
+    It is answered with a TCP reset or an ICMP error.
+    """
+
+    @classmethod
+    def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
+        return {
+            0: "POLICY_ACTION_UNSPECIFIED",
+            1: "POLICY_ACTION_ALLOW",
+            2: "POLICY_ACTION_DROP",
+            3: "POLICY_ACTION_REJECT",
+        }
+
+    @classmethod
+    def betterproto_renamed_proto_names_to_value(cls) -> dict[str, int]:
+        return {
+            "POLICY_ACTION_UNSPECIFIED": 0,
+            "POLICY_ACTION_ALLOW": 1,
+            "POLICY_ACTION_DROP": 2,
+            "POLICY_ACTION_REJECT": 3,
+        }
+
+
+class PolicyDirection(betterproto2.Enum):
+    """
+    Which way a connection goes, seen from the endpoint that a rule is for.
+    """
+
+    UNSPECIFIED = 0
+    """
+    Not a direction; never sent.
+    """
+
+    IN = 1
+    """
+    To the endpoint.
+    """
+
+    OUT = 2
+    """
+    From the endpoint.
+    """
+
+    @classmethod
+    def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
+        return {
+            0: "POLICY_DIRECTION_UNSPECIFIED",
+            1: "POLICY_DIRECTION_IN",
+            2: "POLICY_DIRECTION_OUT",
+        }
+
+    @classmethod
+    def betterproto_renamed_proto_names_to_value(cls) -> dict[str, int]:
+        return {
+            "POLICY_DIRECTION_UNSPECIFIED": 0,
+            "POLICY_DIRECTION_IN": 1,
+            "POLICY_DIRECTION_OUT": 2,
+        }
+
+
+class PolicyProtocol(betterproto2.Enum):
+    """
+    What a rule is about.
+    """
+
+    UNSPECIFIED = 0
+    """
+    Every protocol over IP.
+    """
+
+    TCP = 1
+    """
+    TCP.
+    """
+
+    UDP = 2
+    """
+    UDP.
+    """
+
+    ICMP = 3
+    """
+    ICMP, of IPv4.
+    """
+
+    ICMPV6 = 4
+    """
+    ICMPv6.
+    """
+
+    @classmethod
+    def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
+        return {
+            0: "POLICY_PROTOCOL_UNSPECIFIED",
+            1: "POLICY_PROTOCOL_TCP",
+            2: "POLICY_PROTOCOL_UDP",
+            3: "POLICY_PROTOCOL_ICMP",
+            4: "POLICY_PROTOCOL_ICMPV6",
+        }
+
+    @classmethod
+    def betterproto_renamed_proto_names_to_value(cls) -> dict[str, int]:
+        return {
+            "POLICY_PROTOCOL_UNSPECIFIED": 0,
+            "POLICY_PROTOCOL_TCP": 1,
+            "POLICY_PROTOCOL_UDP": 2,
+            "POLICY_PROTOCOL_ICMP": 3,
+            "POLICY_PROTOCOL_ICMPV6": 4,
         }
 
 
@@ -248,6 +402,43 @@ class ApplyNetworkResponse(betterproto2.Message):
 
 
 default_message_pool.register_message("taploom.helper.v1", "ApplyNetworkResponse", ApplyNetworkResponse)
+
+
+@dataclass(eq=False, repr=False)
+class ApplyPolicyRequest(betterproto2.Message):
+    """
+    The rules to apply.
+    """
+
+    policy: "Policy | None" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, optional=True)
+    """
+    All of them.
+    """
+
+    endpoints: "dict[str, EndpointPolicy]" = betterproto2.field(
+        2,
+        betterproto2.TYPE_MAP,
+        map_meta=betterproto2.map_meta(betterproto2.TYPE_STRING, betterproto2.TYPE_MESSAGE),
+    )
+    """
+    What they mean to endpoints, by the endpoints' ids: those that are there change together with the rules, those that are not are
+    ignored.
+    """
+
+
+default_message_pool.register_message("taploom.helper.v1", "ApplyPolicyRequest", ApplyPolicyRequest)
+
+
+@dataclass(eq=False, repr=False)
+class ApplyPolicyResponse(betterproto2.Message):
+    """
+    The rules are enforced.
+    """
+
+    pass
+
+
+default_message_pool.register_message("taploom.helper.v1", "ApplyPolicyResponse", ApplyPolicyResponse)
 
 
 @dataclass(eq=False, repr=False)
@@ -478,8 +669,39 @@ class Endpoint(betterproto2.Message):
     True: an interface that is described but has no link, such as one of a stopped guest: no names, no port.
     """
 
+    policy: "EndpointPolicy | None" = betterproto2.field(7, betterproto2.TYPE_MESSAGE, optional=True)
+    """
+    Which rules are for it; absent: none, and everything passes.
+    """
+
 
 default_message_pool.register_message("taploom.helper.v1", "Endpoint", Endpoint)
+
+
+@dataclass(eq=False, repr=False)
+class EndpointPolicy(betterproto2.Message):
+    """
+    What policies mean to one endpoint.
+    """
+
+    group_ids: "list[str]" = betterproto2.field(1, betterproto2.TYPE_STRING, repeated=True)
+    """
+    The groups that it is in, by id: rules of these groups are for it, and rules that name them as peers mean it. Groups that no rule
+    speaks of are success.
+    """
+
+    deny_in: "bool" = betterproto2.field(2, betterproto2.TYPE_BOOL)
+    """
+    True: what no rule lets in is dropped, but for connections from its gateways (published ports).
+    """
+
+    deny_out: "bool" = betterproto2.field(3, betterproto2.TYPE_BOOL)
+    """
+    True: what no rule lets out is dropped, but for DHCP, questions to its network's DNS server, and pings of its gateways.
+    """
+
+
+default_message_pool.register_message("taploom.helper.v1", "EndpointPolicy", EndpointPolicy)
 
 
 @dataclass(eq=False, repr=False)
@@ -715,6 +937,40 @@ default_message_pool.register_message("taploom.helper.v1", "ListNetworksResponse
 
 
 @dataclass(eq=False, repr=False)
+class ListPolicyCountersRequest(betterproto2.Message):
+    """
+    Which rules to tell of.
+    """
+
+    rule_ids: "list[str]" = betterproto2.field(1, betterproto2.TYPE_STRING, repeated=True)
+    """
+    Of these rules; none: of all.
+    """
+
+
+default_message_pool.register_message(
+    "taploom.helper.v1", "ListPolicyCountersRequest", ListPolicyCountersRequest
+)
+
+
+@dataclass(eq=False, repr=False)
+class ListPolicyCountersResponse(betterproto2.Message):
+    """
+    What the rules have done.
+    """
+
+    counters: "list[PolicyCounters]" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, repeated=True)
+    """
+    In order of the rules' ids.
+    """
+
+
+default_message_pool.register_message(
+    "taploom.helper.v1", "ListPolicyCountersResponse", ListPolicyCountersResponse
+)
+
+
+@dataclass(eq=False, repr=False)
 class Network(betterproto2.Message):
     """
     A network: an OVN logical switch with its own gateway router and dnsmasq.
@@ -787,6 +1043,229 @@ class Network(betterproto2.Message):
 
 
 default_message_pool.register_message("taploom.helper.v1", "Network", Network)
+
+
+@dataclass(eq=False, repr=False)
+class Policy(betterproto2.Message):
+    """
+    All rules.
+    """
+
+    groups: "list[PolicyGroup]" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, repeated=True)
+    """
+    The groups; one that only is a peer has no rules.
+    """
+
+
+default_message_pool.register_message("taploom.helper.v1", "Policy", Policy)
+
+
+@dataclass(eq=False, repr=False)
+class PolicyCounters(betterproto2.Message):
+    """
+    What one rule has done since it was programmed, as far as known.
+    """
+
+    rule_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    The rule.
+    """
+
+    packets: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
+    """
+    Packets that it matched: of a connection that it allows, those in the direction in which it was opened.
+    """
+
+    bytes: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
+    """
+    Their bytes.
+    """
+
+
+default_message_pool.register_message("taploom.helper.v1", "PolicyCounters", PolicyCounters)
+
+
+@dataclass(eq=False, repr=False)
+class PolicyGroup(betterproto2.Message):
+    """
+    A group of endpoints and its rules. Who is in it is said with each endpoint.
+    """
+
+    group_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    Identity: 1 to 64 characters of [a-zA-Z0-9_.-].
+    """
+
+    rules: "list[PolicyRule]" = betterproto2.field(2, betterproto2.TYPE_MESSAGE, repeated=True)
+    """
+    Its rules.
+    """
+
+
+default_message_pool.register_message("taploom.helper.v1", "PolicyGroup", PolicyGroup)
+
+
+@dataclass(eq=False, repr=False)
+class PolicyLogged(betterproto2.Message):
+    """
+    A rule matched a packet.
+    """
+
+    rule_name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    The rule's name.
+    """
+
+    action: "PolicyAction" = betterproto2.field(
+        2, betterproto2.TYPE_ENUM, default_factory=lambda: PolicyAction(0)
+    )
+    """
+    What became of the packet.
+    """
+
+    direction: "PolicyDirection" = betterproto2.field(
+        3, betterproto2.TYPE_ENUM, default_factory=lambda: PolicyDirection(0)
+    )
+    """
+    Which way it went.
+    """
+
+    protocol: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
+    """
+    Its protocol, such as tcp, udp, icmp, icmp6.
+    """
+
+    source: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
+    """
+    Where it came from, without prefix length.
+    """
+
+    destination: "str" = betterproto2.field(6, betterproto2.TYPE_STRING)
+    """
+    Where it went, without prefix length.
+    """
+
+    source_port: "int" = betterproto2.field(7, betterproto2.TYPE_UINT32)
+    """
+    Its source port (of ICMP, the type).
+    """
+
+    destination_port: "int" = betterproto2.field(8, betterproto2.TYPE_UINT32)
+    """
+    Its destination port (of ICMP, the code).
+    """
+
+
+default_message_pool.register_message("taploom.helper.v1", "PolicyLogged", PolicyLogged)
+
+
+@dataclass(eq=False, repr=False)
+class PolicyPeer(betterproto2.Message):
+    """
+    Who may be at the other end of a connection; exactly one is set.
+
+    Oneofs:
+        - peer: Who.
+    """
+
+    cidr: "str | None" = betterproto2.field(1, betterproto2.TYPE_STRING, optional=True, group="peer")
+    """
+    The addresses of a subnet in CIDR form.
+    """
+
+    group_id: "str | None" = betterproto2.field(2, betterproto2.TYPE_STRING, optional=True, group="peer")
+    """
+    The endpoints of a group, by id.
+    """
+
+    host: "bool | None" = betterproto2.field(3, betterproto2.TYPE_BOOL, optional=True, group="peer")
+    """
+    The host: out, the gateways and the host's own addresses; in, the gateways, from which connections to published ports come.
+    """
+
+
+default_message_pool.register_message("taploom.helper.v1", "PolicyPeer", PolicyPeer)
+
+
+@dataclass(eq=False, repr=False)
+class PolicyRule(betterproto2.Message):
+    """
+    A rule. Of those that match a connection, the one with the highest priority decides; of these, one that does not allow.
+    """
+
+    rule_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    Identity among all rules: 1 to 64 characters of [a-zA-Z0-9_.-].
+    """
+
+    name: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+    """
+    What log lines call it, 1 to 63 characters.
+    """
+
+    direction: "PolicyDirection" = betterproto2.field(
+        3, betterproto2.TYPE_ENUM, default_factory=lambda: PolicyDirection(0)
+    )
+    """
+    Which way.
+    """
+
+    action: "PolicyAction" = betterproto2.field(
+        4, betterproto2.TYPE_ENUM, default_factory=lambda: PolicyAction(0)
+    )
+    """
+    What becomes of it.
+    """
+
+    priority: "int" = betterproto2.field(5, betterproto2.TYPE_UINT32)
+    """
+    0 to 1000.
+    """
+
+    protocol: "PolicyProtocol" = betterproto2.field(
+        6, betterproto2.TYPE_ENUM, default_factory=lambda: PolicyProtocol(0)
+    )
+    """
+    What it is about.
+    """
+
+    ports: "list[PortRange]" = betterproto2.field(7, betterproto2.TYPE_MESSAGE, repeated=True)
+    """
+    The ports that are connected to, of TCP and UDP only; none: all.
+    """
+
+    peers: "list[PolicyPeer]" = betterproto2.field(8, betterproto2.TYPE_MESSAGE, repeated=True)
+    """
+    Who is at the other end; it is enough that one of these fits. With no peer at all, anybody.
+    """
+
+    log: "bool" = betterproto2.field(9, betterproto2.TYPE_BOOL)
+    """
+    True: its first packets are told of (PolicyLogged), at most some tens a second.
+    """
+
+
+default_message_pool.register_message("taploom.helper.v1", "PolicyRule", PolicyRule)
+
+
+@dataclass(eq=False, repr=False)
+class PortRange(betterproto2.Message):
+    """
+    Ports from first to last, both included.
+    """
+
+    first: "int" = betterproto2.field(1, betterproto2.TYPE_UINT32)
+    """
+    The first, 1 to 65535.
+    """
+
+    last: "int" = betterproto2.field(2, betterproto2.TYPE_UINT32)
+    """
+    The last, at least the first.
+    """
+
+
+default_message_pool.register_message("taploom.helper.v1", "PortRange", PortRange)
 
 
 @dataclass(eq=False, repr=False)
@@ -872,12 +1351,12 @@ default_message_pool.register_message("taploom.helper.v1", "StreamWanted", Strea
 @dataclass(eq=False, repr=False)
 class SyncFailure(betterproto2.Message):
     """
-    A network or endpoint that could not be applied.
+    A network or endpoint that could not be applied, or the policy.
     """
 
     id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
     """
-    The network's or endpoint's id.
+    The network's or endpoint's id; "policy" for the policy.
     """
 
     code: "int" = betterproto2.field(2, betterproto2.TYPE_INT32)
@@ -913,6 +1392,11 @@ class SyncRequest(betterproto2.Message):
     uplink: "Uplink | None" = betterproto2.field(3, betterproto2.TYPE_MESSAGE, optional=True)
     """
     The uplink.
+    """
+
+    policy: "Policy | None" = betterproto2.field(4, betterproto2.TYPE_MESSAGE, optional=True)
+    """
+    The rules; absent: none.
     """
 
 
@@ -1037,6 +1521,13 @@ class WatchEventsResponse(betterproto2.Message):
     )
     """
     A container wants something of the host.
+    """
+
+    policy_logged: "PolicyLogged | None" = betterproto2.field(
+        8, betterproto2.TYPE_MESSAGE, optional=True, group="event"
+    )
+    """
+    A rule that is to be told of has matched a packet.
     """
 
 

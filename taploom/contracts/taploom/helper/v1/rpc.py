@@ -14,6 +14,8 @@ from . import (
     ApplyEndpointResponse,
     ApplyNetworkRequest,
     ApplyNetworkResponse,
+    ApplyPolicyRequest,
+    ApplyPolicyResponse,
     ApplyUplinkRequest,
     ApplyUplinkResponse,
     AuthorizeLinkRequest,
@@ -32,6 +34,8 @@ from . import (
     ListEndpointsResponse,
     ListNetworksRequest,
     ListNetworksResponse,
+    ListPolicyCountersRequest,
+    ListPolicyCountersResponse,
     RefuseStreamRequest,
     RefuseStreamResponse,
     SyncRequest,
@@ -131,6 +135,20 @@ _HELPER_REFUSE_STREAM = Method(
     "/taploom.helper.v1.HelperService/RefuseStream",
     RefuseStreamRequest,
     RefuseStreamResponse,
+    client_streaming=False,
+    server_streaming=False,
+)
+_HELPER_APPLY_POLICY = Method(
+    "/taploom.helper.v1.HelperService/ApplyPolicy",
+    ApplyPolicyRequest,
+    ApplyPolicyResponse,
+    client_streaming=False,
+    server_streaming=False,
+)
+_HELPER_LIST_POLICY_COUNTERS = Method(
+    "/taploom.helper.v1.HelperService/ListPolicyCounters",
+    ListPolicyCountersRequest,
+    ListPolicyCountersResponse,
     client_streaming=False,
     server_streaming=False,
 )
@@ -305,6 +323,32 @@ class HelperServiceClient:
             _HELPER_REFUSE_STREAM, request, timeout=timeout, metadata=metadata
         )
 
+    async def apply_policy(
+        self,
+        request: ApplyPolicyRequest,
+        *,
+        timeout: float | None = None,
+        metadata: MetadataLike | None = None,
+    ) -> ApplyPolicyResponse:
+        """Makes the rules be as described, and what they mean to endpoints that are there, all at once; returns once they are
+        programmed in the data path. INVALID_ARGUMENT when malformed (nothing is changed).
+        """
+        return await self._channel.unary_unary(
+            _HELPER_APPLY_POLICY, request, timeout=timeout, metadata=metadata
+        )
+
+    async def list_policy_counters(
+        self,
+        request: ListPolicyCountersRequest,
+        *,
+        timeout: float | None = None,
+        metadata: MetadataLike | None = None,
+    ) -> ListPolicyCountersResponse:
+        """Tells what each rule has let through or refused."""
+        return await self._channel.unary_unary(
+            _HELPER_LIST_POLICY_COUNTERS, request, timeout=timeout, metadata=metadata
+        )
+
     async def sync(
         self,
         request: SyncRequest,
@@ -436,6 +480,24 @@ class HelperServiceBase(Service):
         """Says that nothing answers a stream that the agent asked for (StreamWanted): it is reset at once. Unknown tokens are success."""
 
     @abc.abstractmethod
+    async def apply_policy(
+        self,
+        request: ApplyPolicyRequest,
+        context: ServerContext,
+    ) -> ApplyPolicyResponse:
+        """Makes the rules be as described, and what they mean to endpoints that are there, all at once; returns once they are
+        programmed in the data path. INVALID_ARGUMENT when malformed (nothing is changed).
+        """
+
+    @abc.abstractmethod
+    async def list_policy_counters(
+        self,
+        request: ListPolicyCountersRequest,
+        context: ServerContext,
+    ) -> ListPolicyCountersResponse:
+        """Tells what each rule has let through or refused."""
+
+    @abc.abstractmethod
     async def sync(
         self,
         request: SyncRequest,
@@ -469,6 +531,8 @@ class HelperServiceBase(Service):
             Handler(_HELPER_APPLY_UPLINK, self.apply_uplink),
             Handler(_HELPER_AUTHORIZE_STREAMS, self.authorize_streams),
             Handler(_HELPER_REFUSE_STREAM, self.refuse_stream),
+            Handler(_HELPER_APPLY_POLICY, self.apply_policy),
+            Handler(_HELPER_LIST_POLICY_COUNTERS, self.list_policy_counters),
             Handler(_HELPER_SYNC, self.sync),
             Handler(_HELPER_WATCH_EVENTS, self.watch_events),
         )

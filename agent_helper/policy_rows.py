@@ -1,0 +1,272 @@
+"""What policies are in OVN's northbound database: a port group for each group, its ACLs, and sets of addresses.
+
+Each function is run in a transaction and makes the rows be as described, whatever was there. While no policy is in use
+there are no such rows: a switch whose ports have no ACL does without connection tracking.
+
+Of the ACLs that match a packet, OVN goes by the one with the highest priority (ovn-nb(5), ACL):
+
+    30000         out: DHCP, questions to the network's DNS server, pings of the gateway
+    4000 to 6001  rules: twice the rule's priority, and one more for those that do not allow, so that these win
+    3000          in: connections from the gateway, which are those to published ports
+    2000          the rest, where it is denied
+
+Neighbour discovery and, for it is no IP, ARP pass in any case (ovn-northd(8), "from-lport ACL evaluation").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from agent_helper.ovsdb import Row, Txn
+from agent_helper.policy import PolicySpec, RuleSpec
+from agent_helper.spec import EndpointSpec, UplinkSpec
+from taploom.contracts.taploom.helper.v1 import PolicyAction, PolicyProtocol
+
+DENY_IN = "tl_deny_in"
+DENY_OUT = "tl_deny_out"
+_GROUP = "tlg_"
+_GATEWAYS, _HOSTS, _DNS = "tl_gateways", "tl_hosts", "tl_dns"
+_METER = "tl_log"
+RULE_KEY = "taploom-rule"
+
+_ESSENTIAL = 30000
+_FIRST_RULE = 4000
+_GATEWAY = 3000
+_REST = 2000
+# Log lines per second of one rule: what a person can still make use of.
+_LOG_RATE = 20
+
+_ACTIONS = {PolicyAction.ALLOW: "allow-related", PolicyAction.DROP: "drop", PolicyAction.REJECT: "reject"}
+_PROTOCOLS = {
+    PolicyProtocol.UNSPECIFIED: "ip",
+    PolicyProtocol.TCP: "tcp",
+    PolicyProtocol.UDP: "udp",
+    PolicyProtocol.ICMP: "icmp4",
+    PolicyProtocol.ICMPV6: "icmp6",
+}
+
+
+def group_name(group_id: str) -> str:
+    """The name of a group's port group; OVN adds _ip4 and _ip6 for the sets of its ports' addresses."""
+    return f"{_GROUP}{group_id}"
+
+
+def ensure_policy(
+    txn: Txn, policy: PolicySpec, endpoints: Iterable[tuple[EndpointSpec, Row]], uplink: UplinkSpec | None
+) -> None:
+    """Makes all groups, rules and memberships be these.
+
+    Args:
+        endpoints: those that have a port, with its row.
+    """
+    members: dict[str, list[Row]] = {group_name(group_id): [] for group_id in policy.groups}
+    for spec, port in endpoints:
+        for name in _names(spec):
+            if name in members:
+                members[name].append(port)
+            elif name in (DENY_IN, DENY_OUT):
+                members.setdefault(name, []).append(port)
+    rules: dict[str, list[dict[str, object]]] = {name: [] for name in members}
+    for rule in policy.rules:
+        rules[group_name(rule.group_id)].append(_acl(rule))
+    for name, acls in _BASE.items():
+        if name in rules:
+            rules[name] = acls
+    for row in list(txn.rows("Port_Group")):
+        if row.name not in members:
+            txn.delete("Port_Group", row)  # its ACLs are no roots: the server collects them
+    _ensure_meter(txn, any(rule.log for rule in policy.rules))
+    for name, ports in members.items():
+        row, new = txn.ensure("Port_Group", name)
+        if new:
+            row.ports = ports
+        else:
+            txn.set(row, ports=ports)
+        _ensure_acls(txn, row, rules[name], new=new)
+    ensure_addresses(txn, uplink)
+
+
+def ensure_members(txn: Txn, endpoints: Sequence[tuple[EndpointSpec, Row, bool]], uplink: UplinkSpec | None) -> None:
+    """Puts endpoints' ports in the groups that they are to be in, of those that there are, and in no others.
+
+    Args:
+        endpoints: each with the row of its port and whether that was made in this transaction.
+    """
+    joined: dict[object, set[str]] = {}
+    if not all(new for _, _, new in endpoints):
+        for group in txn.rows("Port_Group"):
+            for port in getattr(group, "ports", ()):
+                joined.setdefault(port.uuid, set()).add(group.name)
+    left = False
+    for spec, port, _ in endpoints:
+        wanted, present = _names(spec), joined.get(port.uuid, set())
+        for name in present - wanted:
+            txn.find("Port_Group", name).delvalue("ports", port)
+            left = True
+        for name in wanted - present:
+            row = txn.find("Port_Group", name)
+            if row is not None:
+                row.addvalue("ports", port)
+            elif name in _BASE:
+                row = txn.insert("Port_Group", name=name, ports=[port])
+                _ensure_acls(txn, row, _BASE[name], new=True)
+                ensure_addresses(txn, uplink)
+    if left:
+        remove_unused(txn)
+
+
+def remove_unused(txn: Txn) -> None:
+    """Removes what denies when nobody is left to whom it does."""
+    for name in _BASE:
+        row = txn.find("Port_Group", name)
+        if row is not None and all(txn.is_deleted("Logical_Switch_Port", port) for port in row.ports):
+            txn.delete("Port_Group", row)
+    if not any(True for _ in txn.rows("Port_Group")):
+        for row in list(txn.rows("Address_Set")):
+            txn.delete("Address_Set", row)
+
+
+def ensure_addresses(txn: Txn, uplink: UplinkSpec | None) -> None:
+    """Makes the sets of addresses be those of the networks that the database has; none while no group needs them."""
+    if not any(True for _ in txn.rows("Port_Group")):
+        for row in list(txn.rows("Address_Set")):
+            txn.delete("Address_Set", row)
+        return
+    gateways: set[str] = set()
+    for router in txn.rows("Logical_Router"):
+        for port in getattr(router, "ports", ()):
+            if port.name.startswith("gwp-"):
+                gateways |= {text.partition("/")[0] for text in port.networks}
+    dns: set[str] = set()
+    for switch in txn.rows("Logical_Switch"):
+        for port in getattr(switch, "ports", ()):
+            if port.name.startswith("dns-") and not txn.is_deleted("Logical_Switch_Port", port):
+                dns |= set(" ".join(port.addresses).split()[1:])
+    hosts = gateways | {str(address) for address in uplink.host_addresses} if uplink else gateways
+    for name, addresses in ((_GATEWAYS, gateways), (_HOSTS, hosts), (_DNS, dns)):
+        for family in ("4", "6"):
+            found = sorted(address for address in addresses if (":" in address) == (family == "6"))
+            txn.ensure("Address_Set", f"{name}_{family}", addresses=found)
+
+
+def rules_of(txn: Txn) -> dict[str, str]:
+    """The uuids of the rules' ACLs, by the rules' ids."""
+    return {row.external_ids[RULE_KEY]: str(row.uuid) for row in txn.rows("ACL") if RULE_KEY in row.external_ids}
+
+
+def _names(spec: EndpointSpec) -> set[str]:
+    member = spec.policy
+    names = {group_name(group_id) for group_id in member.groups}
+    return names | ({DENY_IN} if member.deny_in else set()) | ({DENY_OUT} if member.deny_out else set())
+
+
+def _ensure_meter(txn: Txn, wanted: bool) -> None:
+    row = txn.find("Meter", _METER)
+    if wanted and row is None:
+        band = txn.insert("Meter_Band", action="drop", rate=_LOG_RATE, burst_size=_LOG_RATE)
+        # Fair: each ACL has its own allowance.
+        txn.insert("Meter", name=_METER, unit="pktps", bands=[band], fair=True)
+    elif row is not None and not wanted:
+        txn.delete("Meter", row)
+
+
+def _ensure_acls(txn: Txn, group: Row, wanted: Iterable[Mapping[str, object]], *, new: bool) -> None:
+    inserted: list[Row] = []
+    there = {} if new else {row.external_ids.get(RULE_KEY, row.name): row for row in group.acls}
+    for values in wanted:
+        key = _key(values)
+        row = there.pop(key, None)
+        if row is None:
+            # Each column costs; what is empty needs not be said.
+            inserted.append(txn.insert("ACL", **{name: value for name, value in values.items() if value or value == 0}))
+        else:
+            txn.set(row, **values)
+    if new:
+        group.acls = inserted
+    else:
+        for row in inserted:
+            group.addvalue("acls", row)
+    for row in there.values():
+        group.delvalue("acls", row)
+        txn.delete("ACL", row)
+
+
+def _key(values: Mapping[str, object]) -> object:
+    ids = values["external_ids"]
+    assert isinstance(ids, dict)
+    return ids[RULE_KEY]
+
+
+def _acl(rule: RuleSpec) -> dict[str, object]:
+    priority = _FIRST_RULE + 2 * rule.priority + (rule.action != PolicyAction.ALLOW)
+    values = _values(rule.rule_id, priority, rule.incoming, match_of(rule), _ACTIONS[rule.action])
+    values["name"] = rule.name
+    if rule.log:
+        values |= {"log": True, "severity": "info", "meter": _METER}
+    return values
+
+
+def _values(key: str, priority: int, incoming: bool, match: str, action: str) -> dict[str, object]:
+    return {
+        "priority": priority,
+        "direction": "to-lport" if incoming else "from-lport",
+        "match": match,
+        "action": action,
+        "name": [],
+        "log": False,
+        "severity": [],
+        "meter": [],
+        "external_ids": {RULE_KEY: key},
+    }
+
+
+def match_of(rule: RuleSpec) -> str:
+    """The packets that a rule is about, in OVN's language (ovn-sb(5), "Logical_Flow", expressions)."""
+    port, side = ("outport", "src") if rule.incoming else ("inport", "dst")
+    protocol = _PROTOCOLS[rule.protocol]
+    parts = [f"{port} == @{group_name(rule.group_id)}", protocol]
+    if rule.ports:
+        single = [str(first) for first, last in rule.ports if first == last]
+        ranges = [(first, last) for first, last in rule.ports if first != last]
+        terms = [f"{protocol}.dst == {{{', '.join(single)}}}"] if single else []
+        terms += [f"({protocol}.dst >= {first} && {protocol}.dst <= {last})" for first, last in ranges]
+        parts.append(_any(terms))
+    if rule.cidrs or rule.groups or rule.host:
+        terms = []
+        for family in (4, 6):
+            values = [str(cidr) for cidr in rule.cidrs if cidr.version == family]
+            values += [f"${group_name(group_id)}_ip{family}" for group_id in rule.groups]
+            values += [f"${_GATEWAYS if rule.incoming else _HOSTS}_{family}"] if rule.host else []
+            if values:
+                terms.append(f"ip{family}.{side} == {{{', '.join(values)}}}")
+        parts.append(_any(terms))
+    return " && ".join(parts)
+
+
+def _any(terms: list[str]) -> str:
+    return terms[0] if len(terms) == 1 else f"({' || '.join(terms)})"
+
+
+def _base() -> dict[str, list[dict[str, object]]]:
+    """What holds for everybody to whom something is denied, whatever the rules."""
+    gateways = f"(ip4.src == ${_GATEWAYS}_4 || ip6.src == ${_GATEWAYS}_6)"
+    dns = f"(ip4.dst == ${_DNS}_4 || ip6.dst == ${_DNS}_6)"
+    pings = f"((icmp4.type == 8 && ip4.dst == ${_GATEWAYS}_4) || (icmp6.type == 128 && ip6.dst == ${_GATEWAYS}_6))"
+    dhcp = "((ip4 && udp.src == 68 && udp.dst == 67) || (ip6 && udp.src == 546 && udp.dst == 547))"
+    to, out = f"outport == @{DENY_IN}", f"inport == @{DENY_OUT}"
+    return {
+        DENY_IN: [
+            _values("gateway", _GATEWAY, True, f"{to} && {gateways}", "allow-related"),
+            _values("rest-in", _REST, True, f"{to} && ip", "drop"),
+        ],
+        DENY_OUT: [
+            _values("dns-udp", _ESSENTIAL, False, f"{out} && udp.dst == 53 && {dns}", "allow-related"),
+            _values("dns-tcp", _ESSENTIAL, False, f"{out} && tcp.dst == 53 && {dns}", "allow-related"),
+            _values("ping", _ESSENTIAL, False, f"{out} && {pings}", "allow-related"),
+            _values("dhcp", _ESSENTIAL, False, f"{out} && {dhcp}", "allow-related"),
+            _values("rest-out", _REST, False, f"{out} && ip", "drop"),
+        ],
+    }
+
+
+_BASE = _base()

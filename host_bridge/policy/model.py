@@ -1,0 +1,147 @@
+"""Policies as values: what a file says, checked, and what the database holds.
+
+`line` is where something stands in its source, from 1; 0 when that is not known. It is for messages only: the database
+does not keep it, and values that differ in it are equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+IN, OUT = "in", "out"
+DIRECTIONS = (IN, OUT)
+ALLOW, DROP, REJECT = "allow", "drop", "reject"
+ACTIONS = (ALLOW, DROP, REJECT)
+ANY, TCP, UDP, ICMP, ICMPV6 = "any", "tcp", "udp", "icmp", "icmpv6"
+PROTOCOLS = (ANY, TCP, UDP, ICMP, ICMPV6)
+DENY, DENY_IN, DENY_OUT = "deny", "deny-in", "deny-out"
+DEFAULTS = (ALLOW, DENY, DENY_IN, DENY_OUT)
+DEFAULT_PRIORITY = 100
+MAX_PRIORITY = 1000
+
+# The option of a network that says what becomes of connections that no rule speaks of.
+OPTION_POLICY = "taploom.policy"
+# The label of a container that names groups that it is in, separated by commas.
+LABEL_GROUPS = "taploom.groups"
+
+
+def _line() -> Any:
+    return field(default=0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """Guests' places on networks: those that fit all that is given; or the members of a group."""
+
+    guest: str = ""
+    alias: str = ""
+    label: str = ""
+    network: str = ""
+    group: str = ""
+    line: int = _line()
+
+    def given(self) -> dict[str, str]:
+        """What is given, by name."""
+        found = {name: getattr(self, name) for name in ("guest", "alias", "label", "network", "group")}
+        return {name: value for name, value in found.items() if value}
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end: a selector, a subnet (normalised CIDR), or the host. Exactly one is given."""
+
+    selector: Selector | None = None
+    cidr: str = ""
+    host: bool = False
+    line: int = _line()
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Ports from `first` to `last`, both included."""
+
+    first: int
+    last: int
+    line: int = _line()
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rule. Without peers it is for anybody, without ports for all."""
+
+    name: str
+    action: str = ALLOW
+    protocol: str = ANY
+    ports: tuple[Ports, ...] = ()
+    peers: tuple[Peer, ...] = ()
+    priority: int = DEFAULT_PRIORITY
+    log: bool = False
+    line: int = _line()
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A group. A list that is None says nothing about its direction; an empty one lets nothing pass."""
+
+    name: str
+    members: tuple[Selector, ...] = ()
+    incoming: tuple[Rule, ...] | None = None
+    outgoing: tuple[Rule, ...] | None = None
+    line: int = _line()
+
+    def rules(self, direction: str) -> tuple[Rule, ...] | None:
+        """The list of a direction."""
+        return self.incoming if direction == IN else self.outgoing
+
+    def all_rules(self) -> Iterator[tuple[str, Rule]]:
+        """Every rule with its direction."""
+        for direction in DIRECTIONS:
+            for rule in self.rules(direction) or ():
+                yield direction, rule
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkDefault:
+    """What becomes, on a network, of connections that no rule speaks of: one of `DEFAULTS`."""
+
+    network: str
+    default: str
+    line: int = _line()
+
+
+def to_json(group: Group) -> str:
+    """A group without its name, as the database keeps it."""
+    value = _plain(group)
+    del value["name"]
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [one for one in dataclasses.fields(value) if one.name != "line"]
+        return {one.name: _plain(getattr(value, one.name)) for one in fields if getattr(value, one.name) != one.default}
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
+
+
+def from_json(name: str, text: str) -> Group:
+    """A group that `to_json` wrote."""
+    value = json.loads(text)
+
+    def rules(key: str) -> tuple[Rule, ...] | None:
+        return tuple(_rule(one) for one in value[key]) if key in value else None
+
+    members = tuple(Selector(**one) for one in value.get("members", ()))
+    return Group(name, members, rules("incoming"), rules("outgoing"))
+
+
+def _rule(value: Mapping[str, Any]) -> Rule:
+    ports = tuple(Ports(**one) for one in value.get("ports", ()))
+    peers = tuple(
+        Peer(**{**one, "selector": Selector(**one["selector"])} if "selector" in one else one)
+        for one in value.get("peers", ())
+    )
+    return Rule(**{**value, "ports": ports, "peers": peers})
