@@ -142,7 +142,12 @@ def test_only_what_is_missing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(None, "cannot read"), (b"\x7fELF\0", "binary"), (b"hello", "no line like"), (gzip.compress(b"x")[:-9], "gzip")],
+    [
+        (None, "cannot read"),
+        (b"\x7fELF\0", "binary"),
+        (b"hello", "no line like"),
+        (gzip.compress(b"x", mtime=0)[:-9], "gzip"),
+    ],
 )
 def test_errors_say_what_is_wrong(tmp_path: Path, content: bytes | None, says: str) -> None:
     path = tmp_path / "config"
