@@ -66,7 +66,7 @@ trap 'rm -f "$summary"' EXIT
 echo "== tests over virtual machines"
 start=$(date +%s)
 # Two files at a time: a VM that boots keeps a processor busy, one that waits does not.
-TAPLOOM_VM_SUMMARY=$summary python -m pytest tests/vm --numprocesses 2 --dist loadfile "$@"
+TAPLOOM_VM_SUMMARY=$summary env --default-signal=INT,QUIT python -m pytest tests/vm --numprocesses 2 --dist loadfile "$@"
 result=$?
 times+=("tests $(($(date +%s) - start))")
 after=$(leftovers)

@@ -24,7 +24,8 @@ began=$(date +%s)
 # longest begin first.
 summary=$(mktemp)
 trap 'rm -f "$summary"' EXIT
-TAPLOOM_CONFORMANCE_SUMMARY=$summary python -m pytest \
+# Interrupts are tested: a shell that began this in the background had them ignored.
+TAPLOOM_CONFORMANCE_SUMMARY=$summary env --default-signal=INT,QUIT python -m pytest \
 	tests/conformance tests/system tests/protocol tests/unit \
 	--numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"
 result=$?
