@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,60 @@ class Steps:
             raise StepFailedError("the steady ping printed no summary")
         counted["sent"], counted["received"] = float(max(answered)), float(len(answered))
         counted["average"], counted["longest"] = float(times[1]), float(times[2])
+
+    def names(self, found: list[tuple[str, tuple[str, ...]]]) -> list[Row]:
+        """Pings from web by name: a row for each (what is shown, command), with the address that the name gave."""
+        rows = []
+        for shown, command in found:
+            output = self.in_guest("web", *command)
+            address = re.search(r"PING [^(]*\(([^)]*)\)", output)
+            rows.append(Row(f"{shown}: ping {command[-1]}", address[1] if address else "answered", round_trip(output)))
+        return rows
+
+    def hot_plug(self, interval: float) -> list[Row]:
+        """Connects web to network back and disconnects it again, while a ping on app goes on every `interval` seconds.
+
+        Raises:
+            StepFailedError: the interface stayed, or the ping lost something.
+        """
+        with self.steady_ping("web", "db", interval) as ping:
+            began = time.monotonic()
+            _, connected = self.run("network", "connect", "back", "web")
+            reply = self.in_guest("web", "ping", "-n", "-c1", "-W5", "db.back")
+            first = time.monotonic() - began
+            _, disconnected = self.run("network", "disconnect", "back", "web")
+            left = self.succeeds_in_guest("web", "test", "-e", "/sys/class/net/eth1")
+        if left:
+            raise StepFailedError("eth1 is still in web after the disconnect")
+        if ping["received"] != ping["sent"]:
+            raise StepFailedError(f"the ping on app lost {ping['sent'] - ping['received']:.0f} packets")
+        return [
+            Row("web hot-connected to back, by the command", "eth1", f"{connected * 1000:.0f} ms"),
+            Row("... to the first reply from db.back", round_trip(reply), f"{first * 1000:.0f} ms"),
+            Row("web disconnected from back again", "eth1 gone", f"{disconnected * 1000:.0f} ms"),
+            Row(
+                f"ping on app meanwhile, every {interval * 1000:.0f} ms",
+                f"{ping['received']:.0f} of {ping['sent']:.0f} answered",
+                f"{ping['average']:.2f} ms (max {ping['longest']:.1f})",
+            ),
+        ]
+
+    def http(self, published: str, *, timeout: float, patience: float) -> str:
+        """What a published port answers, as soon as its server does; `timeout` and `patience` are seconds.
+
+        Raises:
+            StepFailedError: it does not answer.
+        """
+        console.print(f"$ curl http://{published}/", style="bold", markup=False)
+        began = time.monotonic()
+        while True:  # the server in the container may still be starting
+            try:
+                with urllib.request.urlopen(f"http://{published}/", timeout=timeout) as response:
+                    return f"HTTP {response.status}"
+            except OSError as error:
+                if time.monotonic() - began > patience:
+                    raise StepFailedError(f"http://{published}/ does not answer: {error}") from error
+                time.sleep(0.05)
 
     def iperf3(self, server: str, client: str, seconds: int = 3) -> float:
         """The rate of TCP from one guest to another by its name, in bits per second."""

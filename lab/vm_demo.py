@@ -7,7 +7,6 @@ import contextlib
 import re
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 from lab.steps import Row, StepFailedError, Steps, console, print_rows, round_trip
@@ -69,36 +68,15 @@ def show_networks(steps: Steps) -> list[Row]:
     steps.run("network", "connect", "app", "db", "--alias", "postgres")
     steps.run("network", "connect", "back", "db")
     steps.in_guest("web", "ip", "-brief", "address")
-    for shown, command in (
-        ("db found by its name", ("ping", "-n", "-c3", "-i0.2", "db")),
-        ("... by its alias", ("ping", "-n", "-c3", "-i0.2", "postgres")),
-        ("... over IPv6", ("ping", "-6", "-n", "-c3", "-i0.2", "db")),
-    ):
-        output = steps.in_guest("web", *command)
-        address = re.search(r"PING [^(]*\(([^)]*)\)", output)
-        rows.append(Row(f"{shown}: ping {command[-1]}", address[1] if address else "answered", round_trip(output)))
+    rows += steps.names(
+        [
+            ("db found by its name", ("ping", "-n", "-c3", "-i0.2", "db")),
+            ("... by its alias", ("ping", "-n", "-c3", "-i0.2", "postgres")),
+            ("... over IPv6", ("ping", "-6", "-n", "-c3", "-i0.2", "db")),
+        ]
+    )
 
-    with steps.steady_ping("web", "db", 0.1) as ping:
-        began = time.monotonic()
-        _, connected = steps.run("network", "connect", "back", "web")
-        reply = steps.in_guest("web", "ping", "-n", "-c1", "-W5", "db.back")
-        first = time.monotonic() - began
-        _, disconnected = steps.run("network", "disconnect", "back", "web")
-        left = steps.succeeds_in_guest("web", "test", "-e", "/sys/class/net/eth1")
-    rows += [
-        Row("web hot-connected to back, by the command", "eth1", f"{connected * 1000:.0f} ms"),
-        Row("... to the first reply from db.back", round_trip(reply), f"{first * 1000:.0f} ms"),
-        Row("web disconnected from back again", "eth1 gone", f"{disconnected * 1000:.0f} ms"),
-        Row(
-            "ping on app meanwhile, every 100 ms",
-            f"{ping['received']:.0f} of {ping['sent']:.0f} answered",
-            f"{ping['average']:.2f} ms (max {ping['longest']:.1f})",
-        ),
-    ]
-    if left:
-        raise StepFailedError("eth1 is still in web after the disconnect")
-    if ping["received"] != ping["sent"]:
-        raise StepFailedError(f"the ping on app lost {ping['sent'] - ping['received']:.0f} packets")
+    rows += steps.hot_plug(0.1)
     rate = steps.iperf3("db", "web")
     rows.append(Row("TCP from web to db (iperf3, MTU 1500)", f"{rate / 1e6:.0f} Mb/s", "3 s"))
     return rows
@@ -121,17 +99,7 @@ def show_docker(steps: Steps) -> list[Row]:
     kernel = steps.docker("exec", "api", "uname", "-r")[0].strip()
     rows.append(Row("... its kernel: docker exec api uname -r", kernel))
     published = steps.docker("port", "api", "80")[0].strip()
-    console.print(f"$ curl http://{published}/", style="bold", markup=False)
-    began = time.monotonic()
-    while True:  # the server in the container may still be starting
-        try:
-            with urllib.request.urlopen(f"http://{published}/", timeout=20) as response:
-                rows.append(Row("... its published port, from the machine", f"HTTP {response.status}"))
-            break
-        except OSError as error:
-            if time.monotonic() - began > 60:
-                raise StepFailedError(f"http://{published}/ does not answer: {error}") from error
-            time.sleep(0.2)
+    rows.append(Row("... its published port, from the machine", steps.http(published, timeout=20, patience=60)))
     steps.docker("rm", "-f", "api")
     return rows
 
