@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -44,7 +45,7 @@ logger = logging.getLogger("taploom.helper.fabric")
 M = TypeVar("M")
 S = TypeVar("S")
 
-_UP_TIMEOUT = 10.0  # s that a port may take to be programmed, daemons' restarts included
+_UP_TIMEOUT = 10.0  # s that a port may take to be programmed, daemons' restarts included, where its caller has no limit
 _NAMES_TIMEOUT = 2.0  # s that dnsmasq may take to know a name
 _UNPLUG_TIMEOUT = 3.0  # s that vswitchd may take to let go of a port
 _SPARE_MTU = 1500
@@ -572,9 +573,10 @@ class Fabric:
         tap, dns = endpoint.tap, endpoint.network.dns
         if tap is None:
             return
+        within = _time_left()
 
         async def programmed() -> None:
-            with trio.move_on_after(_UP_TIMEOUT) as scope:
+            with trio.move_on_after(within) as scope:
                 async with trio.open_nursery() as nursery:
 
                     async def until_gone() -> None:
@@ -590,7 +592,7 @@ class Fabric:
                 row = self._stack.conf.mirrors["Interface"].rows.get(tap.name, {})
                 error = "".join(row.get("error", ())) or "no error is known"
                 raise UnavailableError(
-                    f"the port of endpoint {endpoint.spec.endpoint_id} was not programmed within {_UP_TIMEOUT:.0f} s "
+                    f"the port of endpoint {endpoint.spec.endpoint_id} was not programmed within {within:.1f} s "
                     f"({error}); look at GetHealth and apply it again"
                 )
             await self._come_into_force(endpoint.changes)
@@ -669,11 +671,12 @@ class Fabric:
         pending = [(one, one.made) for one in changes if one.in_force < one.made]
         if not pending:
             return
-        with trio.move_on_after(_UP_TIMEOUT) as scope:
+        within = _time_left()
+        with trio.move_on_after(within) as scope:
             await self._stack.wait_in_force()
         if scope.cancelled_caught:
             raise UnavailableError(
-                f"the change was not in force within {_UP_TIMEOUT:.0f} s; look at GetHealth and apply it again"
+                f"the change was not in force within {within:.1f} s; look at GetHealth and apply it again"
             )
         for one, made in pending:
             one.in_force = max(one.in_force, made)
@@ -828,6 +831,15 @@ class Fabric:
     def _check_ready(self) -> None:
         if not self._stack.ready.is_set():
             raise UnavailableError(f"waiting for {self._stack.waiting_for}; try again")
+
+
+def _time_left() -> float:
+    """The seconds that a caller may be kept waiting: somewhat less than it allows, so that it is told why.
+
+    No fixed time is right for every machine: a caller that sees that it takes longer allows more.
+    """
+    left = trio.current_effective_deadline() - trio.current_time()
+    return _UP_TIMEOUT if left == math.inf else 0.9 * left
 
 
 def _keys(spec: EndpointSpec) -> list[str]:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 RUN_DIRECTORY = Path("/run/taploom")
 DEFAULT_LAB = "default"
-# A connect may take the bridge's whole deadline of 10 s; more than that and the bridge itself hangs.
-CALL_TIMEOUT = 30.0
+# A connect may take the bridge's whole deadline of 60 s; more than that and the bridge itself hangs.
+CALL_TIMEOUT = 90.0
 
 T = TypeVar("T")
 M = TypeVar("M", bound="Message")

@@ -60,13 +60,14 @@ class Timing:
     """How long callers wait, in seconds.
 
     Attributes:
-        deadline: until a create or connect is given up.
+        deadline: until a create or connect is given up although the agents answer: they may be slow, and what they have
+            done is undone then.
         grace: how long a peer that cannot even be dialled may take to come back before that.
         settle: how long a delete waits for peers that answer.
         call: how long one call to an agent may take.
     """
 
-    deadline: float = 10.0
+    deadline: float = 60.0
     grace: float = 3.0
     settle: float = 2.0
     call: float = CALL_TIMEOUT

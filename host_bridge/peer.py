@@ -25,7 +25,7 @@ import betterproto2
 import trio
 
 from host_bridge.names import clean_text
-from host_bridge.waiting import Backoff, KeyedSignal, Signal
+from host_bridge.waiting import Backoff, KeyedSignal, Patience, Signal
 from taploom.address import Address, AddressError, connect
 from taploom.contracts.taploom.link.v1 import LinkFeature
 from taploom.rpc import Channel, RpcError, StatusCode, open_channel
@@ -33,8 +33,10 @@ from taploom.rpc import Channel, RpcError, StatusCode, open_channel
 logger = logging.getLogger("taploom.bridge.peer")
 
 CONTRACT_VERSIONS = frozenset({1})
+# How long a first attempt may take, and how many times as long one may that follows others which took too long.
 CONNECT_TIMEOUT = 5.0
 CALL_TIMEOUT = 10.0
+MOST_PATIENCE = 8
 # What each object of a snapshot may add to the time that a Sync takes.
 SYNC_TIME_PER_OBJECT = 0.05
 KEEPALIVE = 5.0
@@ -179,6 +181,10 @@ class Peer(abc.ABC, Generic[D]):
         self._link_secret = link_secret
         self._on_secret_sent = on_secret_sent
         self.call_timeout = call_timeout
+        # One each: that a slow agent's machine takes a connection at once says nothing of the agent.
+        steps = ("dial", "GetInfo", "WatchEvents")
+        self._dial_patience = {step: Patience(CONNECT_TIMEOUT, MOST_PATIENCE * CONNECT_TIMEOUT) for step in steps}
+        self._sync_patience = Patience(call_timeout, MOST_PATIENCE * call_timeout)
         self._synced = False
         self._applied: dict[str, bytes] = {}
         self._claims: dict[str, frozenset[str]] = {}
@@ -335,13 +341,16 @@ class Peer(abc.ABC, Generic[D]):
             except OSError as error:
                 reason = f"{self.subject} does not answer at {self.address}: {_os_reason(error, self.address)}"
             self._lost(clean_text(reason))
-            if trio.current_time() - started > STABLE_AFTER + CONNECT_TIMEOUT:
+            if trio.current_time() - started > STABLE_AFTER + self._dial_patience["dial"].seconds:
                 backoff.reset()
             await trio.sleep(backoff.next(trio.current_time()))
 
     async def _connect_once(self) -> str:
         """One connection from dialling to its end; returns why it ended."""
-        stream = await connect(self.address, timeout=CONNECT_TIMEOUT)
+        patience = self._dial_patience["dial"]
+        within = patience.seconds
+        with _attempt(patience, within):
+            stream = await connect(self.address, timeout=within)
         try:
             async with open_channel(stream, keepalive=KEEPALIVE) as channel:
                 self.bind(channel)
@@ -379,8 +388,10 @@ class Peer(abc.ABC, Generic[D]):
         self._on_change("")
 
     async def _session(self, channel: Channel) -> None:
-        with _translated(self.subject, "GetInfo"):
-            self.info = await self.get_info(CONNECT_TIMEOUT)
+        patience = self._dial_patience["GetInfo"]
+        within = patience.seconds
+        with _translated(self.subject, "GetInfo"), _attempt(patience, within):
+            self.info = await self.get_info(within)
         if not self.info.contract_versions & CONTRACT_VERSIONS:
             theirs = ", ".join(map(str, sorted(self.info.contract_versions)[:10])) or "none"
             ours = ", ".join(map(str, sorted(CONTRACT_VERSIONS)))
@@ -409,9 +420,12 @@ class Peer(abc.ABC, Generic[D]):
 
             nursery.start_soon(watch_channel)
             # Events first: what happens during Sync must not be missed.
-            with trio.move_on_after(CONNECT_TIMEOUT) as scope:
-                await nursery.start(self._follow, end)
-            if scope.cancelled_caught:
+            patience = self._dial_patience["WatchEvents"]
+            within = patience.seconds
+            try:
+                with _attempt(patience, within), trio.fail_after(within):
+                    await nursery.start(self._follow, end)
+            except trio.TooSlowError:
                 end(f"{self.subject} does not answer WatchEvents")
             while True:
                 await self._sync_until_done()
@@ -430,8 +444,10 @@ class Peer(abc.ABC, Generic[D]):
             self._dirty.clear()
             snapshot = {} if self._retiring else self._snapshot()
             generations = {key: self._link_generation(key) for key in snapshot}
+            within = self._sync_patience.seconds
             try:
-                result = await self.sync(snapshot, self.call_timeout + SYNC_TIME_PER_OBJECT * len(snapshot))
+                with _attempt(self._sync_patience, within):
+                    result = await self.sync(snapshot, within + SYNC_TIME_PER_OBJECT * len(snapshot))
                 break
             except RpcError as error:
                 if error.code is StatusCode.UNIMPLEMENTED:
@@ -480,6 +496,7 @@ class Peer(abc.ABC, Generic[D]):
     async def _work(self, key: str, limit: trio.CapacityLimiter) -> None:
         """Makes one object be as wanted, however often that changes meanwhile."""
         backoff = Backoff(first=0.05, early_cap=0.5, cap=5.0)
+        patience = Patience(self.call_timeout, MOST_PATIENCE * self.call_timeout)
         if key in self._failures:
             # Sync has just been refused this object.
             await self._pause(key, backoff)
@@ -492,7 +509,9 @@ class Peer(abc.ABC, Generic[D]):
                 continue
             try:
                 async with limit:
-                    await self._call(key, description)
+                    within = patience.seconds
+                    with _attempt(patience, within):
+                        await self._call(key, description, within)
             except RpcError as error:
                 self._refused(key, error)
                 await self._pause(key, backoff)
@@ -529,9 +548,9 @@ class Peer(abc.ABC, Generic[D]):
             await self._wake.wait()
         return True
 
-    async def _call(self, key: str, description: D | None) -> None:
+    async def _call(self, key: str, description: D | None, within: float) -> None:
         if description is None:
-            await self.delete(key, self.call_timeout)
+            await self.delete(key, within)
             self._applied.pop(key, None)
             self._claims.pop(key, None)
             self._unsure.discard(key)
@@ -539,7 +558,7 @@ class Peer(abc.ABC, Generic[D]):
             secret = self._link_secret(key)
             self._unsure.add(key)
             self._claims[key] = self.claims(description)
-            await self.apply(key, description, secret, self.call_timeout)
+            await self.apply(key, description, secret, within)
             self._applied[key] = bytes(description)
             self._unsure.discard(key)
             if secret is not None:
@@ -646,6 +665,18 @@ def rpc_reason(error: RpcError) -> str:
     if error.code is StatusCode.DEADLINE_EXCEEDED:
         return "no answer in time"
     return clean_text(error.message or error.code.name)
+
+
+@contextlib.contextmanager
+def _attempt(patience: Patience, allowed: float) -> Iterator[None]:
+    """One attempt, which may take so many seconds."""
+    began = trio.current_time()
+    try:
+        yield
+    except (RpcError, OSError, trio.TooSlowError):
+        patience.failed(allowed, trio.current_time() - began)
+        raise
+    patience.succeeded(trio.current_time() - began)
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ class FakeAgent:
         directory: where control.sock and data.sock are.
         calls: the names of the methods called, in order.
         hang: methods that never answer.
+        slow: methods that take so many seconds, each call anew, with what they do.
         fail: methods that fail, with the error.
         before: called before each method answers, with its name.
         links: the open data links by endpoint.
@@ -55,6 +56,7 @@ class FakeAgent:
         self.directory = directory
         self.calls: list[str] = []
         self.hang: set[str] = set()
+        self.slow: dict[str, float] = {}
         self.fail: dict[str, RpcError] = {}
         self.links: dict[str, trio.SocketStream] = {}
         self.hellos: list[LinkHello] = []
@@ -110,6 +112,8 @@ class FakeAgent:
         self.changed.unpark_all()
         if name in self.hang:
             await trio.sleep_forever()
+        if name in self.slow:
+            await trio.sleep(self.slow[name])
         if name in self.fail:
             raise self.fail[name]
 

@@ -244,6 +244,39 @@ async def test_guest_that_never_answers_blocks_nobody(tmp_path: Path, method: st
             assert len((await status(rig)).links) == 1
 
 
+@pytest.mark.parametrize(
+    ("agent", "method"),
+    [
+        ("helper", "GetInfo"),
+        ("helper", "Sync"),
+        ("helper", "ApplyNetwork"),
+        ("helper", "ApplyEndpoint"),
+        ("web", "GetInfo"),
+        ("web", "Sync"),
+        ("web", "ApplyInterface"),
+    ],
+)
+async def test_an_agent_that_takes_longer_than_a_call_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: str, method: str
+) -> None:
+    """It begins anew with each call, as one does that is slow and not just busy: it is given more time."""
+    monkeypatch.setattr("host_bridge.peer.CONNECT_TIMEOUT", 0.2)
+    async with open_rig(tmp_path, timing=Timing(deadline=30.0, grace=20.0, settle=1.0, call=0.2)) as rig:
+        web = await rig.guest("web")
+        slow = rig.helper if agent == "helper" else web
+        slow.slow[method] = 0.5
+        await slow.stop()
+        slow.calls.clear()
+        await rig.nursery.start(slow.run)
+        if method.startswith("Apply"):
+            peers = (rig.fabric.helper, *rig.fabric.guests.values())
+            await rig.until(lambda: all(peer.state is PeerState.OK for peer in peers) and "Sync" in slow.calls)
+        await create(rig)
+        assert (await connect(rig, "app", "web")).link_up
+        assert slow.calls.count(method) > 1
+        await rig.until(lambda: rig.fabric.helper.state is PeerState.OK)
+
+
 async def test_status_of_a_guest_that_stops_answering(rig: Rig) -> None:
     web = await rig.guest("web")
     await create(rig)

@@ -27,7 +27,7 @@ from host_bridge.model import EndpointRecord, GuestRecord, NetworkRecord, Subnet
 from host_bridge.names import check_aliases, check_mac, check_mtu, check_name, clean_text
 from host_bridge.output import plain
 from host_bridge.peer import rpc_reason, status_code
-from host_bridge.waiting import Backoff, KeyedSignal, Signal
+from host_bridge.waiting import Backoff, KeyedSignal, Patience, Signal
 from taploom.contracts.taploom.bridge.v1 import Component, ComponentState, Endpoint, Link, Pending, Status
 from taploom.notify import notify_ready
 from taploom.rpc import RpcError, StatusCode
@@ -120,6 +120,26 @@ def test_backoff_grows_to_its_caps(first: float, count: int) -> None:
     assert delays[0] <= first * 1.2
     backoff.reset()
     assert backoff.next(now) <= first * 1.2
+
+
+def test_patience_grows_while_time_is_what_lacks() -> None:
+    patience = Patience(10.0, 80.0)
+    patience.failed(10.0, 0.5)  # refused
+    assert patience.seconds == 10
+    for allowed in (10.0, 10.0, 10.0):  # at one time
+        patience.failed(allowed, allowed)
+    assert patience.seconds == 20
+    patience.failed(20.0, 18.0)  # the agent has said why before its time was up
+    assert patience.seconds == 40
+    for _ in range(3):
+        patience.failed(patience.seconds, patience.seconds)
+    assert patience.seconds == 80
+    patience.succeeded(35.0)
+    assert patience.seconds == 70
+    patience.succeeded(60.0)
+    assert patience.seconds == 70
+    patience.succeeded(0.1)
+    assert patience.seconds == 10
 
 
 # Names
