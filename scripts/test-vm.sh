@@ -6,18 +6,7 @@
 #              TAPLOOM_CACHE  where what was built and fetched stays (default /var/cache/taploom)
 set -u
 cd "$(dirname "$0")/.." || exit 1
-
-# Processes by what only ours have in their command lines: a machine may run other virtual machines too.
-leftovers() {
-	{
-		ip netns list 2>/dev/null | awk '/^(taploom\.|tlt)/ {print "namespace " $1}'
-		ip -o link | awk -F': ' '{sub(/@.*/, "", $2); print "interface " $2}'
-		ps -eo args= | grep -E '(process=taploom-vm|vhost-device-vsock|ovs-vswitchd|ovsdb-server|ovn-northd|ovn-controller|dnsmasq|agent_guest|agent_helper|host_bridge|lab\.supervisor|lab\.runtime|crun)' |
-			grep -v grep | sed 's/^/process /'
-		ls /run/taploom 2>/dev/null | sed 's,^,state /run/taploom/,'
-		ls -d /run/tlv-* 2>/dev/null | sed 's,^,state ,'
-	} | sort
-}
+. scripts/leftovers.sh
 
 # figure WHAT MEASURED [WANTED]: a line of the table at the end; tests add theirs with the fixture of that name.
 figure() {
@@ -69,12 +58,7 @@ start=$(date +%s)
 TAPLOOM_VM_SUMMARY=$summary env --default-signal=INT,QUIT python -m pytest tests/vm --numprocesses 2 --dist loadfile "$@"
 result=$?
 times+=("tests $(($(date +%s) - start))")
-after=$(leftovers)
-if [ "$before" != "$after" ]; then
-	echo "left behind by the tests (> is new):"
-	diff <(echo "$before") <(echo "$after")
-	result=1
-fi
+nothing_left "$before" || result=1
 size "kernel" "build/kernel/$arch/vmlinuz"
 size "guest image, compressed" "build/images/guest-initfs/$arch/guest-initfs.cpio.zst" 16
 size "helper image, compressed" "build/images/alpine-helper/$arch/helper.cpio.zst" 60

@@ -1,17 +1,8 @@
 #!/bin/bash
 # Runs every test that needs no virtual machine, then checks that nothing was left behind. Run as root, by `make test`.
 set -u
-cd "$(dirname "$0")/.."
-
-leftovers() {
-	{
-		ip netns list 2>/dev/null | awk '/^(taploom\.|tlt)/ {print "namespace " $1}'
-		ip -o link | awk -F': ' '{sub(/@.*/, "", $2); print "interface " $2}'
-		ps -eo args= | grep -E '(ovs-vswitchd|ovsdb-server|ovn-northd|ovn-controller|dnsmasq|agent_guest|agent_helper|host_bridge|lab\.supervisor|lab\.runtime|crun)' |
-			grep -v grep | sed 's/^/process /'
-		ls /run/taploom 2>/dev/null | sed 's,^,state /run/taploom/,'
-	} | sort
-}
+cd "$(dirname "$0")/.." || exit 1
+. scripts/leftovers.sh
 
 if [ "$(id -u)" != 0 ]; then
 	echo "make test needs root: it makes namespaces and TAPs" >&2
@@ -29,12 +20,7 @@ TAPLOOM_CONFORMANCE_SUMMARY=$summary env --default-signal=INT,QUIT python -m pyt
 	tests/conformance tests/system tests/protocol tests/unit \
 	--numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"
 result=$?
-after=$(leftovers)
-if [ "$before" != "$after" ]; then
-	echo "left behind by the tests (> is new):"
-	diff <(echo "$before") <(echo "$after")
-	result=1
-fi
+nothing_left "$before" || result=1
 cat "$summary"
 took=$(($(date +%s) - began))
 if [ $result = 0 ]; then
