@@ -22,6 +22,8 @@ _COMMANDS = {
     "guest": ("host_bridge.commands.guest", "guest", "Guests: VMs with an agent in them."),
     "policy": ("host_bridge.commands.policy", "policy", "Which connections may pass."),
     "status": ("host_bridge.commands.status", "status", "How every component and link is."),
+    "topology": ("host_bridge.commands.topology", "topology", "The fabric as a tree, a page or a drawing."),
+    "top": ("host_bridge.commands.top", "top", "What every endpoint carries, live."),
     "kernel": ("host_bridge.commands.kernel", "kernel", "Whether a Linux kernel has what guests and helper need."),
 }
 # Help lines of the groups that ship with taploom; others are named after the package that they come from.

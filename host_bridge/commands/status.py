@@ -11,6 +11,7 @@ import click
 from host_bridge.client import call, unary
 from host_bridge.commands.options import bridge_options, json_option
 from host_bridge.output import print_json
+from host_bridge.view.rates import bits, elapsed, octets
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -136,15 +137,15 @@ def _links(now: Status, before: Status | None) -> Table:
         endpoint = link.endpoint
         assert endpoint is not None
         last = earlier.get(endpoint.id)
-        seconds = _seconds(before.time, now.time) if before is not None else 0.0
+        seconds = elapsed(before.time, now.time) if before is not None else 0.0
         if last is not None and seconds > 0:
             # Counters start again with the agent.
-            sent = f"{_bits(max(0, link.tx_bytes - last.tx_bytes) * 8 / seconds)}"
-            received = f"{_bits(max(0, link.rx_bytes - last.rx_bytes) * 8 / seconds)}"
+            sent = f"{bits(max(0, link.tx_bytes - last.tx_bytes) * 8 / seconds)}"
+            received = f"{bits(max(0, link.rx_bytes - last.rx_bytes) * 8 / seconds)}"
             both = link.tx_frames + link.rx_frames - last.tx_frames - last.rx_frames
             frames = f"{max(0, both) / seconds:,.0f}/s"
         else:
-            sent, received = _bytes(link.tx_bytes), _bytes(link.rx_bytes)
+            sent, received = octets(link.tx_bytes), octets(link.rx_bytes)
             frames = f"{link.tx_frames + link.rx_frames:,}"
         table.add_row(
             Text(f"{endpoint.guest_name} on {endpoint.network_name}"),
@@ -169,31 +170,11 @@ def _pending(now: Status) -> Table:
     return table
 
 
-def _seconds(start: datetime.datetime | None, end: datetime.datetime | None) -> float:
-    return (end - start).total_seconds() if start is not None and end is not None else 0.0
-
-
 def _ago(moment: datetime.datetime | None, now: Status) -> str:
-    seconds = int(_seconds(moment, now.time))
+    seconds = int(elapsed(moment, now.time))
     if moment is None:
         return ""
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= size:
             return f"{seconds // size}{unit}"
     return f"{max(0, seconds)}s"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def _bits(rate: float) -> str:
-    for unit in ("bit/s", "kbit/s", "Mbit/s"):
-        if rate < 1000:
-            return f"{rate:.0f} {unit}" if unit == "bit/s" else f"{rate:.1f} {unit}"
-        rate /= 1000
-    return f"{rate:.2f} Gbit/s"

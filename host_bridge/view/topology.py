@@ -1,0 +1,221 @@
+"""The fabric as one value: networks, who is on them, and how they are."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from host_bridge.model import OPTION_ICC, OPTION_MASQUERADE, parse_bool
+from host_bridge.names import clean_text
+from host_bridge.view.rates import Rates, rates_between
+
+if TYPE_CHECKING:
+    from taploom.contracts.taploom.bridge.v1 import Guest, Link, ListPolicyResponse, Network, Status
+    from taploom.rpc import Channel
+
+_SWITCHED = "bridge"
+_MEASURED_AT_LEAST = 0.1  # s
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A guest's place on a network.
+
+    Attributes:
+        addresses: with prefix lengths, IPv4 first.
+        problem: why its link is not up; empty when it is.
+        groups: the policy groups that it is in.
+        rates: what it carries now; None: not measured.
+        sent_bytes, received_bytes, drops: since its agent started; drops are frames.
+    """
+
+    id: str
+    guest: str
+    interface: str
+    mac_address: str
+    addresses: tuple[str, ...]
+    aliases: tuple[str, ...]
+    up: bool
+    problem: str
+    groups: tuple[str, ...]
+    rates: Rates | None
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    drops: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Net:
+    """A network.
+
+    Attributes:
+        way_out: what it has towards the outside: nat, routed, or empty for none.
+        isolated: its guests do not reach each other.
+        policy: what becomes of connections that no rule speaks of: allow, deny, deny-in or deny-out.
+    """
+
+    id: str
+    name: str
+    subnets: tuple[str, ...]
+    gateways: tuple[str, ...]
+    way_out: str
+    internal: bool
+    isolated: bool
+    policy: str
+    mtu: int
+    labels: Mapping[str, str]
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A component that is not as it should be."""
+
+    name: str
+    state: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The fabric at one moment.
+
+    Attributes:
+        networks: in order of their names; those that are names only (host, none) are left out.
+        unconnected: guests on no network.
+        down: guests whose agent does not answer.
+        ailing: components that are not well.
+        pending: what has not converged, and why.
+    """
+
+    time: datetime.datetime
+    converged: bool
+    networks: tuple[Net, ...]
+    unconnected: tuple[str, ...]
+    down: tuple[str, ...]
+    ailing: tuple[Part, ...]
+    pending: tuple[tuple[str, str], ...]
+
+    @property
+    def places(self) -> list[Place]:
+        """Everybody's places on all networks."""
+        return [place for network in self.networks for place in network.places]
+
+    @property
+    def guests(self) -> list[str]:
+        """The names of all guests."""
+        return sorted({place.guest for place in self.places} | set(self.unconnected))
+
+
+async def gather(channel: Channel, seconds: float) -> Topology:
+    """Asks the bridge for everything.
+
+    Args:
+        seconds: how long to measure rates; 0: not at all.
+    """
+    from taploom.contracts.taploom.bridge import v1 as bridge
+    from taploom.contracts.taploom.bridge.v1.rpc import (
+        GuestServiceClient,
+        NetworkServiceClient,
+        PolicyServiceClient,
+        StatusServiceClient,
+    )
+
+    statuses: list[Status] = []
+    interval = round(max(seconds, _MEASURED_AT_LEAST) * 1000)
+    async with StatusServiceClient(channel).watch_status(bridge.WatchStatusRequest(interval_ms=interval)) as stream:
+        async for message in stream:
+            assert message.status is not None
+            statuses.append(message.status)
+            if seconds <= 0 or len(statuses) > 1:
+                break
+    networks = (await NetworkServiceClient(channel).list_networks(bridge.ListNetworksRequest())).networks
+    guests = (await GuestServiceClient(channel).list_guests(bridge.ListGuestsRequest())).guests
+    policy = await PolicyServiceClient(channel).list_policy(bridge.ListPolicyRequest())
+    return topology(networks, guests, policy, statuses[-1], statuses[0] if len(statuses) > 1 else None)
+
+
+def topology(
+    networks: Sequence[Network],
+    guests: Sequence[Guest],
+    policy: ListPolicyResponse,
+    now: Status,
+    before: Status | None = None,
+) -> Topology:
+    """Puts together what the bridge has answered; with an earlier status, with rates."""
+    from taploom.contracts.taploom.bridge.v1 import ComponentState
+
+    rates = {} if before is None else rates_between(before, now)
+    links = {link.endpoint.id: link for link in now.links if link.endpoint is not None}
+    groups: dict[str, list[str]] = {}
+    for group in policy.groups:
+        for member in group.members:
+            groups.setdefault(member, []).append(group.name)
+    defaults = {one.network: (one.default.name or "").lower().replace("_", "-") for one in policy.networks}
+    found = []
+    for network in sorted(networks, key=lambda one: one.name):
+        if (network.driver or _SWITCHED) != _SWITCHED:
+            continue
+        places = [
+            Place(
+                id=endpoint.id,
+                guest=endpoint.guest_name,
+                interface=endpoint.interface_name,
+                mac_address=endpoint.mac_address,
+                addresses=tuple(endpoint.addresses),
+                aliases=tuple(endpoint.aliases),
+                up=endpoint.link_up,
+                problem="" if endpoint.link_up else _problem(links.get(endpoint.id)),
+                groups=tuple(groups.get(f"{endpoint.guest_name}@{network.name}", ())),
+                rates=rates.get(endpoint.id),
+                **_totals(links.get(endpoint.id)),
+            )
+            for endpoint in network.endpoints
+        ]
+        found.append(
+            Net(
+                id=network.id,
+                name=network.name,
+                subnets=tuple(network.subnets),
+                gateways=tuple(network.gateways),
+                way_out=_way_out(network),
+                internal=network.internal,
+                isolated=parse_bool(network.options.get(OPTION_ICC, "")) is False,
+                policy=defaults.get(network.name, "allow"),
+                mtu=network.mtu,
+                labels=dict(sorted(network.labels.items())),
+                places=tuple(places),
+            )
+        )
+    assert now.time is not None
+    return Topology(
+        time=now.time,
+        converged=now.converged,
+        networks=tuple(found),
+        unconnected=tuple(guest.name for guest in guests if not guest.endpoints),
+        down=tuple(guest.name for guest in guests if not guest.connected),
+        ailing=tuple(
+            Part(one.name, (one.state.name or "unknown").lower(), clean_text(one.problem))
+            for one in now.components
+            if one.state != ComponentState.OK
+        ),
+        pending=tuple((clean_text(one.subject), clean_text(one.reason)) for one in now.pending),
+    )
+
+
+def _problem(link: Link | None) -> str:
+    return clean_text(link.problem) if link is not None and link.problem else "its link is down"
+
+
+def _totals(link: Link | None) -> dict[str, int]:
+    if link is None:
+        return {}
+    return {"sent_bytes": link.tx_bytes, "received_bytes": link.rx_bytes, "drops": link.drops}
+
+
+def _way_out(network: Network) -> str:
+    if network.internal or not network.uplink_addresses:
+        return ""
+    return "routed" if parse_bool(network.options.get(OPTION_MASQUERADE, "")) is False else "nat"

@@ -1,0 +1,92 @@
+"""The topology as a tree for the terminal."""
+
+from __future__ import annotations
+
+from rich.text import Text
+from rich.tree import Tree
+
+from host_bridge.view.rates import bits
+from host_bridge.view.topology import Net, Place, Topology
+
+_USUAL_MTU = 1500
+
+
+def tree(found: Topology) -> Tree:
+    """The fabric: its networks, their gateways, who is on them."""
+    state = ("converged", "green") if found.converged else ("not converged", "bold yellow")
+    root = Tree(
+        Text.assemble(
+            ("fabric", "bold"),
+            f"  {count(len(found.networks), 'network')}, {count(len(found.guests), 'guest')}, ",
+            state,
+        ),
+        guide_style="dim",
+    )
+    for network in found.networks:
+        _network(root, network)
+    if found.unconnected:
+        branch = root.add(Text("on no network", "dim"))
+        for name in found.unconnected:
+            branch.add(Text.assemble(_dot(up=name not in found.down), " ", name))
+    if found.ailing:
+        branch = root.add(Text("not well", "bold yellow"))
+        for part in found.ailing:
+            branch.add(Text.assemble((part.name, "bold"), f"  {part.state}: {part.problem}"))
+    if found.pending:
+        branch = root.add(Text("not converged", "bold yellow"))
+        for subject, reason in found.pending:
+            branch.add(Text.assemble((subject, "bold"), f"  {reason}"))
+    return root
+
+
+def _network(root: Tree, network: Net) -> None:
+    branch = root.add(Text.assemble((network.name, "bold cyan"), f"  {' '.join(network.subnets)}", *_traits(network)))
+    branch.add(Text.assemble(("gateway", "dim"), f"  {' '.join(network.gateways)}  ", (way_out(network), "dim")))
+    for place in network.places:
+        branch.add(_place(place))
+
+
+def _traits(network: Net) -> list[tuple[str, str]]:
+    return [(f"  {trait}", "yellow") for trait in traits(network)]
+
+
+def traits(network: Net) -> list[str]:
+    """What is special about a network."""
+    return [
+        *(["internal"] if network.internal else []),
+        *(["isolated"] if network.isolated else []),
+        *([f"policy {network.policy}"] if network.policy != "allow" else []),
+        *([f"MTU {network.mtu}"] if network.mtu != _USUAL_MTU else []),
+    ]
+
+
+def way_out(network: Net) -> str:
+    """What its gateway leads to."""
+    if network.way_out == "nat":
+        return "to the outside, with the helper's address"
+    if network.way_out == "routed":
+        return "to the outside, with the guests' own addresses"
+    return "nowhere: no way out" if network.internal else "nowhere: the helper has no uplink"
+
+
+def _place(place: Place) -> Text:
+    parts: list[str | tuple[str, str]] = [_dot(up=place.up), " ", (place.guest, "bold"), f"  {place.interface} "]
+    parts.append(" ".join(place.addresses))
+    if place.aliases:
+        parts += [("  also ", "dim"), ", ".join(place.aliases)]
+    if place.groups:
+        parts += [("  in ", "dim"), (", ".join(place.groups), "magenta")]
+    if not place.up:
+        parts.append((f"  {place.problem}", "red"))
+    elif place.rates is not None and place.rates.bits:
+        parts.append((f"  ↑ {bits(place.rates.sent_bits)} ↓ {bits(place.rates.received_bits)}", "green"))
+    return Text.assemble(*parts)
+
+
+def _dot(*, up: bool) -> tuple[str, str]:
+    return ("●", "green") if up else ("○", "red")
+
+
+def count(number: int, what: str) -> str:
+    """Such as `1 guest`, `2 guests`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
