@@ -19,6 +19,7 @@ from ovsdbapp.backend.ovs_idl import command, connection, idlutils, transaction
 from agent_helper import json_parser
 from agent_helper.errors import HelperError, UnavailableError
 from agent_helper.schemas import Schema, part_of
+from taploom.patience import Patience
 
 logger = logging.getLogger("taploom.helper.ovsdb")
 
@@ -30,7 +31,8 @@ json_parser.install()
 
 # Reconnect delays in ms. The library's (1 s to 8 s) suit remote servers; ours is a child, back within milliseconds.
 _BACKOFF_MIN, _BACKOFF_MAX = 10, 200
-_TIMEOUT = 5.0  # of a transaction, in seconds, over reconnections
+# Of a transaction, in seconds, over reconnections: the first, and the longest where processors are short.
+_TIMEOUT, _LONGEST_TIMEOUT = 5.0, 60.0
 _FIRST_CONTENT = 120.0  # s; an emulated machine that is short of processors takes tens of them
 
 
@@ -259,6 +261,7 @@ class Database:
         self._api = _Api(self._connection)
         self._jobs: list[_Job] = []
         self._commit_lock = trio.Lock()
+        self._patience = Patience(_TIMEOUT, _LONGEST_TIMEOUT)
         self._limiter = trio.CapacityLimiter(2)
 
     async def start(self) -> None:
@@ -324,10 +327,11 @@ class Database:
                 job.done = True
 
     def _commit_in_thread(self, jobs: list[_Job]) -> None:
-        txn = transaction.Transaction(self._api, self._connection, _TIMEOUT, True, False)
         cmd = _Command(self._api, jobs)
-        txn.add(cmd)
-        txn.commit()
+        with self._patience.attempt(ovsdb_exceptions.TimeoutException) as within:
+            txn = transaction.Transaction(self._api, self._connection, within, True, False)
+            txn.add(cmd)
+            txn.commit()
         for job in jobs:
             job.counted = cmd.counted
 

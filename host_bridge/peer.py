@@ -25,10 +25,11 @@ import betterproto2
 import trio
 
 from host_bridge.names import clean_text
-from host_bridge.waiting import Backoff, KeyedSignal, Patience, Signal
+from host_bridge.waiting import Backoff, KeyedSignal, Signal
 from taploom.address import Address, AddressError, connect
 from taploom.contracts.taploom.link.v1 import LinkFeature
-from taploom.rpc import Channel, RpcError, StatusCode, open_channel
+from taploom.patience import Patience
+from taploom.rpc import Channel, ConnectionConfig, RpcError, StatusCode, open_channel
 
 logger = logging.getLogger("taploom.bridge.peer")
 
@@ -36,6 +37,7 @@ CONTRACT_VERSIONS = frozenset({1})
 # How long a first attempt may take, and how many times as long one may that follows others which took too long.
 CONNECT_TIMEOUT = 5.0
 CALL_TIMEOUT = 10.0
+LIFE_TIMEOUT = 10.0  # of HTTP/2's greeting and of the answer to a PING
 MOST_PATIENCE = 8
 # What each object of a snapshot may add to the time that a Sync takes.
 SYNC_TIME_PER_OBJECT = 0.05
@@ -184,6 +186,7 @@ class Peer(abc.ABC, Generic[D]):
         # One each: that a slow agent's machine takes a connection at once says nothing of the agent.
         steps = ("dial", "GetInfo", "WatchEvents")
         self._dial_patience = {step: Patience(CONNECT_TIMEOUT, MOST_PATIENCE * CONNECT_TIMEOUT) for step in steps}
+        self._life_patience = Patience(LIFE_TIMEOUT, MOST_PATIENCE * LIFE_TIMEOUT)
         self._sync_patience = Patience(call_timeout, MOST_PATIENCE * call_timeout)
         self._synced = False
         self._applied: dict[str, bytes] = {}
@@ -347,18 +350,26 @@ class Peer(abc.ABC, Generic[D]):
 
     async def _connect_once(self) -> str:
         """One connection from dialling to its end; returns why it ended."""
-        patience = self._dial_patience["dial"]
-        within = patience.seconds
-        with _attempt(patience, within):
+        with self._dial_patience["dial"].attempt(OSError) as within:
             stream = await connect(self.address, timeout=within)
+        life = self._life_patience.seconds
+        config = ConnectionConfig(keepalive=KEEPALIVE, keepalive_timeout=life, handshake_timeout=life)
+        opening = trio.current_time()
+        channel = None
         try:
-            async with open_channel(stream, keepalive=KEEPALIVE) as channel:
+            async with open_channel(stream, config=config) as channel:
                 self.bind(channel)
                 try:
                     await self._session(channel)
                 finally:
                     self.bind(None)
+                    if channel.timed_out:
+                        self._life_patience.failed(life, life)
+                    else:
+                        self._life_patience.succeeded(0)
         except RpcError as error:
+            if channel is None:
+                self._life_patience.failed(life, trio.current_time() - opening)
             return f"{self.subject} at {self.address} is of no use: {rpc_reason(error)}"
         except SessionError as error:
             return str(error)
@@ -388,9 +399,7 @@ class Peer(abc.ABC, Generic[D]):
         self._on_change("")
 
     async def _session(self, channel: Channel) -> None:
-        patience = self._dial_patience["GetInfo"]
-        within = patience.seconds
-        with _translated(self.subject, "GetInfo"), _attempt(patience, within):
+        with _translated(self.subject, "GetInfo"), self._dial_patience["GetInfo"].attempt(RpcError) as within:
             self.info = await self.get_info(within)
         if not self.info.contract_versions & CONTRACT_VERSIONS:
             theirs = ", ".join(map(str, sorted(self.info.contract_versions)[:10])) or "none"
@@ -420,10 +429,8 @@ class Peer(abc.ABC, Generic[D]):
 
             nursery.start_soon(watch_channel)
             # Events first: what happens during Sync must not be missed.
-            patience = self._dial_patience["WatchEvents"]
-            within = patience.seconds
             try:
-                with _attempt(patience, within), trio.fail_after(within):
+                with self._dial_patience["WatchEvents"].attempt(trio.TooSlowError) as within, trio.fail_after(within):
                     await nursery.start(self._follow, end)
             except trio.TooSlowError:
                 end(f"{self.subject} does not answer WatchEvents")
@@ -444,9 +451,8 @@ class Peer(abc.ABC, Generic[D]):
             self._dirty.clear()
             snapshot = {} if self._retiring else self._snapshot()
             generations = {key: self._link_generation(key) for key in snapshot}
-            within = self._sync_patience.seconds
             try:
-                with _attempt(self._sync_patience, within):
+                with self._sync_patience.attempt(RpcError) as within:
                     result = await self.sync(snapshot, within + SYNC_TIME_PER_OBJECT * len(snapshot))
                 break
             except RpcError as error:
@@ -509,8 +515,7 @@ class Peer(abc.ABC, Generic[D]):
                 continue
             try:
                 async with limit:
-                    within = patience.seconds
-                    with _attempt(patience, within):
+                    with patience.attempt(RpcError) as within:
                         await self._call(key, description, within)
             except RpcError as error:
                 self._refused(key, error)
@@ -665,18 +670,6 @@ def rpc_reason(error: RpcError) -> str:
     if error.code is StatusCode.DEADLINE_EXCEEDED:
         return "no answer in time"
     return clean_text(error.message or error.code.name)
-
-
-@contextlib.contextmanager
-def _attempt(patience: Patience, allowed: float) -> Iterator[None]:
-    """One attempt, which may take so many seconds."""
-    began = trio.current_time()
-    try:
-        yield
-    except (RpcError, OSError, trio.TooSlowError):
-        patience.failed(allowed, trio.current_time() - began)
-        raise
-    patience.succeeded(trio.current_time() - began)
 
 
 @contextlib.contextmanager

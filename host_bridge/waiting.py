@@ -1,4 +1,4 @@
-"""Waiting for conditions: wake-ups by key, back-off between attempts, and how long an attempt may take."""
+"""Waiting for conditions: wake-ups by key, and back-off between attempts."""
 
 from __future__ import annotations
 
@@ -86,36 +86,3 @@ class Backoff:
         delay = min(self._delay, self._early_cap if early else self._cap)
         self._delay = min(self._delay * 1.7, self._early_cap if early else self._cap)
         return delay * random.uniform(0.8, 1.2)  # noqa: S311 - spread, not secrecy
-
-
-class Patience:
-    """How long an attempt may take, in seconds: `first`, and twice as long after one that ended for want of time.
-
-    An agent on a slow or busy machine may need longer than any fixed time for what it is asked. Were every attempt
-    ended after the same time, the same work would begin again and again. Beyond `cap` it does not grow; attempts that
-    succeed sooner bring it back.
-    """
-
-    # An attempt that has used this part of its time has failed for want of it, whatever it says: an agent answers
-    # before its caller goes.
-    _USED = 0.8
-
-    def __init__(self, first: float, cap: float) -> None:
-        self._first = first
-        self._cap = max(first, cap)
-        self._seconds = first
-
-    @property
-    def seconds(self) -> float:
-        """How long the next attempt may take."""
-        return self._seconds
-
-    def failed(self, allowed: float, took: float) -> None:
-        """Says that an attempt failed, how long it was allowed to take and how long it took."""
-        # By what that one was allowed: of many at a time that fail, only the first makes it longer.
-        if took >= self._USED * allowed:
-            self._seconds = max(self._seconds, min(2 * allowed, self._cap))
-
-    def succeeded(self, took: float) -> None:
-        """Says that an attempt succeeded, and how long it took."""
-        self._seconds = max(self._first, min(self._seconds, 2 * took))

@@ -38,6 +38,11 @@ class Channel:
         return not self._connection.usable
 
     @property
+    def timed_out(self) -> bool:
+        """Whether the connection is lost because the peer gave no sign of life in time."""
+        return self._connection.timed_out
+
+    @property
     def close_reason(self) -> str | None:
         """Why the connection is over; None while it is not."""
         return self._connection.close_reason

@@ -206,6 +206,7 @@ class Connection:
         self._drain_ping: bytes | None = None
         self._last_accepted: int | None = None
         self.close_reason: str | None = None
+        self.timed_out = False
         """Why the connection is over or about to be; None while it is good."""
         self.closed = False
         """True once the transport is closed."""
@@ -763,5 +764,6 @@ class Connection:
             self._flush()
             await trio.sleep(self._config.keepalive_timeout)
             if self._last_received < asked:
+                self.timed_out = True
                 self.finish(f"the peer did not answer a PING within {self._config.keepalive_timeout:g} s")
                 return

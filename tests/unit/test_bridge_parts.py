@@ -27,9 +27,10 @@ from host_bridge.model import EndpointRecord, GuestRecord, NetworkRecord, Subnet
 from host_bridge.names import check_aliases, check_mac, check_mtu, check_name, clean_text
 from host_bridge.output import plain
 from host_bridge.peer import rpc_reason, status_code
-from host_bridge.waiting import Backoff, KeyedSignal, Patience, Signal
+from host_bridge.waiting import Backoff, KeyedSignal, Signal
 from taploom.contracts.taploom.bridge.v1 import Component, ComponentState, Endpoint, Link, Pending, Status
 from taploom.notify import notify_ready
+from taploom.patience import Patience
 from taploom.rpc import RpcError, StatusCode
 
 NOW = datetime.datetime(2026, 11, 21, 12, 0, tzinfo=datetime.UTC)
@@ -139,7 +140,14 @@ def test_patience_grows_while_time_is_what_lacks() -> None:
     patience.succeeded(60.0)
     assert patience.seconds == 70
     patience.succeeded(0.1)
+    assert patience.seconds == 56
+    for _ in range(10):
+        with patience.attempt(ValueError):
+            pass
     assert patience.seconds == 10
+    with pytest.raises(ValueError), patience.attempt(ValueError) as allowed:
+        raise ValueError
+    assert allowed == patience.seconds == 10
 
 
 # Names
