@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import trio
 
@@ -76,20 +76,28 @@ class RedirectPorts:
     udp: int
 
 
+class _Carrier(NamedTuple):
+    """A stream that the host has dialled, and whether it is in records."""
+
+    stream: trio.SocketStream
+    records: bool
+
+
 class _Wanted:
     """What waits for the host: its stream, once it has dialled."""
 
-    __slots__ = ("_carrier", "settled")
+    __slots__ = ("_carrier", "protocol", "settled")
 
-    def __init__(self) -> None:
+    def __init__(self, protocol: StreamProtocol) -> None:
+        self.protocol = protocol
         self.settled = trio.Event()
-        self._carrier: trio.SocketStream | None = None
+        self._carrier: _Carrier | None = None
 
-    def give(self, carrier: trio.SocketStream) -> None:
+    def give(self, carrier: _Carrier) -> None:
         """Hand the stream over."""
         self._carrier = carrier
 
-    def take(self) -> trio.SocketStream | None:
+    def take(self) -> _Carrier | None:
         """The stream, if there is one."""
         carrier, self._carrier = self._carrier, None
         return carrier
@@ -97,7 +105,7 @@ class _Wanted:
     def close(self) -> None:
         """Close the stream if nobody took it."""
         if self._carrier is not None:
-            self._carrier.socket.close()
+            self._carrier.stream.socket.close()
 
 
 class _LetIn:
@@ -105,9 +113,9 @@ class _LetIn:
 
     __slots__ = ("came", "carrier")
 
-    def __init__(self, carrier: trio.SocketStream) -> None:
+    def __init__(self, carrier: _Carrier) -> None:
         self.came = trio.Event()
-        self.carrier: trio.SocketStream | None = carrier
+        self.carrier: _Carrier | None = carrier
 
 
 class Streams:
@@ -176,14 +184,16 @@ class Streams:
             raise HandshakeError("wrong secret", LinkRefusal.UNAUTHORIZED)
         reply = ready(min(hello.version, LINK_VERSION), ())
         if target.token:
-            if target.protocol == StreamProtocol.TCP_RECORDS:
-                raise HandshakeError("streams that were asked for are not in records", LinkRefusal.UNAVAILABLE)
             wanted = self._wanted.pop(target.token, None)
             if wanted is None:
                 raise HandshakeError("no such token, or too late", LinkRefusal.UNAUTHORIZED)
             try:
+                records = target.protocol == StreamProtocol.TCP_RECORDS
+                if wanted.protocol != (StreamProtocol.TCP if records else target.protocol):
+                    raise HandshakeError("the stream was asked for with another protocol")
                 await stream.send_all(reply)
-                wanted.give(trio.SocketStream(trio.socket.from_stdlib_socket(plain_socket(stream.socket))))
+                own = trio.SocketStream(trio.socket.from_stdlib_socket(plain_socket(stream.socket)))
+                wanted.give(_Carrier(own, records))
             finally:
                 wanted.settled.set()
             return
@@ -201,7 +211,7 @@ class Streams:
             except BaseException:
                 peer.close()
                 raise
-            self._join(target.protocol, plain_socket(stream.socket), peer, None)
+            self._join_udp(plain_socket(stream.socket), peer, None)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen for containers, and end flows that carry nothing, until cancelled."""
@@ -252,16 +262,16 @@ class Streams:
 
         return forget
 
-    def _join(
-        self, protocol: StreamProtocol, stream: socket.socket, peer: socket.socket, network_id: str | None
-    ) -> None:
+    def _join_udp(self, stream: socket.socket, peer: socket.socket, network_id: str | None) -> None:
         """Hand both sockets to the data plane."""
+        self._carry(lambda loop, end: DatagramPump(loop, stream, peer, end), network_id)
 
-        def make(loop: Loop, end: Callable[[str], None]) -> Job:
-            kind = Splice if protocol == StreamProtocol.TCP else DatagramPump
-            return kind(loop, stream, peer, end)
-
-        self._carry(make, network_id)
+    def _join_tcp(self, carrier: _Carrier, peer: socket.socket, network_id: str) -> None:
+        """The same for a connection to the host."""
+        stream = plain_socket(carrier.stream.socket)
+        records = stream if carrier.records else None
+        tune_tcp(peer)
+        self._carry(lambda loop, end: Splice(loop, stream, peer, end, records=records), network_id)
 
     def _carry(self, make: Callable[[Loop, Callable[[str], None]], Job], network_id: str | None) -> None:
         """Run a job on the data plane, and count it until it ends."""
@@ -281,11 +291,9 @@ class Streams:
             and len(self._wanted) < MAX_ASKED
         )
 
-    async def _ask(
-        self, protocol: StreamProtocol, network_id: str, address: str, port: int
-    ) -> trio.SocketStream | None:
+    async def _ask(self, protocol: StreamProtocol, network_id: str, address: str, port: int) -> _Carrier | None:
         """Have the host dial; None when it has nothing there, or does not answer in time."""
-        token, wanted = new_secret(), _Wanted()
+        token, wanted = new_secret(), _Wanted(protocol)
         self._wanted[token] = wanted
         try:
             event = StreamWanted(token=token, protocol=protocol, network_id=network_id, address=address, port=port)
@@ -325,7 +333,7 @@ class Streams:
                 if self._let_in.get(key) is let_in:
                     del self._let_in[key]
                 if let_in.carrier is not None:
-                    let_in.carrier.socket.close()
+                    let_in.carrier.stream.socket.close()
 
     async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
         with listener:
@@ -350,8 +358,7 @@ class Streams:
             if let_in is not None and let_in.carrier is not None:
                 agreed, let_in.carrier = let_in.carrier, None
                 let_in.came.set()
-                tune_tcp(peer)
-                self._join(StreamProtocol.TCP, plain_socket(agreed.socket), peer, network_id)
+                self._join_tcp(agreed, peer, network_id)
                 joined = True
                 return
             if not self._may_ask(network_id):
@@ -359,8 +366,7 @@ class Streams:
             with self._counted(network_id):
                 carrier = await self._ask(StreamProtocol.TCP, network_id, address, port)
                 if carrier is not None:
-                    tune_tcp(peer)
-                    self._join(StreamProtocol.TCP, plain_socket(carrier.socket), peer, network_id)
+                    self._join_tcp(carrier, peer, network_id)
                     joined = True
         finally:
             if not joined:
@@ -397,14 +403,14 @@ class Streams:
                 if carrier is None:
                     port_unreachable(source[:2], destination, len(self._flows[key][0]))
                     return
-                async with carrier:
+                async with carrier.stream as stream:
                     peer = _flow_socket(source, destination)
                     kept = self._flows.pop(key)
                     joined = False
                     try:
                         with trio.move_on_after(1):
-                            await send_all(carrier, b"".join(_LENGTH.pack(len(data)) + data for data in kept))
-                            self._join(StreamProtocol.UDP, plain_socket(carrier.socket), peer, network_id)
+                            await send_all(stream, b"".join(_LENGTH.pack(len(data)) + data for data in kept))
+                            self._join_udp(plain_socket(stream.socket), peer, network_id)
                             joined = True
                     finally:
                         if not joined:

@@ -166,7 +166,7 @@ class HelperPeer(Peer[HelperObject]):
 
     @property
     def tcp_protocol(self) -> StreamProtocol:
-        """What TCP streams into the networks are opened with."""
+        """What TCP streams are opened with, into the networks and out of them."""
         # Few VMMs hand the end of one direction on through their Unix sockets.
         records = isinstance(self.data_address, HybridAddress) and self._can(HelperFeature.STREAM_RECORDS)
         return StreamProtocol.TCP_RECORDS if records else StreamProtocol.TCP

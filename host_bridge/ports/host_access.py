@@ -120,13 +120,17 @@ class HostAccess:
                 return False
             if secret is None:
                 return False
-            target = StreamTarget(protocol=event.protocol, token=event.token)
+            protocol = self._helper.tcp_protocol if tcp else event.protocol
+            target = StreamTarget(protocol=protocol, token=event.token)
             stream = await open_stream(self._helper.data_address, target, secret)
             carried, local = local, None
             carrier = plain_socket(stream.socket)
+            records = carrier if protocol == StreamProtocol.TCP_RECORDS else None
 
             def make(loop: Loop, end: Callable[[str], None]) -> Splice | DatagramPump:
-                return Splice(loop, carrier, carried, end) if tcp else DatagramPump(loop, carrier, carried, end)
+                if not tcp:
+                    return DatagramPump(loop, carrier, carried, end)
+                return Splice(loop, carrier, carried, end, records=records)
 
             self._dataplane.attach(make, lambda _reason: self._ended(event.network_id))
             return True

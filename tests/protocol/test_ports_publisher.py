@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 import trio
 
+from agent_helper.streams import _Carrier
 from host_bridge.ports import PortAllocatedError, PortBinding, PortPublisher
 from taploom.address import Address, HybridAddress, UnixAddress, open_listener
 from taploom.contracts.taploom.helper.v1 import StreamWanted
-from taploom.contracts.taploom.link.v1 import StreamProtocol
-from taploom.link import Dataplane, open_dataplane
+from taploom.contracts.taploom.link.v1 import StreamProtocol, StreamTarget
+from taploom.link import Dataplane, StreamError, open_dataplane, open_stream
 from taploom.link.connections import ConnectionServer
 from tests.protocol.stream_support import (
     Helper,
@@ -511,7 +512,7 @@ def wanted(rig: Rig, address: str, port: int, protocol: StreamProtocol = StreamP
 @asynccontextmanager
 async def asked(rig: Rig, event: StreamWanted) -> AsyncIterator[trio.SocketStream | None]:
     """As if a container had asked: the stream that the host opens, or None when it refuses."""
-    found: list[trio.SocketStream | None] = []
+    found: list[_Carrier | None] = []
 
     async def question() -> None:
         found.append(await rig.helper.streams._ask(event.protocol, event.network_id, event.address, event.port))
@@ -521,11 +522,19 @@ async def asked(rig: Rig, event: StreamWanted) -> AsyncIterator[trio.SocketStrea
         nursery.start_soon(question)
         await until(lambda: len(rig.helper.wanted) > before)
         rig.publisher.stream_wanted(rig.helper.wanted[-1])
-    if found[0] is None:
+    carrier = found[0]
+    if carrier is None:
         yield None
+    elif not carrier.records:
+        async with carrier.stream as stream:
+            yield stream
     else:
-        async with found[0]:
-            yield found[0]
+        near, far = socket.socketpair()
+        for end in (near, far):
+            end.setblocking(False)
+        rig.helper.streams._join_tcp(carrier, near, event.network_id)
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(far)) as stream:
+            yield stream
 
 
 async def test_gateway_is_the_host_itself(tmp_path: Path) -> None:
@@ -537,6 +546,37 @@ async def test_gateway_is_the_host_itself(tmp_path: Path) -> None:
             assert b"".join([part async for part in stream]) == b"hello"
         assert rig.peer.refused == []
         await until(lambda: not rig.publisher._host_access._open)
+
+
+async def test_containers_streams_behind_a_vmm_end_each_way_by_itself(tmp_path: Path) -> None:
+    behind = UnixAddress(str(tmp_path / "data.sock"))
+    async with (
+        hybrid_front(tmp_path, behind) as front,
+        open_rig(tmp_path, front=front) as rig,
+        tcp_server(echo) as service,
+    ):
+        async with asked(rig, wanted(rig, GATEWAY, service)) as stream:
+            assert stream is not None
+            await stream.send_all(b"hello")
+            await stream.send_eof()
+            assert b"".join([part async for part in stream]) == b"hello"
+        await until(lambda: not rig.publisher._host_access._open and not rig.helper.streams.active)
+
+
+@pytest.mark.parametrize("dialled", [StreamProtocol.TCP, StreamProtocol.TCP_RECORDS])
+async def test_a_flow_of_datagrams_is_not_joined_to_a_connection(tmp_path: Path, dialled: StreamProtocol) -> None:
+    async with open_helper(tmp_path) as helper, trio.open_nursery() as nursery:
+        found: list[_Carrier | None] = []
+
+        async def question() -> None:
+            found.append(await helper.streams._ask(StreamProtocol.UDP, "n", GATEWAY, 53))
+
+        nursery.start_soon(question)
+        await until(lambda: bool(helper.wanted))
+        target = StreamTarget(protocol=dialled, token=helper.wanted[0].token)
+        with pytest.raises(StreamError, match="another protocol"):
+            await open_stream(helper.address, target, helper.secret)
+        await until(lambda: found == [None])
 
 
 async def test_datagrams_to_the_host(tmp_path: Path) -> None:

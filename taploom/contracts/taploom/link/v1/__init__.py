@@ -152,8 +152,8 @@ class StreamProtocol(betterproto2.Enum):
     TCP_RECORDS = 3
     """
     TCP in records, over a transport that cannot close one direction alone (hybrid vsock): each is preceded by its length, 4 bytes
-    big-endian, 1 MiB at most; a length of 0 is the end of the direction. A stream that ends without it broke. Only to an address,
-    and for helpers that name the feature.
+    big-endian, 1 MiB at most; a length of 0 is the end of the direction. A stream that ends without it broke. For helpers that
+    name the feature; it is also how a stream is dialled that was asked for as STREAM_PROTOCOL_TCP.
     """
 
     @classmethod
