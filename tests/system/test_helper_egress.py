@@ -10,20 +10,31 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
-from test_helper_rig import Guest, Rig, answered, endpoint, helper, in_netns, network, rpc_status, sh
+from test_helper_rig import (
+    UPLINK,
+    Guest,
+    Rig,
+    answered,
+    dial,
+    endpoint,
+    helper,
+    in_netns,
+    listen,
+    network,
+    outgoing,
+    rpc_status,
+    sh,
+)
 
 from taploom.contracts.taploom.helper.v1 import (
     ApplyUplinkRequest,
     GetInfoRequest,
     HelperFeature,
-    Network,
     SyncRequest,
-    Uplink,
 )
 
 pytestmark = pytest.mark.system
 
-UPLINK = Uplink(addresses=["169.254.128.1/18", "fd00:0:0:ffff::1/64"], mac_address="02:00:00:00:ff:01")
 INSIDE, INSIDE6 = "198.51.100.1", "2001:db8:1::1"  # a server of the internet's
 OUTER, OUTER6 = "192.0.2.2", "2001:db8::2"  # the helper's own address there
 
@@ -63,15 +74,6 @@ def internet(rig: Rig) -> Iterator[Internet]:
         sh("ip", "netns", "del", name, check=False)
 
 
-def outgoing(number: int, **fields: object) -> Network:
-    """Network `n<number>` of both families, with a leg on the uplink."""
-    values: dict[str, object] = {
-        "uplink_addresses": [f"169.254.128.{number + 1}/18", f"fd00:0:0:ffff::{number + 1:x}/64"],
-        "uplink_mac": f"02:00:00:00:ff:{number + 1:02x}",
-    }
-    return network(number, ipv6=True, **(values | fields))
-
-
 @contextlib.asynccontextmanager
 async def connected() -> AsyncIterator[tuple[Rig, Internet]]:
     async with helper() as rig:
@@ -87,26 +89,6 @@ async def join(rig: Rig, number: int, host: int, *names: str, **fields: object) 
     )
     guest.run("ip", "route", "add", "default", "via", f"fd00:77:{number}::1")
     return guest
-
-
-def listen(netns: str, address: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
-    """A server's socket in a namespace."""
-
-    def make() -> socket.socket:
-        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((address, port))
-        sock.settimeout(10)
-        if kind == socket.SOCK_STREAM:
-            sock.listen()
-        return sock
-
-    return in_netns(netns, make)
-
-
-def dial(netns: str, address: str, port: int, within: float = 10) -> socket.socket:
-    """A connection from a namespace."""
-    return in_netns(netns, lambda: socket.create_connection((address, port), within))
 
 
 def answers(netns: str, address: str, port: int, within: float = 0.7) -> bool:

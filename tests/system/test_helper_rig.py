@@ -35,6 +35,7 @@ from taploom.contracts.taploom.helper.v1 import (
     GetInfoRequest,
     HelperFeature,
     Network,
+    Uplink,
 )
 from taploom.contracts.taploom.helper.v1.rpc import HelperServiceClient
 from taploom.contracts.taploom.link.v1 import LinkFeature
@@ -46,6 +47,7 @@ pytestmark = pytest.mark.system
 T = TypeVar("T")
 PATIENCE = 60.0  # s for what takes milliseconds on a machine that has nothing else to do
 FEATURES = frozenset({LinkFeature.VNET_HDR, LinkFeature.TSO})
+UPLINK = Uplink(addresses=["169.254.128.1/18", "fd00:0:0:ffff::1/64"], mac_address="02:00:00:00:ff:01")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -125,6 +127,35 @@ def endpoint(number: int, host: int, *names: str, ipv6: bool = False, **fields: 
         "names": list(names),
     }
     return Endpoint(**(values | fields))  # type: ignore[arg-type]
+
+
+def outgoing(number: int, **fields: object) -> Network:
+    """Network `n<number>` of both families, with a leg on the uplink."""
+    values: dict[str, object] = {
+        "uplink_addresses": [f"169.254.128.{number + 1}/18", f"fd00:0:0:ffff::{number + 1:x}/64"],
+        "uplink_mac": f"02:00:00:00:ff:{number + 1:02x}",
+    }
+    return network(number, ipv6=True, **(values | fields))
+
+
+def listen(netns: str, address: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
+    """A server's socket in a namespace."""
+
+    def make() -> socket.socket:
+        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((address, port))
+        sock.settimeout(10)
+        if kind == socket.SOCK_STREAM:
+            sock.listen()
+        return sock
+
+    return in_netns(netns, make)
+
+
+def dial(netns: str, address: str, port: int, within: float = 10) -> socket.socket:
+    """A connection from a namespace."""
+    return in_netns(netns, lambda: socket.create_connection((address, port), within))
 
 
 @dataclass

@@ -53,9 +53,13 @@ class HelperVm(rig.Rig):
 
 
 @contextlib.asynccontextmanager
-async def helper_vm(machine: Machine) -> AsyncIterator[HelperVm]:
-    """A helper VM that is ready; it has ended when this does."""
-    async with running(machine) as vm, open_dataplane() as dataplane, trio.open_nursery() as nursery:
+async def helper_vm(machine: Machine, netns: str | None = None) -> AsyncIterator[HelperVm]:
+    """A helper VM that is ready; it has ended when this does.
+
+    Args:
+        netns: the network namespace that its TAP is in.
+    """
+    async with running(machine, netns=netns) as vm, open_dataplane() as dataplane, trio.open_nursery() as nursery:
         helper = HelperVm("", Path(), dataplane, nursery, vm=vm)
         try:
             await helper.start()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,23 +21,64 @@ from system import test_helper_rig as rig
 from images.common.cache import file_sha256
 from lab.vm.machine import Drive, Machine, running
 from taploom.contracts.taploom.helper.v1 import (
+    ApplyUplinkRequest,
     GetInfoRequest,
     HelperFeature,
     ListEndpointsRequest,
 )
 
 MEMORY = 1024  # MiB
-ARCH = "x86_64"
+PATIENCE = 60.0  # s
+TAP, GATEWAY, LEASED, INSIDE = "card", "192.0.2.1", "192.0.2.77", "198.51.100.1"
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A namespace behind the helper's card: it has a DHCP server, is the gateway, and is INSIDE itself."""
+
+    netns: str
+    leases: Path
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outside]:
+    outside = Outside(f"tlto{secrets.token_hex(4)}", tmp_path_factory.mktemp("dhcp") / "leases")
+    rig.sh("ip", "netns", "add", outside.netns)
+    try:
+        for command in (
+            f"tuntap add dev {TAP} mode tap vnet_hdr",
+            f"address add {GATEWAY}/24 dev {TAP}",
+            f"address add {INSIDE}/32 dev lo",
+            "link set lo up",
+            f"link set {TAP} up",
+        ):
+            rig.sh("ip", "-n", outside.netns, *command.split())
+        server = [
+            *("ip", "netns", "exec", outside.netns, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null"),
+            *("--pid-file=", "--user=root", "--port=0", f"--interface={TAP}", f"--dhcp-leasefile={outside.leases}"),
+            *("--dhcp-authoritative", "--no-ping", f"--dhcp-range={LEASED},{LEASED},255.255.255.0,1h"),
+            *(f"--dhcp-option=option:router,{GATEWAY}", "--dhcp-option=option:mtu,1400"),
+        ]
+        with subprocess.Popen(server, stdin=subprocess.DEVNULL) as process:
+            try:
+                yield outside
+                assert process.poll() is None, "the DHCP server has ended"
+            finally:
+                process.kill()
+    finally:
+        rig.sh("ip", "netns", "del", outside.netns)
 
 
 @pytest.fixture(scope="module")
 def machine(kernel: Path, helper_initfs: Path, machine_directory: Callable[[str], Path]) -> Machine:
-    return Machine("helper", machine_directory("helper"), kernel, helper_initfs, memory_mib=MEMORY, cpus=2)
+    directory = machine_directory("helper")
+    append = "taploom.net=dhcp"
+    return Machine("helper", directory, kernel, helper_initfs, append, memory_mib=MEMORY, cpus=2, tap=TAP)
 
 
 @pytest.fixture(scope="module")
-def helper(machine: Machine, portal: Portal) -> Iterator[HelperVm]:
-    with portal.opened(helper_vm(machine)) as helper:
+def helper(machine: Machine, outside: Outside, portal: Portal) -> Iterator[HelperVm]:
+    with portal.opened(helper_vm(machine, outside.netns)) as helper:
         yield helper
 
 
@@ -99,6 +142,35 @@ def test_tcp_passes_whole_with_offloads_and_large_frames(helper: HelperVm, porta
             assert await rig.trio.to_thread.run_sync(passes) == "same"
             await helper.drop(one)
             await helper.drop(two)
+
+    portal.call(body)
+
+
+def test_the_way_out_is_asked_for_by_dhcp(helper: HelperVm, portal: Portal, outside: Outside) -> None:
+    """What leaves the networks has the address that the DHCP server gave the helper."""
+
+    async def body() -> None:
+        await rig.eventually(lambda: outside.leases.exists() and LEASED in outside.leases.read_text(), BOOT)
+        await helper.client.apply_uplink(ApplyUplinkRequest(uplink=rig.UPLINK), timeout=PATIENCE)
+        await helper.apply(rig.outgoing(5), rig.outgoing(6, uplink_addresses=[], uplink_mac=""))
+        web = await helper.guest(rig.endpoint(5, 2, "web", ipv6=True), gateway="10.77.5.1")
+        shut = await helper.guest(rig.endpoint(6, 2, "shut", ipv6=True), gateway="10.77.6.1")
+
+        def traffic() -> None:
+            assert web.ping(INSIDE)
+            with rig.listen(outside.netns, INSIDE, 80) as listener, rig.dial(web.netns, INSIDE, 80, PATIENCE) as client:
+                server, (peer, _) = listener.accept()
+                with server:
+                    assert peer == LEASED
+                    client.sendall(b"out")
+                    assert server.recv(10) == b"out"
+                    server.sendall(b"and in")
+                    assert client.recv(10) == b"and in"
+            assert not shut.ping(INSIDE, wait=2), "a network without a way out"
+
+        await trio.to_thread.run_sync(traffic)
+        for guest in (web, shut):
+            await helper.drop(guest)
 
     portal.call(body)
 

@@ -81,8 +81,13 @@ class VmFabric(Fabric):
         )
 
     def answers(self, guest: str, target: str, *options: str) -> bool:
-        """True when one ping is answered."""
-        return self.guest(guest, "ping", "-n", "-c1", "-W5", *options, target).returncode == 0
+        """True when one ping is answered, however late."""
+        return self.guest(guest, "ping", "-n", "-c1", "-W30", *options, target).returncode == 0
+
+    def silent(self, guest: str, *targets: str) -> bool:
+        """True when pings to none of them are answered; they are sent at once."""
+        script = 'for target; do ping -n -c1 -W3 "$target" >/dev/null 2>&1 && echo "$target" & done; wait'
+        return self.in_guest(guest, "sh", "-c", script, "sh", *targets) == ""
 
     def until_answers(self, guest: str, target: str, *options: str) -> None:
         until(lambda: self.answers(guest, target, *options), f"{target} answers {guest}\n{self.logs()}")
