@@ -59,6 +59,51 @@ def connect(client: Namespace, address: str, port: int = 7000, timeout: float = 
     return sock
 
 
+@contextlib.contextmanager
+def connected(
+    client: Namespace, server: Namespace, address: str, port: int = 7000, *, to: tuple[str, int] | None = None
+) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A TCP connection: the client's end of it, and the server's; arguments as those of `tcp`."""
+    anywhere = "::" if ":" in address else "0.0.0.0"  # noqa: S104 - in a namespace of its own
+    with (
+        listening(server, port, anywhere) as listener,
+        connect(client, *(to or (address, port))) as sock,
+        accept(listener, server.name) as accepted,
+    ):
+        yield sock, accepted
+
+
+def accept(listener: socket.socket, name: str) -> socket.socket:
+    """The next connection to a listener of the namespace of that name.
+
+    Raises:
+        CheckError: there is none.
+    """
+    try:
+        return listener.accept()[0]
+    except TimeoutError:
+        raise CheckError(f"{name} accepted no connection on port {listener.getsockname()[1]}") from None
+
+
+def transfer(sender: socket.socket, receiver: socket.socket, size: int) -> float:
+    """Passes bytes one way over an established connection; the seconds until all were there."""
+    sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, max(1 << 20, 2 * size))
+    sender.settimeout(PATIENCE)
+    receiver.settimeout(PATIENCE)
+    start = time.monotonic()
+    sender.sendall(b"x" * size)
+    left = size
+    while left:
+        try:
+            part = len(receiver.recv(65536))
+        except TimeoutError:
+            part = 0
+        if not part:
+            raise CheckError(f"{left} of {size} bytes did not come")
+        left -= part
+    return time.monotonic() - start
+
+
 def exchange(one: socket.socket, other: socket.socket, size: int = 16384) -> None:
     """Passes bytes both ways over an established connection and compares them."""
     for sender, receiver in ((one, other), (other, one)):
@@ -90,15 +135,9 @@ def tcp(
         port: of the listener.
         to: what the client connects to where that is another address.
     """
-    anywhere = "::" if ":" in address else "0.0.0.0"  # noqa: S104 - in a namespace of its own
-    with listening(server, port, anywhere) as listener, connect(client, *(to or (address, port))) as sock:
-        try:
-            accepted, peer = listener.accept()
-        except TimeoutError:
-            raise CheckError(f"{server.name} accepted no connection on port {port}") from None
-        with accepted:
-            exchange(sock, accepted)
-            return Seen(peer[0], sock.getpeername()[0])
+    with connected(client, server, address, port, to=to) as (sock, accepted):
+        exchange(sock, accepted)
+        return Seen(accepted.getpeername()[0], sock.getpeername()[0])
 
 
 def udp(

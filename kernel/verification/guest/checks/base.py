@@ -148,15 +148,15 @@ def _has_user_xattr(path: Path) -> bool:
 )
 def cgroup_controllers() -> str:
     have = set((CGROUPS / "cgroup.controllers").read_text().split())
-    wanted = {"cpuset", "cpu", "io", "memory", "pids"}
-    expect(wanted <= have, f"cgroup v2 lacks the controllers {' '.join(sorted(wanted - have))}")
-    top = _cgroup("cgroup-controllers", wanted)
+    top = _cgroup("cgroup-controllers", {"cpuset", "cpu", "io", "memory", "pids"})
     for name in ("cpu.max", "memory.max", "pids.max", "io.max", "cpuset.cpus", "cgroup.freeze", "cpu.pressure"):
         expect((top / name).exists(), f"a cgroup has no {name}")
     return " ".join(sorted(have))
 
 
 def _cgroup(name: str, controllers: set[str]) -> Path:
+    have = set((CGROUPS / "cgroup.controllers").read_text().split())
+    expect(controllers <= have, f"cgroup v2 lacks the controllers {' '.join(sorted(controllers - have))}")
     (CGROUPS / "cgroup.subtree_control").write_text(" ".join(f"+{one}" for one in sorted(controllers)))
     top = CGROUPS / f"verify-{name}"
     top.mkdir()

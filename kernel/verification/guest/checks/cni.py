@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 from ..check import CheckError, check, expect, run, step
 from ..netns import Namespace, veth
-from ..traffic import PATIENCE, connect, exchange, listening, ping, talk, tcp, unreachable
+from ..traffic import connected, ping, talk, tcp, transfer, unreachable
 
 GROUP = "CNI plugins"
 _PLUGINS = "/usr/lib/cni"
@@ -303,20 +302,9 @@ def cni_bandwidth() -> str:
 
 def _transfer(host: Namespace, pod: Namespace, address: str, *, into: bool) -> float:
     """The seconds that 64 KiB take over TCP."""
-    with listening(pod) as listener, connect(host, address) as sock, listener.accept()[0] as accepted:
-        sender, receiver = (sock, accepted) if into else (accepted, sock)
-        sender.settimeout(PATIENCE)
-        receiver.settimeout(PATIENCE)
+    with connected(host, pod, address) as (sock, accepted):
         step(f"64 KiB {'into' if into else 'out of'} the pod")
-        start = time.monotonic()
-        sender.sendall(b"x" * 65536)
-        left = 65536
-        while left:
-            try:
-                left -= len(receiver.recv(65536))
-            except TimeoutError:
-                raise CheckError(f"{left} of 64 KiB did not come") from None
-        return time.monotonic() - start
+        return transfer(sock, accepted, 65536) if into else transfer(accepted, sock, 65536)
 
 
 @check("cni-tuning", GROUP, "tuning: sysctl, MTU, MAC and promiscuous mode of a pod's interface, and back after DEL")
@@ -365,8 +353,7 @@ def cni_firewall() -> str:
     plain.delete(pod)
     network = _Network(host, ptp, {"type": "firewall", "backend": "iptables"})
     address = _address(network.add(pod))
-    with listening(outside) as listener, connect(pod, "192.0.2.1") as sock, listener.accept()[0] as accepted:
-        exchange(sock, accepted)
+    tcp(pod, outside, "192.0.2.1")
     network.check(pod)
     network.delete(pod)
     expect(address not in host.run("iptables", "-w", "-S"), "the pod's rules are still there after DEL")

@@ -8,7 +8,6 @@ import os
 import socket
 import struct
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,21 @@ from ..bpf import (
 from ..check import CheckError, check, expect, run, step, wait_for
 from ..netns import Namespace, linked, veth
 from ..runner import CGROUPS
-from ..traffic import PATIENCE, Sniffer, connect, exchange, ipv4, listening, only_udp, talk, tcp, udp
+from ..traffic import (
+    PATIENCE,
+    Sniffer,
+    accept,
+    connect,
+    connected,
+    exchange,
+    ipv4,
+    listening,
+    only_udp,
+    talk,
+    tcp,
+    transfer,
+    udp,
+)
 
 GROUP = "eBPF"
 _BTF = Path("/sys/kernel/btf/vmlinux")
@@ -293,11 +306,7 @@ def bpf_sockmap() -> str:
             *("sk_msg_verdict", "pinned", str(loaded.maps / "connections")),
         )
         counts = loaded.map("counts")
-        with (
-            listening(namespace) as listener,
-            connect(namespace, "127.0.0.1") as sock,
-            listener.accept()[0] as accepted,
-        ):
+        with connected(namespace, namespace, "127.0.0.1") as (sock, accepted):
             expect(counts[_ESTABLISHED] == 2, f"sockops saw {counts[_ESTABLISHED]} of both ends")
             wire = Sniffer(namespace, "lo")
             exchange(sock, accepted, 32768)
@@ -323,9 +332,7 @@ def bpf_stream_parser() -> str:
         with contextlib.ExitStack() as stack:
             ends = []
             for port in (7101, 7102):
-                listener = stack.enter_context(listening(namespace, port))
-                ends.append(stack.enter_context(connect(namespace, "127.0.0.1", port)))
-                stack.enter_context(listener.accept()[0])
+                ends.append(stack.enter_context(connected(namespace, namespace, "127.0.0.1", port))[0])
             ends[1].settimeout(PATIENCE)
             for word in (b"taploom", os.urandom(2000)):
                 ends[0].sendall(word)
@@ -349,7 +356,7 @@ def bpf_sk_lookup() -> str:
         namespace = os.open(b.path, os.O_RDONLY)
         attached = link(loaded.program("many_ports"), namespace, ATTACH_SK_LOOKUP, "the namespace")
         for port in (8000, 8099):
-            with connect(a, "10.1.0.2", port) as sock, listener.accept()[0] as accepted:
+            with connect(a, "10.1.0.2", port) as sock, accept(listener, b.name) as accepted:
                 exchange(sock, accepted)
         os.close(attached)
     return "ports 8000 to 8099"
@@ -419,18 +426,8 @@ def bpf_pacing() -> str:
         "qdisc add dev eth0 clsact",
         f"filter add dev eth0 egress bpf da pinned {loaded.program('pace')}",
     )
-    with listening(b) as listener, connect(a, "10.1.0.2") as sock, listener.accept()[0] as accepted:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        accepted.settimeout(PATIENCE)
-        start = time.monotonic()
-        sock.sendall(b"x" * (128 << 10))
-        left = 128 << 10
-        while left:
-            try:
-                left -= len(accepted.recv(65536))
-            except TimeoutError:
-                raise CheckError(f"{left} bytes did not come") from None
-        took = time.monotonic() - start
+    with connected(a, b, "10.1.0.2") as (sock, accepted):
+        took = transfer(sock, accepted, 128 << 10)
     expect(took > 0.25, f"128 KiB at 256 KiB/s took {took:.2f} s")
     return f"{took:.2f} s"
 

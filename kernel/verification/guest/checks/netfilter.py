@@ -7,11 +7,11 @@ import functools
 import json
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from ..check import CheckError, check, expect, run, step, wait_for
 from ..netns import Namespace, linked, routed, veth
-from ..traffic import PATIENCE, Seen, connect, exchange, listening, talk, tcp, udp, unreachable
+from ..traffic import PATIENCE, Seen, accept, connect, connected, exchange, listening, talk, tcp, udp, unreachable
 
 GROUP = "netfilter"
 _IP_TRANSPARENT = 19
@@ -90,12 +90,10 @@ def _tproxy(language: str) -> str:
         listener.bind(("0.0.0.0", 7000))  # noqa: S104 - in a namespace of its own
         listener.listen()
         listener.settimeout(PATIENCE)
-        with connect(client, "10.2.0.2", 80) as sock:
-            accepted, _ = listener.accept()
-            with accepted:
-                local = accepted.getsockname()
-                expect(local == ("10.2.0.2", 80), f"the proxy's socket has the address {local}")
-                exchange(sock, accepted)
+        with connect(client, "10.2.0.2", 80) as sock, accept(listener, router.name) as accepted:
+            local = accepted.getsockname()
+            expect(local == ("10.2.0.2", 80), f"the proxy's socket has the address {local}")
+            exchange(sock, accepted)
     return "accepted as 10.2.0.2:80"
 
 
@@ -180,7 +178,7 @@ def nft_flowtable() -> str:
             chain c { type filter hook forward priority filter; ct state established flow add @f; counter name slow; }
         }""",
     )
-    with listening(server) as listener, connect(client, "10.2.0.2") as sock, listener.accept()[0] as accepted:
+    with connected(client, server, "10.2.0.2") as (sock, accepted):
         for _ in range(4):
             exchange(sock, accepted)
         listed = router.run("conntrack", "-L", "-p", "tcp")
@@ -422,16 +420,6 @@ def ipvs() -> str:
 
 
 def _local_address(client: Namespace, server: Namespace) -> str:
-    with listening(server) as listener, connect(client, "10.96.0.10", 80) as sock, _accept(listener) as accepted:
+    with connected(client, server, "10.96.0.10", to=("10.96.0.10", 80)) as (sock, accepted):
         exchange(sock, accepted)
         return str(accepted.getsockname()[0])
-
-
-@contextlib.contextmanager
-def _accept(listener: socket.socket) -> Iterator[socket.socket]:
-    try:
-        accepted, _ = listener.accept()
-    except TimeoutError:
-        raise CheckError("no connection was accepted") from None
-    with accepted:
-        yield accepted

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 import socket
-import time
 from typing import Any
 
 from ..check import CheckError, check, expect, step
 from ..netns import Namespace, linked
-from ..traffic import PATIENCE, connect, listening, ping, talk, udp
+from ..traffic import PATIENCE, connected, ping, talk, transfer, udp
 
 GROUP = "traffic control"
 _SO_MAX_PACING_RATE = 47
@@ -58,22 +57,8 @@ def _flood(
 
 def _send(sender: Namespace, receiver: Namespace, address: str, port: int, size: int) -> float:
     """Passes bytes one way over TCP; the seconds until all were there."""
-    with (
-        listening(receiver, port) as listener,
-        connect(sender, address, port) as sock,
-        listener.accept()[0] as accepted,
-    ):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * size)
-        accepted.settimeout(PATIENCE)
-        start = time.monotonic()
-        sock.sendall(b"x" * size)
-        left = size
-        while left:
-            try:
-                left -= len(accepted.recv(65536))
-            except TimeoutError:
-                raise CheckError(f"{left} of {size} bytes did not come") from None
-        return time.monotonic() - start
+    with connected(sender, receiver, address, port) as (sock, accepted):
+        return transfer(sock, accepted, size)
 
 
 @check(
@@ -161,16 +146,9 @@ def _action(namespace: Namespace, hook: str) -> dict[str, Any]:
 def fq() -> str:
     a, b = linked()
     a.tc("qdisc add dev eth0 root fq")
-    with listening(b) as listener, connect(a, "10.1.0.2") as sock, listener.accept()[0] as accepted:
+    with connected(a, b, "10.1.0.2") as (sock, accepted):
         sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, 256 << 10)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        accepted.settimeout(PATIENCE)
-        start = time.monotonic()
-        sock.sendall(b"x" * (128 << 10))
-        left = 128 << 10
-        while left:
-            left -= len(accepted.recv(65536))
-        took = time.monotonic() - start
+        took = transfer(sock, accepted, 128 << 10)
     throttled = _qdiscs(a)["fq"].get("throttled", 0)
     expect(took > 0.2, f"128 KiB at 256 KiB/s took {took:.2f} s")
     expect(throttled, "fq counts no throttled flow")
