@@ -54,8 +54,14 @@ summary=$(mktemp)
 trap 'rm -f "$summary"' EXIT
 echo "== tests over virtual machines"
 start=$(date +%s)
-# Two files at a time: a VM that boots keeps a processor busy, one that waits does not.
-TAPLOOM_VM_SUMMARY=$summary env --default-signal=INT,QUIT python -m pytest tests/vm --numprocesses 2 --dist loadfile "$@"
+# Two files at a time: a VM that boots keeps a processor busy, one that waits does not. Those that take longest begin
+# first.
+files=(tests/vm/test_{fabric_vm,lab_vm,helper_image}.py)
+for file in tests/vm/test_*.py; do
+	[[ " ${files[*]} " == *" $file "* ]] || files+=("$file")
+done
+TAPLOOM_VM_SUMMARY=$summary env --default-signal=INT,QUIT python -m pytest "${files[@]}" \
+	--numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 12 "$@"
 result=$?
 times+=("tests $(($(date +%s) - start))")
 nothing_left "$before" || result=1

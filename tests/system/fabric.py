@@ -17,16 +17,17 @@ from typing import Any
 TAPLOOM = str(Path(sys.executable).with_name("taploom"))
 
 
-def until(condition: Callable[[], Any], what: str, timeout: float = 60) -> Any:
-    """Waits for a condition and returns its first true value; fails with `what` after `timeout` seconds."""
+def until(condition: Callable[[], Any], what: str | Callable[[], str], timeout: float = 60, pause: float = 0.02) -> Any:
+    """Waits for a condition and returns its first true value; fails with `what` after `timeout` seconds. It is looked
+    at every `pause` seconds."""
     deadline = time.monotonic() + timeout
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > deadline:
-            raise AssertionError(f"still waiting after {timeout:.0f} s: {what}")
-        time.sleep(0.02)
+            raise AssertionError(f"still waiting after {timeout:.0f} s: {what if isinstance(what, str) else what()}")
+        time.sleep(pause)
 
 
 class Fabric:
@@ -120,12 +121,15 @@ class Fabric:
     def status(self) -> dict[str, Any]:
         return self.json("status")
 
-    def until_converged(self, timeout: float = 60) -> None:
+    def until_converged(self, timeout: float = 60, pause: float = 0.02) -> None:
         def converged() -> bool:
             result = self.command("status", "--json")
             return result.returncode == 0 and json.loads(result.stdout).get("converged", False)
 
-        until(converged, f"the fabric converges\n{self.command('status').stdout}\n{self.logs()}", timeout)
+        def otherwise() -> str:
+            return f"the fabric converges\n{self.command('status').stdout}\n{self.logs()}"
+
+        until(converged, otherwise, timeout, pause)
 
     def logs(self) -> str:
         """The end of every log, for a failing assertion."""

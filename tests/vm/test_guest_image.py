@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from taploom.rpc import open_channel
 
 CHECKOUT = Path(__file__).parents[2]
 BUILD = CHECKOUT / "images/guest-initfs/build"
-SECONDS = 300.0
+SECONDS = 600.0
 
 
 def build(*arguments: str | Path) -> dict[str, object]:
@@ -67,7 +68,10 @@ def test_two_builds_from_the_same_inputs_are_identical(image: Path, tmp_path: Pa
 
 
 async def test_it_boots_to_the_agent_answering_over_vsock(
-    guest_initfs: Path, kernel: Path, machine_directory: Callable[[str], Path]
+    guest_initfs: Path,
+    kernel: Path,
+    machine_directory: Callable[[str], Path],
+    figure: Callable[[str, str, str], None],
 ) -> None:
     machine = Machine(
         name="guest-image",
@@ -85,7 +89,9 @@ async def test_it_boots_to_the_agent_answering_over_vsock(
             await vm.wait_console("agent answers after")
             console = vm.console.read_text(errors="replace")
     times = [float(found) for found in re.findall(r"taploom-init: (?:init|agent answers) after ([\d.]+) s", console)]
-    print(f"init after {times[0]:.2f} s, the agent answers after {times[1]:.2f} s: {times[1] / times[0]:.2f} times")
+    measured = f"{times[0]:.2f} s, {times[1]:.2f} s, {times[1] / times[0]:.2f}x"
+    figure("guest VM: init, then the agent answers", measured, "at most 2x")
+    print(f"{measured}, load {os.getloadavg()[0]:.1f}")
 
 
 def _cache() -> str:

@@ -17,7 +17,7 @@ from lab.vm import payload, processes, tools
 from lab.vm.machine import Machine, RunningMachine, running
 from lab.vm.processes import Command, ProcessError, RemoteProcess, Terminal
 
-BOOT = 240.0
+BOOT = 600.0
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 
 

@@ -7,9 +7,11 @@ import os
 import pty
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.system
 
 TAPLOOM = str(Path(sys.executable).with_name("taploom"))
 BOOT = 900.0
-RECOVERY = 240.0
+RECOVERY = 480.0
 COMMAND = 120.0
 
 
@@ -136,6 +138,35 @@ def test_the_way_out_is_the_helpers_card(lab: VmLab) -> None:
     for address in ("198.51.100.1", "2001:db8:1::1"):
         lab.in_guest("web", "ping", "-n", "-c1", "-W20", address)
     assert "taploom-vm" in Path(f"/proc/{lab.process('helper')['pid']}/comm").read_text()
+
+
+REQUEST = """
+import socket, sys
+s = socket.create_connection((sys.argv[1], int(sys.argv[2])), 60)
+s.sendall(b"request" * 10000)
+s.shutdown(socket.SHUT_WR)
+print(b"".join(iter(lambda: s.recv(65536), b"")).decode())
+"""
+
+
+def test_a_connection_to_the_machine_ends_each_way_by_itself(lab: VmLab) -> None:
+    """A gateway stands for the machine; the answer is sent after the request's end has come."""
+    gateway = next(a for a in json.loads(lab.run("network", "inspect", "app", "--json").stdout)["gateways"] if "." in a)
+    got: list[int] = []
+
+    def answer(listener: socket.socket) -> None:
+        with listener.accept()[0] as peer:
+            peer.settimeout(COMMAND)
+            got.append(sum(map(len, iter(lambda: peer.recv(65536), b""))))
+            peer.sendall(b"answer")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        listener.settimeout(COMMAND)
+        answering = pool.submit(answer, listener)
+        port = str(listener.getsockname()[1])
+        assert lab.in_guest("web", "/usr/bin/python3", "-S", "-c", REQUEST, gateway, port).stdout == "answer\n"
+        answering.result()
+    assert got == [70000]
 
 
 def test_a_guest_comes_and_goes(lab: VmLab) -> None:

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,17 @@ from system.fabric import TAPLOOM, Fabric
 
 # Longest waits; nothing here is a promise about speed. With an emulated processor a VM takes half a minute to boot, and
 # longer on a busy machine.
-BOOT = 240.0
-RECOVERY = 240.0
+BOOT = 600.0
+RECOVERY = 480.0
+PAUSE = 0.3
 
 TOOL = "/run/vmtool"
 _DROPPED = ("link_up", "linkUp", "connected", "problem", "status")
 
 
-def until(condition: Callable[[], Any], what: str, timeout: float = RECOVERY) -> Any:
-    """As fabric.until, with the patience that emulated machines need."""
-    return fabric.until(condition, what, timeout)
+def until(condition: Callable[[], Any], what: str | Callable[[], str], timeout: float = RECOVERY) -> Any:
+    """As fabric.until, with the patience that emulated machines need, and leaving them the processors meanwhile."""
+    return fabric.until(condition, what, timeout, PAUSE)
 
 
 def compile_tool(target: Path) -> Path:
@@ -48,19 +48,6 @@ class VmFabric(Fabric):
         self.run("lab", "up", "--vm", *(part for guest in guests for part in ("--guest", guest)), timeout=900)
         for guest in guests:
             self.put_tool(guest)
-
-    def run(self, *arguments: str, timeout: float = 120) -> str:
-        """As Fabric.run. What the bridge gives up on, for the VMs do not answer in its time, is asked for again."""
-        given_up = False
-        deadline = time.monotonic() + RECOVERY
-        while True:
-            result = self.command(*arguments, timeout=timeout)
-            if result.returncode == 0 or (given_up and "already" in result.stderr):
-                return result.stdout
-            given_up = "given up after" in result.stderr
-            said = f"taploom {' '.join(arguments)}: {result.stdout}{result.stderr}{self.logs()}"
-            assert given_up, said
-            assert time.monotonic() < deadline, said
 
     def put_tool(self, guest: str) -> None:
         """Copies vmtool into a VM, where it is gone after a boot."""
@@ -117,7 +104,7 @@ class VmFabric(Fabric):
 
     def until_whole(self) -> None:
         """Waits until all that should be connected is."""
-        self.until_converged(RECOVERY)
+        self.until_converged(RECOVERY, PAUSE)
 
     def agent_pid(self, vm: str) -> int:
         """The pid of the agent in a VM: the process of our own with the vsock addresses among its arguments."""
