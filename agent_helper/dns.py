@@ -116,7 +116,7 @@ class DnsServer:
             namespace = Namespace()
             try:
                 addresses, routes = list(spec.dns_servers), list(spec.subnets)
-                plug_veth(namespace, self.outer, _INNER, spec.dns_mac, spec.mtu, addresses, routes)
+                namespace.index = plug_veth(namespace, self.outer, _INNER, spec.dns_mac, spec.mtu, addresses, routes)
             except BaseException:
                 namespace.close()
                 raise
@@ -147,7 +147,8 @@ class DnsServer:
         if namespace is not None:
             # A question may be waiting for its answer. Were the socket closed under it, the next descriptor of that
             # number would not be trio's to wait for.
-            trio.lowlevel.notify_closing(namespace.probe)
+            for probe in namespace.probes.values():
+                trio.lowlevel.notify_closing(probe)
 
             def drop() -> None:
                 namespace.close()
@@ -229,8 +230,6 @@ class DnsServer:
         return False
 
     async def _answering(self) -> None:
-        if all(address.version != 4 for address in self.spec.dns_servers):
-            return
         while await self._ask("taploom", 4) is None:  # noqa: ASYNC110 -- another process: nothing to be told by
             await trio.sleep(_RETRY)
 
@@ -238,14 +237,14 @@ class DnsServer:
         """The answer to one question, or None when there was none."""
         async with self._probe_lock:
             namespace = self._namespace
-            server = next((address for address in self.spec.dns_servers if address.version == 4), None)
-            if namespace is None or server is None:
+            if namespace is None:
                 return None
-            sock = namespace.probe
+            server = min(self.spec.dns_servers, key=lambda address: address.version)
+            sock = namespace.probes[server.version]
             self._probe_id = (self._probe_id + 1) % 65536
             # Connected, so that a port nobody listens on is an error at once and not silence.
             with contextlib.suppress(OSError, trio.ClosedResourceError), trio.move_on_after(_ANSWER):
-                sock.connect((str(server), 53))
+                sock.connect((str(server), 53) if server.version == 4 else (str(server), 53, 0, namespace.index))
                 sock.send(names.query(self._probe_id, name, version))
                 while True:
                     await trio.lowlevel.wait_readable(sock)

@@ -412,8 +412,7 @@ class Fabric:
             endpoint = EndpointState(spec, message, network)
             self.endpoints[spec.endpoint_id] = endpoint
             network.endpoints[spec.endpoint_id] = endpoint
-        seen = endpoint.spec.port_addresses, endpoint.spec.policy
-        if endpoint.tap is not None and seen != (spec.port_addresses, spec.policy):
+        if endpoint.tap is not None and _seen(endpoint.spec) != _seen(spec):
             endpoint.changes.made += 1
         for key in _keys(endpoint.spec):
             network.holders.pop(key, None)
@@ -432,7 +431,7 @@ class Fabric:
         uplink = self.uplink
 
         def in_nb(txn: Txn) -> None:
-            ports = [(e.spec, *northbound.ensure_endpoint(txn, e.spec)) for e in wanted]
+            ports = [(e.spec, *northbound.ensure_endpoint(txn, e.spec, e.network.spec)) for e in wanted]
             # In the same transaction: there is no moment in which they are reached by whom they must not be.
             policy_rows.ensure_members(txn, ports, uplink)
 
@@ -448,7 +447,8 @@ class Fabric:
                 # dnsmasq takes its time to read them: before the others take theirs.
                 for dns, group in _by_dns(wanted):
                     dns.set_names(e.spec for e in group)
-                await _together(partial(self._stack.nb.transact, in_nb), plug)
+                self.kernel.set_endpoints(e.spec for e in wanted)
+                await _together(partial(self._stack.nb.transact, in_nb), plug, self.kernel.open_ports)
             for endpoint in wanted:
                 if not endpoint.linked and endpoint.tap is not None:
                     self._ports.add(endpoint.spec.endpoint_id, endpoint.tap)
@@ -527,7 +527,9 @@ class Fabric:
             nonlocal wanted
             wanted = await self._take_out(names)
 
-        await _together(partial(self._stack.nb.transact, partial(northbound.remove_endpoints, ports=ports)), unplug)
+        self.kernel.remove_endpoints(e.spec.endpoint_id for e in endpoints)
+        remove = partial(northbound.remove_endpoints, ports=ports)
+        await _together(partial(self._stack.nb.transact, remove), unplug, self.kernel.open_ports)
         for endpoint in endpoints:
             endpoint.tap = None
 
@@ -808,7 +810,7 @@ class Fabric:
             northbound.ensure_uplink(txn, uplink)
             for network in networks:
                 northbound.ensure_network(txn, network.spec, uplink)
-            ports = [(endpoint.spec, northbound.ensure_endpoint(txn, endpoint.spec)[0]) for endpoint in endpoints]
+            ports = [(e.spec, northbound.ensure_endpoint(txn, e.spec, e.network.spec)[0]) for e in endpoints]
             policy_rows.ensure_policy(txn, policy, ports, uplink)
 
         interfaces = {n.dns.outer: northbound.dns_port(n.spec.network_id) for n in networks if n.dns is not None}
@@ -844,6 +846,11 @@ def _time_left() -> float:
 
 def _keys(spec: EndpointSpec) -> list[str]:
     return [spec.mac_address, *map(str, spec.addresses)]
+
+
+def _seen(spec: EndpointSpec) -> tuple[object, ...]:
+    """What of an endpoint packets meet in OVN."""
+    return spec.port_addresses, spec.policy, spec.dhcp
 
 
 def _dns_part(spec: NetworkSpec) -> tuple[object, ...]:

@@ -22,6 +22,7 @@ REFUSED_MARK = 0x746C0002  # of SYNs that are refused
 LET_IN, REFUSED = bytes.fromhex("02746c000001"), bytes.fromhex("02746c000002")
 _ONLY_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
 _IP = {4: "ip", 6: "ip6"}
+_ECHO = {4: "icmp type echo-request", 6: "icmpv6 type echo-request"}
 MARK = 0x746C0001  # of packets that a local listener takes, whatever their destination
 
 
@@ -31,6 +32,21 @@ class Redirect:
 
     tcp: int
     udp: int
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is let in from outside, by who has a route there.
+
+    Attributes:
+        ports: (address, tcp or udp, port).
+        routed: subnets whose addresses can be pinged.
+        unprotected: subnets that are open as a whole.
+    """
+
+    ports: frozenset[tuple[Address, str, int]] = frozenset()
+    routed: tuple[IPNetwork, ...] = ()
+    unprotected: tuple[IPNetwork, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,7 @@ class Rules:
         stand_ins: the stand-ins, one per family.
         taken: gateways and addresses of the host: TCP and UDP to them goes to the listeners.
         redirect: the listeners, or None while there are none.
+        opened: what is let in from outside.
     """
 
     interface: str
@@ -56,6 +73,7 @@ class Rules:
     stand_ins: tuple[Address, ...]
     taken: frozenset[Address]
     redirect: Redirect | None
+    opened: Opened = Opened()
 
 
 def ruleset(rules: Rules) -> str:
@@ -67,6 +85,7 @@ def ruleset(rules: Rules) -> str:
         f"table inet {TABLE} {{",
         *(line for version in (4, 6) for line in _taken_set(rules, version)),
         *(line for version in (4, 6) for line in _own_map(rules, version)),
+        *(line for version in (4, 6) for line in _opened_set(rules, version)),
         # Before defragmentation (-400) and connection tracking (-200): the frames are none of this kernel's business.
         *_chain(
             "deaf",
@@ -102,7 +121,13 @@ def ruleset(rules: Rules) -> str:
             "forward",
             "filter hook forward priority filter",
             f"iifname {uplink} oifname {uplink} drop",
-            f"oifname {uplink} ct state != {{ established, related }} drop",
+            f"oifname {uplink} ct state established,related accept",
+            *_let_in(rules, uplink),
+            f"oifname {uplink} drop",
+        ),
+        *_chain(
+            "fit",
+            "filter hook forward priority mangle",
             *(
                 f"meta nfproto ipv{version} {side}ifname {uplink} tcp flags syn tcp option maxseg size > {fits} "
                 f"tcp option maxseg size set {fits}"
@@ -150,6 +175,28 @@ def _take(rules: Rules, uplink: str) -> list[str]:
         for version, target in ((4, "127.0.0.1"), (6, "[::1]"))
         for protocol, port in (("tcp", rules.redirect.tcp), ("udp", rules.redirect.udp))
     ]
+
+
+def _let_in(rules: Rules, uplink: str) -> list[str]:
+    opened = rules.opened
+    return [
+        *(
+            f"oifname {uplink} {_IP[version]} daddr . meta l4proto . th dport @opened{version} accept"
+            for version in (4, 6)
+            if opened.ports
+        ),
+        *(
+            f"oifname {uplink} {_IP[subnet.version]} daddr {subnet} {_ECHO[subnet.version]} accept"
+            for subnet in opened.routed
+        ),
+        *(f"oifname {uplink} {_IP[subnet.version]} daddr {subnet} accept" for subnet in opened.unprotected),
+    ]
+
+
+def _opened_set(rules: Rules, version: int) -> list[str]:
+    listed = sorted(f"{a} . {protocol} . {port}" for a, protocol, port in rules.opened.ports if a.version == version)
+    kind = f"type ipv{version}_addr . inet_proto . inet_service"
+    return _block(f"set opened{version}", kind, *_elements(listed)) if rules.opened.ports else []
 
 
 def _taken_set(rules: Rules, version: int) -> list[str]:

@@ -76,15 +76,19 @@ def set_up(interface: str) -> None:
 class Namespace:
     """A network namespace without a name: it goes when its last process, socket and file descriptor go.
 
-    `probe` is a UDP socket in it: a socket belongs to the namespace that it was opened in, for good.
+    `probes` are UDP sockets in it, by family: a socket belongs to the namespace that it was opened in, for good.
     """
 
     def __init__(self) -> None:
         self.fd = -1
+        self.index = 0  # of its one interface, once it has one
         with _own_namespace_kept():
             _check(_libc.unshare(_CLONE_NEWNET), "make a network namespace")
             self.fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-            self.probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+            kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+            self.probes = {4: socket.socket(socket.AF_INET, kind)}
+            with contextlib.suppress(OSError):  # a kernel without IPv6
+                self.probes[6] = socket.socket(socket.AF_INET6, kind)
             # A new namespace has the machine's own settings, of which forwarding may be one.
             for family, setting in (("ipv4", "forwarding"), ("ipv6", "forwarding"), ("ipv6", "accept_ra")):
                 for scope in ("default", "all"):
@@ -100,7 +104,8 @@ class Namespace:
 
     def close(self) -> None:
         """Lets go of the namespace."""
-        self.probe.close()
+        for probe in self.probes.values():
+            probe.close()
         os.close(self.fd)
 
 
@@ -124,8 +129,9 @@ def plug_veth(  # noqa: PLR0917 -- what a veth pair is
     mtu: int,
     addresses: list[Address],
     routes: list[IPNetwork],
-) -> None:
-    """Creates a veth pair, `outer` here and `inner` in the namespace with these addresses and on-link routes.
+) -> int:
+    """Creates a veth pair, `outer` here and `inner` in the namespace with these addresses and on-link routes; returns
+    the index of `inner` there.
 
     Raises:
         OSError: the kernel refused; nothing is left.
@@ -140,10 +146,12 @@ def plug_veth(  # noqa: PLR0917 -- what a veth pair is
             index = socket.if_nametoindex(inner)
             there.set_up(index)
             for address in addresses:
-                there.add_address(index, address, address.max_prefixlen)
+                # With its prefix: a link-local address alone has no route by which to answer.
+                there.add_address(index, address, 64 if address.version == 6 else address.max_prefixlen)
             for route in routes:
                 if any(address.version == route.version for address in addresses):
                     there.add_route(index, route)
+        return index
     except NetlinkError as exc:
         delete_link(outer)
         raise OSError(exc.errno, f"cannot set up the DNS server's interface {outer}: {exc.strerror}") from exc

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from agent_helper import policy_rows
+from agent_helper import dhcp_rows, policy_rows
 from agent_helper.errors import UnavailableError
 from agent_helper.ovsdb import Row, Txn
 from agent_helper.spec import EndpointSpec, Leg, NetworkSpec, UplinkSpec, legs
@@ -26,6 +26,10 @@ def router_name(network_id: str) -> str:
 
 def dns_port(network_id: str) -> str:
     return f"dns-{network_id}"
+
+
+def gateway_port(network_id: str) -> str:
+    return f"gwp-{network_id}"
 
 
 def endpoint_port(endpoint_id: str) -> str:
@@ -50,11 +54,8 @@ def ensure_network(txn: Txn, spec: NetworkSpec, uplink: UplinkSpec | None) -> No
     """The logical switch, its gateway router, the port of its DNS server and its way out."""
     switch, _ = txn.ensure("Logical_Switch", switch_name(spec.network_id))
     router, _ = txn.ensure("Logical_Router", router_name(spec.network_id), options={"chassis": CHASSIS})
-    inside = f"gwp-{spec.network_id}"
-    router_port, new = txn.ensure("Logical_Router_Port", inside, mac=spec.gateway_mac, networks=spec.gateway_interfaces)
-    if new:
-        router.addvalue("ports", router_port)
-    _ensure_port(txn, switch, f"to-gw-{spec.network_id}", "router", ["router"], options={"router-port": inside})
+    _ensure_gateway(txn, switch, router, spec)
+    dhcp_rows.update_network(txn, spec)
     if spec.dns_servers:
         addresses = " ".join([spec.dns_mac, *map(str, spec.dns_servers)])
         _ensure_port(txn, switch, dns_port(spec.network_id), "localport", [addresses], security=[addresses])
@@ -63,6 +64,23 @@ def ensure_network(txn: Txn, spec: NetworkSpec, uplink: UplinkSpec | None) -> No
     _ensure_legs(txn, router, spec, legs(spec, uplink), uplink.mtu if uplink else 0)
     _ensure_isolation(txn, switch, router, spec)
     policy_rows.ensure_addresses(txn, uplink)
+
+
+def _ensure_gateway(txn: Txn, switch: Row, router: Row, spec: NetworkSpec) -> None:
+    """The router's port on the switch; none where there is no gateway in any family."""
+    inside, at_switch = gateway_port(spec.network_id), f"to-gw-{spec.network_id}"
+    networks = spec.gateway_interfaces
+    if not networks:
+        _remove_port(txn, switch, at_switch)
+        port = txn.find("Logical_Router_Port", inside)
+        if port is not None:
+            router.delvalue("ports", port)
+            txn.delete("Logical_Router_Port", port)
+        return
+    router_port, new = txn.ensure("Logical_Router_Port", inside, mac=spec.gateway_mac, networks=networks)
+    if new:
+        router.addvalue("ports", router_port)
+    _ensure_port(txn, switch, at_switch, "router", ["router"], options={"router-port": inside})
 
 
 def _ensure_legs(txn: Txn, router: Row, spec: NetworkSpec, network_legs: tuple[Leg, ...], mtu: int) -> None:
@@ -95,7 +113,7 @@ def _ensure_legs(txn: Txn, router: Row, spec: NetworkSpec, network_legs: tuple[L
         _ensure_port(txn, uplink, at_switch, "router", ["router"], options={"router-port": outside})
         for leg in network_legs:
             routes.append({"ip_prefix": _DEFAULT[leg.subnet.version], "nexthop": str(leg.kernel)})
-            if not spec.masquerade_disabled:
+            if spec.masquerades(leg.subnet.version):
                 nat.append({"type": "snat", "external_ip": str(leg.address.ip), "logical_ip": str(leg.subnet)})
             nat.append({"type": "snat", "external_ip": str(leg.gateway), "logical_ip": str(leg.kernel)})
             nat.append({"type": "dnat", "external_ip": str(leg.gateway), "logical_ip": str(leg.stand_in)})
@@ -140,16 +158,19 @@ def remove_network(txn: Txn, network_id: str, uplink: UplinkSpec | None) -> None
         row = txn.find(table, name)
         if row is not None:
             txn.delete(table, row)  # its ports are not roots: the server collects them
+    dhcp_rows.remove_network(txn, network_id)
     policy_rows.ensure_addresses(txn, uplink)
 
 
-def ensure_endpoint(txn: Txn, spec: EndpointSpec) -> tuple[Row, bool]:
+def ensure_endpoint(txn: Txn, spec: EndpointSpec, network: NetworkSpec) -> tuple[Row, bool]:
     """The endpoint's port, which lets only its own MAC and IP addresses in; and whether it is new."""
     switch = txn.find("Logical_Switch", switch_name(spec.network_id))
     if switch is None:
         raise UnavailableError(f"network {spec.network_id} is just being restored in OVN's database; try again")
     addresses = [spec.port_addresses]
-    return _ensure_port(txn, switch, endpoint_port(spec.endpoint_id), "", addresses, security=addresses)
+    port, new = _ensure_port(txn, switch, endpoint_port(spec.endpoint_id), "", addresses, security=addresses)
+    dhcp_rows.ensure_endpoint(txn, spec, network, port, new=new)
+    return port, new
 
 
 def remove_endpoints(txn: Txn, ports: Iterable[tuple[str, str]]) -> None:
@@ -158,11 +179,13 @@ def remove_endpoints(txn: Txn, ports: Iterable[tuple[str, str]]) -> None:
         switch = txn.find("Logical_Switch", switch_name(network_id))
         if switch is not None:
             _remove_port(txn, switch, endpoint_port(endpoint_id))
+    dhcp_rows.remove_unused(txn)
     policy_rows.remove_unused(txn)
 
 
 def remove_strangers(txn: Txn, networks: Iterable[str], endpoints: Iterable[tuple[str, str]]) -> None:
-    """All switches, routers and endpoints' ports but those of these networks and (network_id, endpoint_id).
+    """All switches, routers and endpoints' ports, with what is for DHCP, but those of these networks and (network_id,
+    endpoint_id).
 
     The uplink's switch stays; of its ports, those of these networks.
     """
@@ -182,6 +205,7 @@ def remove_strangers(txn: Txn, networks: Iterable[str], endpoints: Iterable[tupl
             if ours and port.name not in ports.get(switch.name, ()):
                 switch.delvalue("ports", port)
                 txn.delete("Logical_Switch_Port", port)
+    dhcp_rows.remove_unused(txn)
 
 
 def _ensure_port(

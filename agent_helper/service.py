@@ -113,7 +113,7 @@ class HelperService(HelperServiceBase):
         features = [_LINK_FEATURES[feature] for feature in sorted(self._link_features)]
         features += [HelperFeature.EVENTS, HelperFeature.EGRESS, HelperFeature.STREAMS, HelperFeature.EARLY_LINKS]
         features.append(HelperFeature.STREAM_RECORDS)
-        features.append(HelperFeature.POLICY)
+        features += [HelperFeature.POLICY, HelperFeature.DHCP, HelperFeature.IPV6]
         if self._stack.kernel_datapath:
             features.append(HelperFeature.KERNEL_DATAPATH)
         return GetInfoResponse(

@@ -6,10 +6,22 @@ import ipaddress
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from agent_helper.errors import InvalidSpecError
 from agent_helper.policy import MemberSpec, parse_member
-from taploom.contracts.taploom.helper.v1 import Endpoint, Network, Uplink
+from taploom.contracts.taploom.helper.v1 import (
+    Dhcp,
+    Endpoint,
+    GatewayMode,
+    Network,
+    OpenPort,
+    PortProtocol,
+    RouterAdvertisementMode,
+    RouterAdvertisements,
+    RouterPreference,
+    Uplink,
+)
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
@@ -18,12 +30,40 @@ IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 _ID = re.compile(r"[a-zA-Z0-9_.-]{1,64}", re.ASCII)
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,255}", re.ASCII)
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.ASCII)
+_LABEL = re.compile(r"[a-zA-Z0-9_]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9_])?", re.ASCII)
 MAX_NAMES = 256
+MAX_OPEN_PORTS = 1024
+MAX_DNS_SERVERS = 8
+DEFAULT_LEASE = 3600
+_LEASES = range(60, 2**31)
+_INTERVALS = range(4, 1801)  # RFC 4861, 6.2.1: MaxRtrAdvInterval
+_PROTOCOLS = {PortProtocol.TCP: "tcp", PortProtocol.UDP: "udp"}
+
+
+@dataclass(frozen=True)
+class DhcpSpec:
+    """What endpoints are told by DHCP beside their addresses. `lease` is in seconds."""
+
+    lease: int = DEFAULT_LEASE
+    dns_servers: tuple[Address, ...] = ()
+    domain: str = ""
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """What the gateway says of itself in IPv6. `interval` is in seconds, 0: only who asks is answered."""
+
+    mode: RouterAdvertisementMode = RouterAdvertisementMode.UNSPECIFIED
+    interval: int = 0
+    preference: RouterPreference = RouterPreference.UNSPECIFIED
+    dns_server: ipaddress.IPv6Address | None = None
+    domain: str = ""
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """A network. `subnets` and `gateways` are in the same order, at most one per family."""
+    """A network. `subnets` and `gateways` are in the same order, at most one per family; `modes` are the families'
+    gateway modes where they are not NAT."""
 
     network_id: str
     name: str
@@ -38,11 +78,36 @@ class NetworkSpec:
     uplink_mac: str
     endpoints_isolated: bool
     masquerade_disabled: bool
+    modes: tuple[tuple[int, GatewayMode], ...] = ()
+    dhcp: DhcpSpec = field(default_factory=DhcpSpec)
+    router: RouterSpec = field(default_factory=RouterSpec)
 
     @property
     def gateway_interfaces(self) -> list[str]:
-        """The gateways with their subnets' prefix lengths, as `10.0.0.1/24`."""
-        return [f"{gateway}/{subnet.prefixlen}" for gateway, subnet in zip(self.gateways, self.subnets, strict=True)]
+        """The gateways that there are with their subnets' prefix lengths, as `10.0.0.1/24`."""
+        return [
+            f"{gateway}/{subnet.prefixlen}"
+            for gateway, subnet in zip(self.gateways, self.subnets, strict=True)
+            if self.mode(subnet.version) != GatewayMode.ISOLATED
+        ]
+
+    def mode(self, version: int) -> GatewayMode:
+        """What the gateway does in a family, 4 or 6."""
+        return dict(self.modes).get(version, GatewayMode.NAT)
+
+    def masquerades(self, version: int) -> bool:
+        """Whether connections to the outside leave with the helper's address."""
+        return not self.masquerade_disabled and self.mode(version) in (GatewayMode.NAT, GatewayMode.NAT_UNPROTECTED)
+
+    def gateway(self, version: int) -> Address | None:
+        """The gateway of a family, or None where there is none."""
+        if self.mode(version) == GatewayMode.ISOLATED:
+            return None
+        return next((gateway for gateway in self.gateways if gateway.version == version), None)
+
+    def subnet(self, version: int) -> IPNetwork | None:
+        """The subnet of a family, or None."""
+        return next((subnet for subnet in self.subnets if subnet.version == version), None)
 
 
 @dataclass(frozen=True)
@@ -105,11 +170,27 @@ class EndpointSpec:
     names: tuple[str, ...]
     disabled: bool
     policy: MemberSpec = field(default_factory=MemberSpec)
+    dhcp: bool = False
+    open_ports: tuple[tuple[str, int], ...] = ()  # (tcp or udp, port)
 
     @property
     def port_addresses(self) -> str:
-        """MAC and addresses in the form of OVN's `addresses` and `port_security` (ovn-nb(5))."""
-        return " ".join([self.mac_address, *map(str, self.addresses)])
+        """MAC and addresses in the form of OVN's `addresses` and `port_security` (ovn-nb(5)).
+
+        With IPv6, the link-local address of the MAC address is among them: port security lets it pass by itself, but in
+        OVN 23.03 looks for a hop limit of 225 in advertisements of it, and drops them.
+        """
+        addresses = [*map(str, self.addresses)]
+        if any(address.version == 6 for address in self.addresses):
+            addresses.append(str(link_local(self.mac_address)))
+        return " ".join(dict.fromkeys([self.mac_address, *addresses]))
+
+
+def link_local(mac: str) -> ipaddress.IPv6Address:
+    """The link-local address that belongs to a MAC address (RFC 4291, appendix A)."""
+    octets = bytearray(bytes.fromhex(mac.replace(":", "")))
+    octets[0] ^= 2
+    return ipaddress.IPv6Address(b"\xfe\x80" + bytes(6) + bytes(octets[:3]) + b"\xff\xfe" + bytes(octets[3:]))
 
 
 def check_id(what: str, value: str) -> str:
@@ -174,7 +255,89 @@ def parse_network(message: Network) -> NetworkSpec:
         _mac("uplink_mac", message.uplink_mac) if uplink_addresses else "",
         message.endpoints_isolated,
         message.masquerade_disabled,
+        _modes(message),
+        _dhcp(message.dhcp or Dhcp()),
+        _router(message.router_advertisements or RouterAdvertisements(), subnets),
     )
+
+
+def _modes(message: Network) -> tuple[tuple[int, GatewayMode], ...]:
+    found: list[tuple[int, GatewayMode]] = []
+    for version, mode in ((4, message.gateway_mode_ipv4), (6, message.gateway_mode_ipv6)):
+        chosen = _known(f"gateway_mode_ipv{version}", mode, GatewayMode)
+        if chosen == GatewayMode.ISOLATED and not message.internal:
+            raise InvalidSpecError(f"gateway_mode_ipv{version} can be ISOLATED only where the network is internal")
+        if chosen != GatewayMode.UNSPECIFIED:
+            found.append((version, chosen))
+    return tuple(found)
+
+
+def _dhcp(message: Dhcp) -> DhcpSpec:
+    if message.lease_seconds and message.lease_seconds not in _LEASES:
+        raise InvalidSpecError(f"dhcp: lease_seconds {message.lease_seconds} must be 60 to 2147483647, or 0")
+    if len(message.dns_servers) > MAX_DNS_SERVERS:
+        raise InvalidSpecError(f"dhcp: dns_servers must be at most {MAX_DNS_SERVERS}, not {len(message.dns_servers)}")
+    servers = tuple(_unicast("dhcp: dns_servers", text) for text in message.dns_servers)
+    return DhcpSpec(message.lease_seconds or DEFAULT_LEASE, servers, _domain("dhcp: domain", message.domain))
+
+
+def _router(message: RouterAdvertisements, subnets: Iterable[IPNetwork]) -> RouterSpec:
+    mode = _known("router_advertisements: mode", message.mode, RouterAdvertisementMode)
+    prefix = next((subnet.prefixlen for subnet in subnets if subnet.version == 6), 64)
+    if mode in (RouterAdvertisementMode.SLAAC, RouterAdvertisementMode.STATELESS) and prefix != 64:
+        raise InvalidSpecError(f"router_advertisements: mode {mode.name} needs an IPv6 subnet of 64 bits, not {prefix}")
+    if message.interval_seconds and message.interval_seconds not in _INTERVALS:
+        raise InvalidSpecError(
+            f"router_advertisements: interval_seconds {message.interval_seconds} must be 4 to 1800, or 0"
+        )
+    server = _unicast("router_advertisements: dns_server", message.dns_server) if message.dns_server else None
+    if isinstance(server, ipaddress.IPv4Address):
+        raise InvalidSpecError(f"router_advertisements: dns_server {server} must be an IPv6 address")
+    return RouterSpec(
+        mode,
+        message.interval_seconds,
+        _known("router_advertisements: preference", message.preference, RouterPreference),
+        server,
+        _domain("router_advertisements: domain", message.domain),
+    )
+
+
+E = TypeVar("E", GatewayMode, RouterAdvertisementMode, RouterPreference)
+
+
+def _known(what: str, value: E, kind: type[E]) -> E:
+    """The value, when this agent knows it."""
+    if value.name is None:
+        raise InvalidSpecError(f"{what} {int(value)} is not known to this agent: update it")
+    return kind(value)
+
+
+def _unicast(what: str, text: str) -> Address:
+    address = _address(what, text)
+    if address.is_multicast or address.is_unspecified or address.is_loopback:
+        raise InvalidSpecError(f"{what} {address} must be a unicast address")
+    return address
+
+
+def _domain(what: str, text: str) -> str:
+    """A domain that can stand between the quotes of OVN's options."""
+    if text and (len(text) > 253 or not all(_LABEL.fullmatch(label) for label in text.split("."))):
+        raise InvalidSpecError(f"{what} {_show(text)} must be labels of 1 to 63 letters, digits, '_' and '-'")
+    return text
+
+
+def _open_ports(messages: Iterable[OpenPort]) -> tuple[tuple[str, int], ...]:
+    found: dict[tuple[str, int], None] = {}
+    for message in messages:
+        protocol = _PROTOCOLS.get(message.protocol)
+        if protocol is None:
+            raise InvalidSpecError(f"open_ports: protocol {int(message.protocol)} must be TCP or UDP")
+        if not 1 <= message.port <= 65535:
+            raise InvalidSpecError(f"open_ports: port {message.port} must be 1 to 65535")
+        found[protocol, message.port] = None
+    if len(found) > MAX_OPEN_PORTS:
+        raise InvalidSpecError(f"open_ports must be at most {MAX_OPEN_PORTS}, not {len(found)}")
+    return tuple(found)
 
 
 def parse_uplink(message: Uplink) -> UplinkSpec | None:
@@ -221,6 +384,8 @@ def parse_endpoint(message: Endpoint) -> EndpointSpec:
         tuple(dict.fromkeys(name for name in message.names if _servable(name))),
         message.disabled,
         parse_member(message.policy),
+        message.dhcp,
+        _open_ports(message.open_ports),
     )
 
 

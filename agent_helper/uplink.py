@@ -12,6 +12,7 @@ The ways of packets, with OVN 23.03 and the userspace data path:
   that listeners and answers have the gateway's. Echo requests the router answers before it translates.
 - Container to another network's gateway, or to the host: leaves by the default route with its destination as it is.
 - The kernel into a network (published ports): its router translates the source to the network's gateway.
+- From outside into a network whose gateway mode is routed or nat-unprotected: as it is, where a rule lets it in.
 - Network to network: never forwarded here, and ACLs on the uplink switch keep routers from each other.
 """
 
@@ -22,7 +23,7 @@ import errno
 import ipaddress
 import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,9 +34,10 @@ import trio
 from agent_helper import firewall, links
 from agent_helper.door import Door
 from agent_helper.errors import HelperError, PreconditionError
-from agent_helper.firewall import Redirect, Rules
+from agent_helper.firewall import Opened, Redirect, Rules
 from agent_helper.rtnetlink import NetlinkError, Rtnetlink
-from agent_helper.spec import Leg, NetworkSpec, UplinkSpec, legs
+from agent_helper.spec import EndpointSpec, Leg, NetworkSpec, UplinkSpec, legs
+from taploom.contracts.taploom.helper.v1 import GatewayMode
 
 logger = logging.getLogger("taploom.helper.uplink")
 
@@ -78,6 +80,8 @@ class KernelEnd:
         self._lock = trio.Lock()
         self._asked = self._done = 0
         self._failed: dict[str, PreconditionError] = {}  # of the last time, by network
+        self._endpoints: dict[str, EndpointSpec] = {}  # those with open ports
+        self._opened = True  # whether the rules have the open ports
 
     async def clear(self) -> None:
         """Removes what a run before has left, its interface apart."""
@@ -133,6 +137,35 @@ class KernelEnd:
     def remove_network(self, network_id: str) -> None:
         """Counts the network out, from the next `converge` on."""
         self._networks.pop(network_id, None)
+
+    def set_endpoints(self, specs: Iterable[EndpointSpec]) -> None:
+        """Has these endpoints' ports open, from the next `open_ports` or `converge` on."""
+        for spec in specs:
+            if spec.open_ports:
+                self._opened = self._opened and self._endpoints.get(spec.endpoint_id) == spec
+                self._endpoints[spec.endpoint_id] = spec
+            else:
+                self.remove_endpoints([spec.endpoint_id])
+
+    def remove_endpoints(self, endpoint_ids: Iterable[str]) -> None:
+        """Has no port of these endpoints open, from the next `open_ports` or `converge` on."""
+        for endpoint_id in endpoint_ids:
+            if self._endpoints.pop(endpoint_id, None) is not None:
+                self._opened = False
+
+    async def open_ports(self) -> None:
+        """Makes the rules be right for the endpoints; nothing when they are.
+
+        Raises:
+            HelperError, OSError: as `converge`.
+        """
+        if not self._opened:
+            self._opened = True
+            try:
+                await self.converge()
+            except BaseException:
+                self._opened = False
+                raise
 
     async def converge(self, network_id: str = "") -> None:
         """Makes routes and rules be right for the networks. Many at once are one.
@@ -243,6 +276,8 @@ class KernelEnd:
         failed: dict[str, PreconditionError] = {}
         own: dict[IPNetwork, Address] = {}
         taken: set[Address] = set(spec.host_addresses)
+        routed: list[IPNetwork] = []
+        unprotected: list[IPNetwork] = []
         for network_id, found in network_legs.items():
             network = networks[network_id]
             for leg in found:
@@ -253,12 +288,16 @@ class KernelEnd:
                 wanted[address] = (address, network.uplink_mac)
                 wanted[itself] = (itself, "", mtu)
                 wanted[str(leg.subnet)] = (str(leg.subnet), address, mtu)
+                mode = network.mode(leg.subnet.version)
+                routed += [leg.subnet] if mode == GatewayMode.ROUTED else []
+                unprotected += [leg.subnet] if mode == GatewayMode.NAT_UNPROTECTED else []
                 whose |= dict.fromkeys((address, itself, str(leg.subnet)), network_id)
                 own |= dict.fromkeys(_sources(network, leg), leg.gateway)
             taken.update(network.gateways)
         subnets = _subnets(spec)
         self._taken = frozenset(taken)
-        self._load(Rules(INTERFACE, _DEAF, spec.mtu, subnets, own, spec.stand_ins, self._taken, self._redirect))
+        rules = Rules(INTERFACE, _DEAF, spec.mtu, subnets, own, spec.stand_ins, self._taken, self._redirect)
+        self._load(replace(rules, opened=_opened(list(self._endpoints.values()), routed, unprotected)))
         with Rtnetlink() as kernel:
             index = socket.if_nametoindex(INTERFACE)
             gone = [key for key in self._there if key not in wanted]
@@ -312,7 +351,19 @@ def _subnets(spec: UplinkSpec) -> tuple[IPNetwork, ...]:
 def _sources(network: NetworkSpec, leg: Leg) -> list[IPNetwork]:
     """The addresses with which packets come from a network over its leg."""
     itself = ipaddress.ip_network(leg.address.ip)
-    return [itself, leg.subnet] if network.masquerade_disabled else [itself]
+    return [itself] if network.masquerades(leg.subnet.version) else [itself, leg.subnet]
+
+
+def _opened(endpoints: Iterable[EndpointSpec], routed: list[IPNetwork], unprotected: list[IPNetwork]) -> Opened:
+    """What who has a route to the networks reaches of them."""
+    ports = {
+        (address, protocol, port)
+        for endpoint in endpoints
+        for address in endpoint.addresses
+        if any(address in subnet for subnet in routed)
+        for protocol, port in endpoint.open_ports
+    }
+    return Opened(frozenset(ports), tuple(routed), tuple(unprotected))
 
 
 def _order(item: Route | Neighbour) -> tuple[bool, Route | Neighbour]:

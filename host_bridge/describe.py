@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from host_bridge.addressing import DHCP_AUTO, DHCP_ON, DNS_IPV6, ROUTED
 from host_bridge.ipam import is_address, ula_prefix, uplink_kernel
-from host_bridge.model import EndpointRecord, GuestRecord, NetworkRecord, SubnetRecord
+from host_bridge.model import IPV4, IPV6, EndpointRecord, GuestRecord, NetworkRecord, SubnetRecord
 from host_bridge.names import dns_name, host_name
 from host_bridge.store import Store
 from taploom.contracts.taploom.bridge import v1 as bridge
@@ -49,13 +51,21 @@ def guest_interface(endpoint: EndpointRecord, network: NetworkRecord) -> guest.I
         gateway_priority=guest_priority(endpoint, network),
         mtu=network.mtu,
         network_name=_suffix(network),
-        dns_servers=[network.dns_server] if network.dns_server else [],
+        dns_servers=_dns_servers(network)[:1],
         name_links=[
             guest.NameLink(alias=alias, target=target)
             for alias, target in endpoint.links
             if not network.default_bridge and dns_name(alias) and dns_name(target)
         ],
     )
+
+
+def _dns_servers(network: NetworkRecord) -> list[str]:
+    """The addresses of the network's DNS server, IPv4 first."""
+    if not network.dns_server:
+        return []
+    own = {4: network.dns_server, 6: DNS_IPV6}
+    return [own[subnet.family] for subnet in network.subnets]
 
 
 def guest_priority(endpoint: EndpointRecord, network: NetworkRecord) -> int:
@@ -146,9 +156,17 @@ def _is_server(text: str) -> bool:
     return not address.is_multicast and not address.is_unspecified
 
 
-def helper_network(network: NetworkRecord) -> helper.Network:
-    """What the helper is to make of a network."""
-    return helper.Network(
+def helper_network(
+    network: NetworkRecord, features: frozenset[int] = frozenset(), upstreams: Sequence[str] = ()
+) -> helper.Network:
+    """What the helper is to make of a network.
+
+    Args:
+        features: what the helper can do; it is told nothing of the rest.
+        upstreams: DNS servers for names that no network knows.
+    """
+    addressing = network.addressing
+    message = helper.Network(
         network_id=network.id,
         name=_suffix(network),
         subnets=[subnet.subnet for subnet in network.subnets],
@@ -157,12 +175,55 @@ def helper_network(network: NetworkRecord) -> helper.Network:
         internal=network.internal,
         mtu=network.mtu,
         dns_servers=[network.dns_server] if network.dns_server else [],
-        dns_mac=network.dns_mac,
+        dns_mac=network.dns_mac if network.dns_server else "",
         uplink_addresses=list(network.uplink_addresses),
         uplink_mac=network.uplink_mac,
         endpoints_isolated=network.isolated,
         masquerade_disabled=not network.masquerade,
     )
+    has_ipv6 = network.subnet(IPV6) is not None
+    if helper.HelperFeature.IPV6 in features:
+        message.dns_servers = _dns_servers(network)
+        message.gateway_mode_ipv4 = addressing.gateway_mode(IPV4)
+        message.gateway_mode_ipv6 = addressing.gateway_mode(IPV6)
+        if has_ipv6:
+            message.router_advertisements = addressing.router_message(message.name, has_dns=bool(network.dns_server))
+    if helper.HelperFeature.DHCP in features:
+        # A client that is refused a name by the network's own server asks the next.
+        own = _dns_servers(network)
+        outside = tuple(text for text in upstreams if not network.internal and _is_far(text))
+        message.dhcp = addressing.dhcp_message((*own, *outside) if outside else ())
+    return message
+
+
+def needs_of_network(network: NetworkRecord) -> frozenset[helper.HelperFeature]:
+    """What a helper must be able to do for the network to be what it is to be."""
+    options = network.addressing
+    plain = all(options.gateway_mode(family) == helper.GatewayMode.UNSPECIFIED for family in (IPV4, IPV6))
+    if plain and not any(key.startswith("taploom.ipv6.") for key in network.options) and network.subnet(IPV4):
+        return frozenset()
+    return frozenset({helper.HelperFeature.IPV6})
+
+
+def has_dhcp(guest_record: GuestRecord, network: NetworkRecord) -> bool:
+    """Whether DHCP answers a guest on a network: unless told otherwise, one that has no agent to set its addresses."""
+    choice = network.addressing.dhcp
+    return choice == DHCP_ON or (choice == DHCP_AUTO and guest_record.card is not None)
+
+
+def published_ports(config: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """What a container publishes, by its record's configuration: (tcp or udp, port)."""
+    host, docker = config.get("HostConfig") or {}, config.get("Config") or {}
+    specs = set(host.get("PortBindings") or ())
+    if host.get("PublishAllPorts"):
+        specs |= set(docker.get("ExposedPorts") or ())
+    found = {(protocol.lower() or "tcp", number) for number, _, protocol in (spec.partition("/") for spec in specs)}
+    return sorted((p, int(n)) for p, n in found if p in {"tcp", "udp"} and n.isdecimal() and 0 < int(n) <= 65535)
+
+
+def _is_far(text: str) -> bool:
+    """True for a server that guests can ask themselves, at the usual port."""
+    return _is_server(text) and not ipaddress.ip_address(text).is_loopback and "%" not in text
 
 
 def helper_uplink(host_id: str, host_addresses: Iterable[str]) -> helper.Uplink:
@@ -192,8 +253,14 @@ def helper_endpoint(
     guest_record: GuestRecord,
     network: NetworkRecord,
     policy: helper.EndpointPolicy | None = None,
+    open_ports: Sequence[tuple[str, int]] = (),
 ) -> helper.Endpoint:
-    """What the helper is to make of an endpoint."""
+    """What the helper is to make of an endpoint.
+
+    Args:
+        open_ports: what the guest publishes: (tcp or udp, port).
+    """
+    routed = any(network.addressing.mode(subnet.family) == ROUTED for subnet in network.subnets)
     return helper.Endpoint(
         endpoint_id=endpoint.id,
         network_id=endpoint.network_id,
@@ -201,6 +268,11 @@ def helper_endpoint(
         addresses=list(endpoint.addresses),
         names=endpoint_names(endpoint, guest_record, network),
         policy=policy,
+        dhcp=has_dhcp(guest_record, network),
+        open_ports=[
+            helper.OpenPort(protocol=helper.PortProtocol[protocol.upper()], port=port)
+            for protocol, port in (open_ports if routed else ())
+        ],
     )
 
 

@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from host_bridge import ipam
+from host_bridge import addressing, ipam
 from host_bridge.errors import (
     ActiveEndpointsError,
     AliasOnDefaultError,
@@ -277,6 +277,8 @@ class DesiredState:
             enable_ipv6=options.enable_ipv6,
         )
         enabled = {family for family, on in ((IPV4, options.enable_ipv4), (IPV6, options.enable_ipv6)) if on}
+        prefix = given[IPV6][0].prefixlen if IPV6 in given else 64
+        addressing.check(options.options, internal=options.internal, ipv6=options.enable_ipv6, prefix=prefix)
         if options.config_only:
             if options.internal or options.attachable or options.ingress:
                 raise ConfigNetworkError(name, "operator")
@@ -498,9 +500,16 @@ class DesiredState:
             if self._store.endpoint_of(network.id, guest.id) is not None:
                 raise AlreadyConnectedError(guest.name, network.name)
             holders = self._store.taken_addresses(network.id)
+            macs = self._store.taken_macs(network.id)
+            if mac in macs:
+                raise MacTakenError(mac, macs[mac])
             chosen: list[str] = []
             for record in network.subnets:
                 asked = wanted.get(record.family)
+                if asked is None and record.family == IPV6 and network.addressing.autonomous:
+                    # What the guest makes of its MAC address, if it makes one itself.
+                    mac = mac or _mac_of(chosen, set(macs))
+                    asked = ipam.parse_address(addressing.slaac_address(record.subnet, mac))
                 if asked is None:
                     within = ipam.network_of(record.ip_range) if record.ip_range else None
                     taken = [ipaddress.ip_address(holder) for holder in holders]
@@ -508,9 +517,6 @@ class DesiredState:
                 else:
                     ipam.check_free(asked, holders, network.name)
                     chosen.append(str(asked))
-            macs = self._store.taken_macs(network.id)
-            if mac in macs:
-                raise MacTakenError(mac, macs[mac])
             endpoint = EndpointRecord(
                 id=_new_id(),
                 network_id=network.id,
@@ -523,7 +529,7 @@ class DesiredState:
                 addresses=tuple(chosen),
                 aliases=aliases,
                 static_addresses=tuple(str(wanted[family]) for family in sorted(wanted)),
-                static_mac=bool(mac),
+                static_mac=bool(options.mac_address),
                 links=links,
                 driver_options=dict(options.driver_options),
                 names=names,

@@ -129,7 +129,7 @@ class PredefinedNetworkError(PreconditionError):
 
 class NetworkOptionError(InvalidError):
     """An option of a network cannot be used. `option` is its key; `value` what was given; `reason` one of "bool",
-    "integer", "negative", "range", "address", "policy"."""
+    "integer", "negative", "range", "address", "policy", and those of `addressing`."""
 
     def __init__(self, option: str, value: str, reason: str) -> None:
         wanted = {
@@ -139,9 +139,21 @@ class NetworkOptionError(InvalidError):
             "range": "use 68 to 65535 bytes, 1280 at least with IPv6",
             "address": "use an IP address",
             "policy": "use allow, deny, deny-in or deny-out",
+            "unknown": "there is no such option",
+            "no-ipv6": "the network has no IPv6: give it IPv6 too",
+            "gateway-mode": "use nat, nat-unprotected, routed or isolated",
+            "isolated": "only an internal network can do without a gateway",
+            "ra": "use none, slaac, stateless or stateful",
+            "prefix": "hosts make addresses only of a subnet of 64 bits",
+            "interval": "use 4 to 1800 seconds",
+            "preference": "use low, medium or high",
+            "rdnss": "use an IPv6 address or none",
+            "dhcp": "use auto, on or off",
+            "lease": "use 60 to 2147483647 seconds",
+            "dns": "use 1 to 3 IP addresses with commas between",
         }[reason]
         super().__init__(f"option {_shown(option)} cannot be '{_shown(value)}': {wanted}")
-        self.option, self.value, self.reason = option, value, reason
+        self.option, self.value, self.reason, self.wanted = option, value, reason, wanted
 
 
 class UnsupportedDriverError(NotFoundError):

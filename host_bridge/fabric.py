@@ -118,6 +118,7 @@ class Fabric:
             on_stream_wanted=self._stream_wanted,
             policies=desired.policies,
             on_policy_logged=self.policy_log.add,
+            upstreams=upstreams,
             **self._callbacks(lambda: self.helper),
         )
         self.guests: dict[str, GuestPeer] = {}

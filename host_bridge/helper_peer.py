@@ -6,7 +6,15 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from host_bridge.describe import helper_endpoint, helper_network, helper_uplink
+from host_bridge.describe import (
+    has_dhcp,
+    helper_endpoint,
+    helper_network,
+    helper_uplink,
+    needs_of_network,
+    published_ports,
+)
+from host_bridge.model import EndpointRecord
 from host_bridge.names import clean_text
 from host_bridge.peer import (
     SYNC_TIME_PER_OBJECT,
@@ -88,6 +96,7 @@ class HelperPeer(Peer[HelperObject]):
         on_stream_wanted: called when a container opens a stream to the host.
         policies: which connections may pass.
         on_policy_logged: called when a rule that is to be told of has matched.
+        upstreams: DNS servers for names that no network knows, as DHCP tells them.
         options: see `Peer`.
 
     Attributes:
@@ -110,6 +119,7 @@ class HelperPeer(Peer[HelperObject]):
         on_stream_wanted: Callable[[StreamWanted], None],
         policies: PolicyState,
         on_policy_logged: Callable[[PolicyLogged], None],
+        upstreams: Sequence[str] = (),
         **options: Any,
     ) -> None:
         super().__init__("the helper", address, **options)
@@ -120,6 +130,7 @@ class HelperPeer(Peer[HelperObject]):
         self._host_addresses = host_addresses
         self._on_up = on_up
         self._on_stream_wanted = on_stream_wanted
+        self._upstreams = tuple(upstreams)
         self._policies = policies
         self._on_policy_logged = on_policy_logged
         self._client: HelperServiceClient | None = None
@@ -185,7 +196,9 @@ class HelperPeer(Peer[HelperObject]):
             return self._wanted_policy() if self._can(HelperFeature.POLICY) else None
         if key.startswith(_NETWORK):
             network = self._store.network(key.removeprefix(_NETWORK))
-            return None if network is None or not network.switched else helper_network(network)
+            if network is None or not network.switched or self._lacking(key):
+                return None
+            return helper_network(network, self._features, self._upstreams)
         endpoint = self._store.endpoint(key)
         if endpoint is None:
             return None
@@ -195,7 +208,34 @@ class HelperPeer(Peer[HelperObject]):
         policy = self._policies.endpoint_policy(endpoint, guest, network)
         if policy is not None and (policy.deny_in or policy.deny_out) and self.lacks_policy:
             return None  # it would be open: see `waits_for`
-        return helper_endpoint(endpoint, guest, network, policy)
+        if self._lacking(key):
+            return None
+        return helper_endpoint(endpoint, guest, network, policy, self._open_ports(endpoint))
+
+    def _open_ports(self, endpoint: EndpointRecord) -> list[tuple[str, int]]:
+        """What the endpoint's container publishes, if it is one."""
+        container = self._store.container(endpoint.guest_id)
+        return [] if container is None else published_ports(container.config)
+
+    def _lacking(self, key: str) -> str:
+        """What a helper that answers is too old for, of a network or an endpoint; empty: nothing."""
+        if not self.connected or self.info is None:
+            return ""
+        version = f"{self.subject} (version {self.info.version}) is too old"
+        endpoint = None if key.startswith(_NETWORK) else self._store.endpoint(key)
+        network = self._store.network(key.removeprefix(_NETWORK) if endpoint is None else endpoint.network_id)
+        if network is None:
+            return ""
+        if not needs_of_network(network) <= self._features:
+            return f"{version} for what network {network.name} is to do with IPv6 and its gateway: update it"
+        guest = None if endpoint is None else self._store.guest(endpoint.guest_id)
+        if guest is not None and has_dhcp(guest, network) and not self._can(HelperFeature.DHCP):
+            return f"{version} to give addresses by DHCP: update it"
+        return ""
+
+    @property
+    def _features(self) -> frozenset[int]:
+        return self.info.features if self.info is not None else frozenset()
 
     def _wanted_policy(self) -> ApplyPolicyRequest:
         """All rules, and what they mean to everybody, so that nothing is between two states."""
@@ -211,7 +251,7 @@ class HelperPeer(Peer[HelperObject]):
     def waits_for(self, key: str) -> str:
         if self.lacks_policy and self.wanted(key) is None and self._store.endpoint(key) is not None:
             return self.too_old_for_policy
-        return super().waits_for(key)
+        return self._lacking(key) or super().waits_for(key)
 
     def wanted_keys(self) -> Iterable[str]:
         networks = [network_key(network.id) for network in self._store.networks()]

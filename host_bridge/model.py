@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from host_bridge.addressing import Addressing
+
 IPV4 = 4
 IPV6 = 6
 
@@ -26,6 +28,9 @@ OPTION_MTU = "com.docker.network.driver.mtu"
 OPTION_PREFIX = "com.docker.network.container_iface_prefix"
 # And one of its endpoints'.
 OPTION_INTERFACE = "com.docker.network.endpoint.ifname"
+
+# What addresses of guests without an agent begin with.
+QEMU, QEMU_SERVER = "qemu:", "qemu-server:"
 
 _TRUE = frozenset({"1", "t", "T", "TRUE", "true", "True"})
 _FALSE = frozenset({"0", "f", "F", "FALSE", "false", "False"})
@@ -120,6 +125,11 @@ class NetworkRecord:
         return parse_bool(self.options.get(OPTION_MASQUERADE, "")) is not False
 
     @property
+    def addressing(self) -> Addressing:
+        """How its hosts come to addresses, and its gateway modes."""
+        return Addressing(self.options)
+
+    @property
     def host_binding(self) -> str:
         """The host's address that published ports are bound to unless one is given; empty: all."""
         return self.options.get(OPTION_HOST_BINDING, "")
@@ -145,8 +155,22 @@ class GuestSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class CardPlace:
+    """Where the network card of a guest without an agent is plugged in: a Unix socket with the framing of QEMU.
+
+    `qemu_listens`: QEMU listens there, and the bridge connects; else the other way round.
+    """
+
+    path: str
+    qemu_listens: bool
+
+    def __str__(self) -> str:
+        return f"{QEMU_SERVER if self.qemu_listens else QEMU}{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
 class GuestRecord:
-    """A guest: a VM with an agent at `address` (control) and `data_address` (data links)."""
+    """A guest: a VM with an agent at `address` (control) and `data_address` (data links), or with a card (`card`)."""
 
     id: str
     name: str
@@ -154,6 +178,14 @@ class GuestRecord:
     data_address: str
     created_at: datetime.datetime
     settings: GuestSettings = field(default_factory=GuestSettings)
+
+    @property
+    def card(self) -> CardPlace | None:
+        """Where the network card of a guest without an agent is; None: it has an agent."""
+        for prefix in (QEMU, QEMU_SERVER):
+            if self.address.startswith(prefix):
+                return CardPlace(self.address.removeprefix(prefix), prefix == QEMU_SERVER)
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from taploom.contracts.taploom.bridge.v1 import Endpoint
 
 
+_MODES = click.Choice(["nat", "nat-unprotected", "routed", "isolated"])
+
+
 @click.group()
 def network() -> None:
     """Networks, and which guests are on them.
@@ -46,6 +49,14 @@ def network() -> None:
 @click.option("--ipv6/--no-ipv6", default=False, help="Give the network IPv6 too.")
 @click.option("--ipv4/--no-ipv4", default=True, help="Give the network IPv4; default: yes.")
 @click.option("--mtu", metavar="BYTES", type=click.IntRange(0, 65535), default=0, help="Default: 1500.")
+@click.option(
+    "--ra",
+    type=click.Choice(["none", "slaac", "stateless", "stateful"]),
+    help="How IPv6 hosts that configure themselves come to addresses; default: by DHCPv6 where DHCP answers.",
+)
+@click.option("--dhcp", type=click.Choice(["auto", "on", "off"]), help="Whom DHCP answers; auto: who has no agent.")
+@click.option("--gateway-mode-ipv4", "mode4", type=_MODES, help="nat, or routed: no address translation; default: nat.")
+@click.option("--gateway-mode-ipv6", "mode6", type=_MODES, help="The same in IPv6.")
 @click.option("--label", "labels", type=Pairs("KEY=VALUE", lone=True), multiple=True, help="A label; repeatable.")
 @click.option(
     "-o", "--opt", "options", type=Pairs("KEY=VALUE"), multiple=True, help="One of Docker's driver options; repeatable."
@@ -64,6 +75,10 @@ def create(
     ipv6: bool,
     ipv4: bool,
     mtu: int,
+    ra: str | None,
+    dhcp: str | None,
+    mode4: str | None,
+    mode6: str | None,
     labels: tuple[tuple[str, str], ...],
     options: tuple[tuple[str, str], ...],
     as_json: bool,
@@ -75,9 +90,20 @@ def create(
         taploom network create app
         taploom network create back --internal --subnet 10.5.0.0/24 --gateway 10.5.0.1 --ipv6
         taploom network create quiet -o com.docker.network.bridge.enable_icc=false --label tier=front
+        taploom network create six --no-ipv4 --ipv6 --ra slaac --gateway-mode-ipv6 routed
     """
     from taploom.contracts.taploom.bridge.v1 import CreateNetworkRequest, CreateNetworkResponse
 
+    given = dict(options)
+    flags = {
+        "taploom.ipv6.ra": ra,
+        "taploom.dhcp": dhcp,
+        "com.docker.network.bridge.gateway_mode_ipv4": mode4,
+        "com.docker.network.bridge.gateway_mode_ipv6": mode6,
+    }
+    for key, value in flags.items():
+        if value is not None and given.setdefault(key, value) != value:
+            raise click.UsageError(f"option {key} is given twice, as {given[key]} and as {value}")
     request = CreateNetworkRequest(
         name=name,
         subnets=list(subnets),
@@ -89,7 +115,7 @@ def create(
         ip_ranges=list(ip_ranges),
         auxiliary_addresses=dict(auxiliary),
         labels=dict(labels),
-        options=dict(options),
+        options=given,
     )
 
     created = unary(bridge, "NetworkService/CreateNetwork", request, CreateNetworkResponse).network

@@ -135,7 +135,7 @@ class ContainerNetworks:
         else:
             # The default bridge says 0.0.0.0 and means what it means with Docker: every address of both families.
             default = "" if network.host_binding == "0.0.0.0" else network.host_binding  # noqa: S104
-            bindings = ports.wanted(container.docker, container.host, default)
+            bindings = ports.translated(ports.wanted(container.docker, container.host, default), network)
         if not bindings:
             return
         try:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from host_bridge.addressing import NAT, NAT_UNPROTECTED
 from host_bridge.containers.errors import invalid
+from host_bridge.model import NetworkRecord
 from host_bridge.ports import PortBinding
 
 _MAX_PORT = 65535
@@ -74,6 +77,21 @@ def wanted(config: Mapping[str, Any], host: Mapping[str, Any], default_address: 
                 )
             )
     return result
+
+
+def translated(bindings: Sequence[PortBinding], network: NetworkRecord) -> list[PortBinding]:
+    """The bindings that the host serves: none of a family whose gateway mode does without address translation."""
+    served = {family for family in (4, 6) if network.addressing.mode(family) in (NAT, NAT_UNPROTECTED)}
+    if len(served) == 2:
+        return list(bindings)
+    any_address = {4: "0.0.0.0", 6: "::"}  # noqa: S104 - what publishing to all addresses of a family means
+    found = []
+    for binding in bindings:
+        if binding.host_ip:
+            found += [binding] if (6 if ":" in binding.host_ip else 4) in served else []
+        else:
+            found += [dataclasses.replace(binding, host_ip=any_address[family]) for family in sorted(served)]
+    return found
 
 
 def exposed(config: Mapping[str, Any]) -> list[str]:

@@ -84,10 +84,14 @@ def _option(error: errors.NetworkOptionError) -> DockerError:
             reason = f'strconv.Atoi: parsing "{value}": invalid syntax'
         case "address":
             reason = "nil ip"
-        case "policy":
-            reason = "use allow, deny, deny-in or deny-out"
-        case _:
+        case "gateway-mode":
+            reason = f"unknown gateway mode {value}"
+        case "negative" | "range":
             return DockerError(400, f"invalid MTU number: {value}")
+        case "isolated":
+            return DockerError(400, "gateway mode 'isolated' can only be used for an internal network")
+        case _:
+            reason = error.wanted
     return DockerError(400, f"failed to parse {key} value: {value} ({reason})")
 
 

@@ -41,7 +41,7 @@ def test_a_network() -> None:
 def test_an_endpoint() -> None:
     spec = parse_endpoint(replace(ENDPOINT, mac_address="02:00:00:00:00:0A"))
     check_in_network(spec, parse_network(NETWORK))
-    assert spec.port_addresses == "02:00:00:00:00:0a 10.0.0.2 fd00::2"
+    assert spec.port_addresses == "02:00:00:00:00:0a 10.0.0.2 fd00::2 fe80::ff:fe00:a"
     assert spec.names == ("web", "www")
 
 
@@ -123,4 +123,5 @@ def test_any_endpoint_is_accepted_or_refused(**fields: object) -> None:
         assert "\n" not in exc.message
         return
     assert all(character.isalnum() or character in "_.-" for name in spec.names for character in name)
-    assert len(spec.port_addresses.split()) == 1 + len(spec.addresses)
+    link_local = any(address.version == 6 for address in spec.addresses)
+    assert len(spec.port_addresses.split()) == 1 + len(spec.addresses) + link_local

@@ -463,8 +463,9 @@ class CreateNetworkRequest(betterproto2.Message):
         map_meta=betterproto2.map_meta(betterproto2.TYPE_STRING, betterproto2.TYPE_STRING),
     )
     """
-    Docker's driver options; com.docker.network.driver.mtu, com.docker.network.bridge.enable_icc and
-    com.docker.network.bridge.enable_ip_masquerade change what the network does.
+    Docker's driver options. Those that change what the network does: com.docker.network.driver.mtu, and of
+    com.docker.network.bridge enable_icc, enable_ip_masquerade, gateway_mode_ipv4 and gateway_mode_ipv6; taploom.policy;
+    taploom.ipv6.ra, .ra.interval, .ra.preference, .rdnss (docs/ipv6.md); taploom.dhcp, .lease, .dns (docs/dhcp.md).
     """
 
 
@@ -800,17 +801,18 @@ class Guest(betterproto2.Message):
 
     address: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    Where its agent's control port is, such as vsock:3:5555.
+    Where its agent's control port is, such as vsock:3:5555; of a guest without an agent, where its network card is, such as
+    qemu:/run/vms/vm1.sock.
     """
 
     data_address: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
     """
-    Where its agent's data port is, such as vsock:3:5556.
+    Where its agent's data port is, such as vsock:3:5556; of a guest without an agent, the same as `address`.
     """
 
     connected: "bool" = betterproto2.field(5, betterproto2.TYPE_BOOL)
     """
-    True while the bridge has a control connection to it.
+    True while the bridge has a control connection to it; of a guest without an agent, while its network card is plugged in.
     """
 
     problem: "str" = betterproto2.field(6, betterproto2.TYPE_STRING)
@@ -1282,11 +1284,15 @@ class RegisterGuestRequest(betterproto2.Message):
     address: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
     """
     Where its agent's control port is: vsock:CID[:PORT], hybrid:PATH[:PORT] or unix:PATH. PORT is 5555 unless given.
+    A guest without an agent has one network card whose frames QEMU's `-netdev stream` carries over the Unix socket PATH:
+    qemu:PATH, where the bridge listens and QEMU connects, or qemu-server:PATH, where QEMU listens (server=on) and the bridge
+    connects, again whenever that breaks. It can be on one network at a time, and is given its addresses by DHCP.
     """
 
     data_address: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    Where its agent's data port is. Empty: the port after the control port; for unix:DIR/NAME, unix:DIR/data.sock.
+    Where its agent's data port is. Empty: the port after the control port; for unix:DIR/NAME, unix:DIR/data.sock. Without an agent:
+    empty.
     """
 
 

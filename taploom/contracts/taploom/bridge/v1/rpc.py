@@ -296,7 +296,7 @@ _GUEST_REMOVE_GUEST = Method(
 
 
 class GuestServiceClient:
-    """Guests: VMs with an agent."""
+    """Guests: VMs with an agent, or with a network card that QEMU carries over a stream."""
 
     def __init__(self, channel: Channel) -> None:
         """Calls go over `channel`; they fail with UNAVAILABLE once it is closed."""
@@ -352,7 +352,7 @@ class GuestServiceClient:
 
 
 class GuestServiceBase(Service):
-    """Guests: VMs with an agent."""
+    """Guests: VMs with an agent, or with a network card that QEMU carries over a stream."""
 
     service_name = "taploom.bridge.v1.GuestService"
 

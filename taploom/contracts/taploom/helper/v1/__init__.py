@@ -22,9 +22,11 @@ __all__ = (
     "DeleteEndpointResponse",
     "DeleteNetworkRequest",
     "DeleteNetworkResponse",
+    "Dhcp",
     "Endpoint",
     "EndpointPolicy",
     "EndpointStatus",
+    "GatewayMode",
     "GetHealthRequest",
     "GetHealthResponse",
     "GetInfoRequest",
@@ -39,6 +41,7 @@ __all__ = (
     "ListPolicyCountersRequest",
     "ListPolicyCountersResponse",
     "Network",
+    "OpenPort",
     "Policy",
     "PolicyAction",
     "PolicyCounters",
@@ -48,10 +51,14 @@ __all__ = (
     "PolicyPeer",
     "PolicyProtocol",
     "PolicyRule",
+    "PortProtocol",
     "PortRange",
     "RefuseStreamRequest",
     "RefuseStreamResponse",
     "ResyncNeeded",
+    "RouterAdvertisementMode",
+    "RouterAdvertisements",
+    "RouterPreference",
     "StreamWanted",
     "SyncFailure",
     "SyncRequest",
@@ -117,6 +124,57 @@ class DaemonState(betterproto2.Enum):
         }
 
 
+class GatewayMode(betterproto2.Enum):
+    """
+    What a network's gateway does in one family: Docker's gateway modes.
+    """
+
+    UNSPECIFIED = 0
+    """
+    As NAT.
+    """
+
+    NAT = 1
+    """
+    Connections leave with the helper's address; from outside nothing comes in.
+    """
+
+    NAT_UNPROTECTED = 2
+    """
+    As NAT, and who has a route to the network comes in, to all of it.
+    """
+
+    ROUTED = 3
+    """
+    Connections leave with the containers' own addresses; who has a route to the network pings it and comes in to open ports.
+    """
+
+    ISOLATED = 4
+    """
+    There is no gateway. Only where the network is internal.
+    """
+
+    @classmethod
+    def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
+        return {
+            0: "GATEWAY_MODE_UNSPECIFIED",
+            1: "GATEWAY_MODE_NAT",
+            2: "GATEWAY_MODE_NAT_UNPROTECTED",
+            3: "GATEWAY_MODE_ROUTED",
+            4: "GATEWAY_MODE_ISOLATED",
+        }
+
+    @classmethod
+    def betterproto_renamed_proto_names_to_value(cls) -> dict[str, int]:
+        return {
+            "GATEWAY_MODE_UNSPECIFIED": 0,
+            "GATEWAY_MODE_NAT": 1,
+            "GATEWAY_MODE_NAT_UNPROTECTED": 2,
+            "GATEWAY_MODE_ROUTED": 3,
+            "GATEWAY_MODE_ISOLATED": 4,
+        }
+
+
 class HelperFeature(betterproto2.Enum):
     """
     An ability that a host must not rely on unless the agent names it.
@@ -177,6 +235,17 @@ class HelperFeature(betterproto2.Enum):
     Policies are enforced: ApplyPolicy, SyncRequest.policy, Endpoint.policy. An agent without it lets everything pass.
     """
 
+    DHCP = 17
+    """
+    Endpoints are given their addresses by DHCP where they are to be: Endpoint.dhcp, Network.dhcp.
+    """
+
+    IPV6 = 18
+    """
+    Router advertisements, a way out for each family, DNS servers with IPv6 link-local addresses, ports that are open from outside:
+    Network.router_advertisements, Network.gateway_mode_ipv4 and _ipv6, Endpoint.open_ports.
+    """
+
     @classmethod
     def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
         return {
@@ -191,6 +260,8 @@ class HelperFeature(betterproto2.Enum):
             8: "HELPER_FEATURE_EARLY_LINKS",
             9: "HELPER_FEATURE_STREAM_RECORDS",
             10: "HELPER_FEATURE_POLICY",
+            17: "HELPER_FEATURE_DHCP",
+            18: "HELPER_FEATURE_IPV6",
         }
 
     @classmethod
@@ -207,6 +278,8 @@ class HelperFeature(betterproto2.Enum):
             "HELPER_FEATURE_EARLY_LINKS": 8,
             "HELPER_FEATURE_STREAM_RECORDS": 9,
             "HELPER_FEATURE_POLICY": 10,
+            "HELPER_FEATURE_DHCP": 17,
+            "HELPER_FEATURE_IPV6": 18,
         }
 
 
@@ -339,6 +412,131 @@ class PolicyProtocol(betterproto2.Enum):
             "POLICY_PROTOCOL_UDP": 2,
             "POLICY_PROTOCOL_ICMP": 3,
             "POLICY_PROTOCOL_ICMPV6": 4,
+        }
+
+
+class PortProtocol(betterproto2.Enum):
+    """
+    What an open port carries.
+    """
+
+    UNSPECIFIED = 0
+    """
+    Not a protocol; never sent.
+    """
+
+    TCP = 1
+    """
+    TCP.
+    """
+
+    UDP = 2
+    """
+    UDP.
+    """
+
+    @classmethod
+    def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
+        return {
+            0: "PORT_PROTOCOL_UNSPECIFIED",
+            1: "PORT_PROTOCOL_TCP",
+            2: "PORT_PROTOCOL_UDP",
+        }
+
+    @classmethod
+    def betterproto_renamed_proto_names_to_value(cls) -> dict[str, int]:
+        return {
+            "PORT_PROTOCOL_UNSPECIFIED": 0,
+            "PORT_PROTOCOL_TCP": 1,
+            "PORT_PROTOCOL_UDP": 2,
+        }
+
+
+class RouterAdvertisementMode(betterproto2.Enum):
+    """
+    How hosts that configure themselves come to IPv6 addresses (RFC 4861, 4.2).
+    """
+
+    UNSPECIFIED = 0
+    """
+    By DHCPv6 while an endpoint of the network is given its addresses so; else as NONE.
+    """
+
+    NONE = 1
+    """
+    The gateway says nothing.
+    """
+
+    SLAAC = 2
+    """
+    They make them of the prefix (autonomous flag). Needs a subnet of 64 bits.
+    """
+
+    STATELESS = 3
+    """
+    As SLAAC, and they ask DHCPv6 for the rest (other flag).
+    """
+
+    STATEFUL = 4
+    """
+    They ask DHCPv6 (managed flag).
+    """
+
+    @classmethod
+    def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
+        return {
+            0: "ROUTER_ADVERTISEMENT_MODE_UNSPECIFIED",
+            1: "ROUTER_ADVERTISEMENT_MODE_NONE",
+            2: "ROUTER_ADVERTISEMENT_MODE_SLAAC",
+            3: "ROUTER_ADVERTISEMENT_MODE_STATELESS",
+            4: "ROUTER_ADVERTISEMENT_MODE_STATEFUL",
+        }
+
+    @classmethod
+    def betterproto_renamed_proto_names_to_value(cls) -> dict[str, int]:
+        return {
+            "ROUTER_ADVERTISEMENT_MODE_UNSPECIFIED": 0,
+            "ROUTER_ADVERTISEMENT_MODE_NONE": 1,
+            "ROUTER_ADVERTISEMENT_MODE_SLAAC": 2,
+            "ROUTER_ADVERTISEMENT_MODE_STATELESS": 3,
+            "ROUTER_ADVERTISEMENT_MODE_STATEFUL": 4,
+        }
+
+
+class RouterPreference(betterproto2.Enum):
+    """
+    Which of several routers a host prefers (RFC 4191).
+    """
+
+    UNSPECIFIED = 0
+    """
+    Medium.
+    """
+
+    LOW = 1
+    """
+    Low.
+    """
+
+    HIGH = 2
+    """
+    High.
+    """
+
+    @classmethod
+    def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
+        return {
+            0: "ROUTER_PREFERENCE_UNSPECIFIED",
+            1: "ROUTER_PREFERENCE_LOW",
+            2: "ROUTER_PREFERENCE_HIGH",
+        }
+
+    @classmethod
+    def betterproto_renamed_proto_names_to_value(cls) -> dict[str, int]:
+        return {
+            "ROUTER_PREFERENCE_UNSPECIFIED": 0,
+            "ROUTER_PREFERENCE_LOW": 1,
+            "ROUTER_PREFERENCE_HIGH": 2,
         }
 
 
@@ -633,6 +831,32 @@ default_message_pool.register_message("taploom.helper.v1", "DeleteNetworkRespons
 
 
 @dataclass(eq=False, repr=False)
+class Dhcp(betterproto2.Message):
+    """
+    What endpoints are told by DHCP, DHCPv4 and DHCPv6, beside the addresses that they have. Their gateway and MTU are the network's.
+    """
+
+    lease_seconds: "int" = betterproto2.field(1, betterproto2.TYPE_UINT32)
+    """
+    For how long, in seconds, 60 to 2147483647; 0: 3600.
+    """
+
+    dns_servers: "list[str]" = betterproto2.field(2, betterproto2.TYPE_STRING, repeated=True)
+    """
+    The DNS servers, without prefix length, in order; none: the network's own. Those of the network itself are told as they are
+    reached: on the link.
+    """
+
+    domain: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+    """
+    The domain that names are looked for in; empty: the network's name.
+    """
+
+
+default_message_pool.register_message("taploom.helper.v1", "Dhcp", Dhcp)
+
+
+@dataclass(eq=False, repr=False)
 class Endpoint(betterproto2.Message):
     """
     An endpoint: a logical switch port with port security, a TAP, and names.
@@ -672,6 +896,16 @@ class Endpoint(betterproto2.Message):
     policy: "EndpointPolicy | None" = betterproto2.field(7, betterproto2.TYPE_MESSAGE, optional=True)
     """
     Which rules are for it; absent: none, and everything passes.
+    """
+
+    dhcp: "bool" = betterproto2.field(10, betterproto2.TYPE_BOOL)
+    """
+    True: DHCP answers it, with its own addresses.
+    """
+
+    open_ports: "list[OpenPort]" = betterproto2.field(12, betterproto2.TYPE_MESSAGE, repeated=True)
+    """
+    Its ports that are open from outside where its network's gateway mode is ROUTED.
     """
 
 
@@ -1013,7 +1247,7 @@ class Network(betterproto2.Message):
 
     dns_servers: "list[str]" = betterproto2.field(8, betterproto2.TYPE_STRING, repeated=True)
     """
-    The addresses of the network's DNS server, without prefix length, outside the subnets (link-local).
+    The addresses of the network's DNS server, without prefix length, outside the subnets (link-local); at most one per family.
     """
 
     dns_mac: "str" = betterproto2.field(9, betterproto2.TYPE_STRING)
@@ -1041,8 +1275,56 @@ class Network(betterproto2.Message):
     True: packets leave with the containers' own addresses; false: with the helper's.
     """
 
+    dhcp: "Dhcp | None" = betterproto2.field(16, betterproto2.TYPE_MESSAGE, optional=True)
+    """
+    What endpoints are told by DHCP beside their addresses; absent: the defaults.
+    """
+
+    router_advertisements: "RouterAdvertisements | None" = betterproto2.field(
+        17, betterproto2.TYPE_MESSAGE, optional=True
+    )
+    """
+    What the gateway says of itself in IPv6; absent: the defaults. Ignored without an IPv6 subnet.
+    """
+
+    gateway_mode_ipv4: "GatewayMode" = betterproto2.field(
+        18, betterproto2.TYPE_ENUM, default_factory=lambda: GatewayMode(0)
+    )
+    """
+    What the gateway does in IPv4. With masquerade_disabled connections leave with the containers' own addresses in any mode.
+    """
+
+    gateway_mode_ipv6: "GatewayMode" = betterproto2.field(
+        19, betterproto2.TYPE_ENUM, default_factory=lambda: GatewayMode(0)
+    )
+    """
+    What the gateway does in IPv6.
+    """
+
 
 default_message_pool.register_message("taploom.helper.v1", "Network", Network)
+
+
+@dataclass(eq=False, repr=False)
+class OpenPort(betterproto2.Message):
+    """
+    A port that is open from outside.
+    """
+
+    protocol: "PortProtocol" = betterproto2.field(
+        1, betterproto2.TYPE_ENUM, default_factory=lambda: PortProtocol(0)
+    )
+    """
+    What it carries.
+    """
+
+    port: "int" = betterproto2.field(2, betterproto2.TYPE_UINT32)
+    """
+    The port, 1 to 65535.
+    """
+
+
+default_message_pool.register_message("taploom.helper.v1", "OpenPort", OpenPort)
 
 
 @dataclass(eq=False, repr=False)
@@ -1308,6 +1590,45 @@ class ResyncNeeded(betterproto2.Message):
 
 
 default_message_pool.register_message("taploom.helper.v1", "ResyncNeeded", ResyncNeeded)
+
+
+@dataclass(eq=False, repr=False)
+class RouterAdvertisements(betterproto2.Message):
+    """
+    What the gateway says of itself in IPv6. The MTU is the network's; the router's lifetime is OVN's, 65535 seconds.
+    """
+
+    mode: "RouterAdvertisementMode" = betterproto2.field(
+        1, betterproto2.TYPE_ENUM, default_factory=lambda: RouterAdvertisementMode(0)
+    )
+    """
+    How hosts come to addresses.
+    """
+
+    interval_seconds: "int" = betterproto2.field(2, betterproto2.TYPE_UINT32)
+    """
+    The most seconds between two that nobody asked for, 4 to 1800; 0: only who asks is answered.
+    """
+
+    preference: "RouterPreference" = betterproto2.field(
+        3, betterproto2.TYPE_ENUM, default_factory=lambda: RouterPreference(0)
+    )
+    """
+    Which router is preferred.
+    """
+
+    dns_server: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
+    """
+    The DNS server (RFC 8106), without prefix length; empty: none.
+    """
+
+    domain: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
+    """
+    The domain that names are looked for in; empty: none.
+    """
+
+
+default_message_pool.register_message("taploom.helper.v1", "RouterAdvertisements", RouterAdvertisements)
 
 
 @dataclass(eq=False, repr=False)
