@@ -29,6 +29,8 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 
 _PARAMETER = "taploom.net="
+# What the image has for udhcpc to call; where that looks for it by itself differs between distributions.
+_SCRIPT = Path("/usr/share/udhcpc/default.script")
 _NAME = re.compile(r"[A-Za-z][\w.@-]{0,14}")
 _DEFAULT = {4: ipaddress.ip_network("0.0.0.0/0"), 6: ipaddress.ip_network("::/0")}
 
@@ -104,7 +106,7 @@ async def keep_outside(wanted: Outside, log: Path) -> None:
         if program is None:
             logger.error("no address for %s: udhcpc (busybox) is not installed", name)
             return
-        argv = [program, "-f", "-i", name, "-t", "3", "-T", "1", "-A", "5"]
+        argv = [program, "-f", "-i", name, "-t", "3", "-T", "1", "-A", "5", "-s", str(_SCRIPT)]
         await SupervisedProcess("udhcpc", argv, log=log).run()
 
 
