@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import signal
 import sys
@@ -103,6 +104,7 @@ def build(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, 
                 shutil.rmtree(work, ignore_errors=True)
         manifest["key"] = key
         manifest["seconds"]["all"] = round(time.monotonic() - started, 1)
+        manifest["cpu_seconds"]["all"] = round(sum(manifest["cpu_seconds"].values()), 1)
         (place / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
     place, hit = cached(cache, f"kernel/{arch}", key, fill)
@@ -136,13 +138,15 @@ def _build(
 ) -> dict[str, Any]:
     tree, objects = work / "source", work / "objects"
     seconds: dict[str, float] = {}
-    last = time.monotonic()
+    cpu_seconds: dict[str, float] = {}
+    last, last_cpu = time.monotonic(), _cpu_seconds()
 
     def lap(name: str) -> None:
-        nonlocal last
-        now = time.monotonic()
+        nonlocal last, last_cpu
+        now, now_cpu = time.monotonic(), _cpu_seconds()
         seconds[name] = round(now - last, 1)
-        last = now
+        cpu_seconds[name] = round(now_cpu - last_cpu, 1)
+        last, last_cpu = now, now_cpu
 
     if not _stamped(work, stamp):
         progress.say(f"unpacking {source.path.name}")
@@ -184,7 +188,14 @@ def _build(
         "cpus": os.cpu_count(),
         "host": platform.machine(),
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
     }
+
+
+def _cpu_seconds() -> float:
+    """Seconds of processor time of all commands that were run so far, and of what they ran."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _stamped(work: Path, stamp: str) -> bool:
