@@ -17,17 +17,19 @@ import trio
 from host_bridge.guest_peer import GuestPeer
 from host_bridge.helper_peer import HelperPeer
 from host_bridge.names import clean_text
-from host_bridge.peer import Peer, rpc_reason
+from host_bridge.peer import MOST_PATIENCE, Peer, rpc_reason
 from host_bridge.waiting import Backoff, Signal
 from taploom.contracts.taploom.link.v1 import LinkCounters, LinkFeature
 from taploom.link import Dataplane, DataplaneError, FeatureMismatchError, LinkError, close_relay, new_secret, open_relay
 from taploom.link.handshake import HandshakeError
+from taploom.patience import Patience
 from taploom.rpc import RpcError
 
 logger = logging.getLogger("taploom.bridge.links")
 
 # A link that broke sooner than this after it came up is dialled again with back-off, not at once.
 STABLE_AFTER = 1.0
+DIAL_TIMEOUT = 10.0  # of the first attempt, both handshakes included
 
 
 class _NotToBeError(Exception):
@@ -68,6 +70,7 @@ class DataLink:
         self._spent: set[bytes] = set()
         self._down: str | None = None
         self._common: frozenset[LinkFeature] | None = None
+        self._patience = Patience(DIAL_TIMEOUT, MOST_PATIENCE * DIAL_TIMEOUT)
 
     def secret_accepted(self, peer: Peer[Any], secret: bytes) -> None:
         """Says that an agent accepted a secret along with the endpoint's description."""
@@ -179,18 +182,20 @@ class DataLink:
         generation = self.generation + 1
         self._down = None
         try:
-            self.features = await open_relay(
-                self._dataplane,
-                self.endpoint_id,
-                guest=self.guest.data_address,
-                helper=self.helper.data_address,
-                endpoint_id=self.endpoint_id,
-                guest_secret=secrets[self.guest],
-                helper_secret=secrets[self.helper],
-                features=self._wanted_features(),
-                on_down=lambda reason: self._broken(generation, reason),
-                when=self._until_ready if early else None,
-            )
+            with self._patience.attempt(LinkError) as within:
+                self.features = await open_relay(
+                    self._dataplane,
+                    self.endpoint_id,
+                    guest=self.guest.data_address,
+                    helper=self.helper.data_address,
+                    endpoint_id=self.endpoint_id,
+                    guest_secret=secrets[self.guest],
+                    helper_secret=secrets[self.helper],
+                    features=self._wanted_features(),
+                    on_down=lambda reason: self._broken(generation, reason),
+                    when=self._until_ready if early else None,
+                    timeout=within,
+                )
         except LinkError as error:
             if early and not isinstance(error, FeatureMismatchError):
                 raise _NotToBeError from error
