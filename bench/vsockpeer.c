@@ -103,13 +103,26 @@ static void fill(uint8_t *block, size_t size, uint64_t offset)
 		memcpy(block + i, &word, 4);
 }
 
+/* Words at a time where they are whole: looking at every byte would cost more than the transfer does. */
 static int64_t first_wrong(const uint8_t *data, size_t size, uint64_t offset)
 {
-	for (size_t i = 0; i < size; i++) {
-		uint64_t at = offset + i;
+	size_t i = 0;
 
-		if (data[i] != (uint8_t)((uint32_t)(at / 4) >> (at % 4 * 8)))
+	while (i < size) {
+		uint64_t at = offset + i;
+		uint32_t word = at / 4;
+		uint64_t seen;
+
+		if (at % 4 == 0 && size - i >= sizeof seen) {
+			memcpy(&seen, data + i, sizeof seen);
+			if (seen == ((uint64_t)(uint32_t)(word + 1) << 32 | word)) {
+				i += sizeof seen;
+				continue;
+			}
+		}
+		if (data[i] != (uint8_t)(word >> (at % 4 * 8)))
 			return i;
+		i++;
 	}
 	return -1;
 }
@@ -229,29 +242,55 @@ static int copy(int from, int to, char *data)
 	return 0;
 }
 
-/* A process for each of the two connections, and a Unix socket between them. */
+static int send_descriptor(int to, int fd)
+{
+	union {
+		struct cmsghdr header;
+		char space[CMSG_SPACE(sizeof fd)];
+	} control = { .header = { CMSG_LEN(sizeof fd), SOL_SOCKET, SCM_RIGHTS } };
+	char byte = 0;
+	struct iovec data = { &byte, 1 };
+	struct msghdr message = { .msg_iov = &data, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control };
+
+	memcpy(CMSG_DATA(&control.header), &fd, sizeof fd);
+	return sendmsg(to, &message, 0) == 1 ? 0 : -1;
+}
+
+static int receive_descriptor(int from)
+{
+	union {
+		struct cmsghdr header;
+		char space[CMSG_SPACE(sizeof from)];
+	} control;
+	char byte;
+	struct iovec data = { &byte, 1 };
+	struct msghdr message = { .msg_iov = &data, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control };
+	int fd = -1;
+
+	if (recvmsg(from, &message, 0) == 1 && message.msg_controllen >= CMSG_LEN(sizeof fd))
+		memcpy(&fd, CMSG_DATA(&control.header), sizeof fd);
+	return fd;
+}
+
+/* Whoever comes second gives its connection to the first one, by a Unix socket; it copies between the two. */
 static void join(int fd, uint32_t id)
 {
 	struct sockaddr_un name = { .sun_family = AF_UNIX };
 	socklen_t size = sizeof name.sun_family + 1 + snprintf(name.sun_path + 1, 64, "vsockpeer-%u", id);
-	int other = socket(AF_UNIX, SOCK_STREAM, 0), buffer = 4 << 20;
+	int other = socket(AF_UNIX, SOCK_STREAM, 0);
 	struct pollfd p[2] = { { .fd = fd, .events = POLLIN }, { .events = POLLIN } };
 	char *data = malloc(BLOCK);
 
-	if (bind(other, (struct sockaddr *)&name, size) == 0) {
-		int listener = other;
-
-		listen(listener, 1);
-		other = accept(listener, NULL, NULL);
-		close(listener);
-	} else {
+	if (bind(other, (struct sockaddr *)&name, size)) {
 		while (connect(other, (struct sockaddr *)&name, size))
 			usleep(1000);
+		send_descriptor(other, fd);
+		return;
 	}
-	setsockopt(other, SOL_SOCKET, SO_SNDBUFFORCE, &buffer, sizeof buffer);
-	p[1].fd = other;
-	while (poll(p, 2, -1) > 0)
-		if ((p[0].revents && copy(fd, other, data)) || (p[1].revents && copy(other, fd, data)))
+	listen(other, 1);
+	p[1].fd = receive_descriptor(accept(other, NULL, NULL));
+	while (p[1].fd >= 0 && poll(p, 2, -1) > 0)
+		if ((p[0].revents && copy(fd, p[1].fd, data)) || (p[1].revents && copy(p[1].fd, fd, data)))
 			return;
 }
 
