@@ -23,6 +23,7 @@ from agent_helper.events import Events
 from agent_helper.fabric import Fabric
 from agent_helper.firewall import Redirect
 from agent_helper.outside import Outside, keep_outside, parse_outside
+from agent_helper.qos_service import QosService
 from agent_helper.service import HelperService, daemon_message
 from agent_helper.stack import Stack, find_programs, new_instance_id
 from agent_helper.streams import MAX_HANDSHAKES, Streams
@@ -161,7 +162,7 @@ async def _serve(control: Address, data: Address, state_dir: Path, outside: Outs
         service = HelperService(
             fabric, stack, link_server, events, streams, link_features=features, instance_id=instance_id
         )
-        server = Server([service])
+        server = Server([service, QosService(fabric)])
         server.health.set(_SERVICE, False)
         control_listener, data_listener = await open_listener(control), await open_listener(data)
         nursery.start_soon(_until_signal, nursery.cancel_scope, server)

@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from agent_helper import links, northbound, policy_rows, vswitch
+from agent_helper import links, northbound, policy_rows, qos_counters, qos_rows, vswitch
 from agent_helper.dns import DnsServer
 from agent_helper.errors import HelperError, InvalidSpecError, NotFoundError, PreconditionError, UnavailableError
 from agent_helper.locks import KeyedLocks, SharedLock
@@ -434,6 +434,7 @@ class Fabric:
             ports = [(e.spec, *northbound.ensure_endpoint(txn, e.spec, e.network.spec)) for e in wanted]
             # In the same transaction: there is no moment in which they are reached by whom they must not be.
             policy_rows.ensure_members(txn, ports, uplink)
+            northbound.ensure_qos(txn, [e.spec for e in wanted])
 
         async def plug() -> None:
             await self._give_taps([e for e in wanted if e.tap is None])
@@ -641,6 +642,21 @@ class Fabric:
         acls = {rule_id: uuid for rule_id, uuid in acls.items() if rule_id in wanted}
         return await read_counters(self._stack.socket, self._stack.mgmt, acls) if acls else {}
 
+    async def qos_counters(self, endpoint_ids: Sequence[str]) -> dict[tuple[str, bool], qos_counters.Limited]:
+        """What limits have done since they were programmed, by endpoint and whether it is of what comes in; no endpoint
+        named: of all.
+
+        Raises:
+            UnavailableError: OVS or OVN does not answer.
+        """
+        self._check_ready()
+        limits = await self._stack.nb.transact(qos_rows.limits_of)
+        limits = {key: uuid for key, uuid in limits.items() if not endpoint_ids or key[0] in endpoint_ids}
+        if not limits:
+            return {}
+        stack = self._stack
+        return await qos_counters.read_counters(stack.socket, stack.mgmt, stack.list_meters, limits)
+
     def _enter_members(self, members: Mapping[str, EndpointPolicy | None]) -> None:
         for endpoint_id, member in members.items():
             endpoint = self.endpoints.get(endpoint_id)
@@ -812,6 +828,7 @@ class Fabric:
                 northbound.ensure_network(txn, network.spec, uplink)
             ports = [(e.spec, northbound.ensure_endpoint(txn, e.spec, e.network.spec)[0]) for e in endpoints]
             policy_rows.ensure_policy(txn, policy, ports, uplink)
+            northbound.ensure_qos(txn, [e.spec for e in endpoints])
 
         interfaces = {n.dns.outer: northbound.dns_port(n.spec.network_id) for n in networks if n.dns is not None}
         interfaces |= {e.tap.name: northbound.endpoint_port(e.spec.endpoint_id) for e in endpoints if e.tap is not None}
@@ -850,7 +867,7 @@ def _keys(spec: EndpointSpec) -> list[str]:
 
 def _seen(spec: EndpointSpec) -> tuple[object, ...]:
     """What of an endpoint packets meet in OVN."""
-    return spec.port_addresses, spec.policy, spec.dhcp
+    return spec.port_addresses, spec.policy, spec.dhcp, spec.qos
 
 
 def _dns_part(spec: NetworkSpec) -> tuple[object, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from agent_helper import dhcp_rows, policy_rows
+from agent_helper import dhcp_rows, policy_rows, qos_rows
 from agent_helper.errors import UnavailableError
 from agent_helper.ovsdb import Row, Txn
 from agent_helper.spec import EndpointSpec, Leg, NetworkSpec, UplinkSpec, legs
@@ -173,12 +173,23 @@ def ensure_endpoint(txn: Txn, spec: EndpointSpec, network: NetworkSpec) -> tuple
     return port, new
 
 
+def ensure_qos(txn: Txn, specs: Iterable[EndpointSpec]) -> None:
+    """The limits and marks of endpoints whose ports are there."""
+    found = []
+    for spec in specs:
+        switch = txn.find("Logical_Switch", switch_name(spec.network_id))
+        if switch is not None and (spec.qos.rules or getattr(switch, "qos_rules", ())):
+            found.append((spec, switch, endpoint_port(spec.endpoint_id)))
+    qos_rows.ensure_endpoints(txn, found)
+
+
 def remove_endpoints(txn: Txn, ports: Iterable[tuple[str, str]]) -> None:
     """The ports of (network_id, endpoint_id); nothing for those that are not there."""
     for network_id, endpoint_id in ports:
         switch = txn.find("Logical_Switch", switch_name(network_id))
         if switch is not None:
             _remove_port(txn, switch, endpoint_port(endpoint_id))
+            qos_rows.remove_endpoint(txn, switch, endpoint_id)
     dhcp_rows.remove_unused(txn)
     policy_rows.remove_unused(txn)
 
@@ -196,8 +207,10 @@ def remove_strangers(txn: Txn, networks: Iterable[str], endpoints: Iterable[tupl
             if row.name not in keep:
                 txn.delete(table, row)
     ports: dict[str, set[str]] = {}
+    ids: dict[str, set[str]] = {}
     for network_id, endpoint_id in endpoints:
         ports.setdefault(switch_name(network_id), set()).add(endpoint_port(endpoint_id))
+        ids.setdefault(switch_name(network_id), set()).add(endpoint_id)
     ports[UPLINK_SWITCH] = {KERNEL_PORT} | {f"to-up-{n}" for n in wanted}
     for switch in txn.rows("Logical_Switch"):
         for port in switch.ports:
@@ -205,6 +218,7 @@ def remove_strangers(txn: Txn, networks: Iterable[str], endpoints: Iterable[tupl
             if ours and port.name not in ports.get(switch.name, ()):
                 switch.delvalue("ports", port)
                 txn.delete("Logical_Switch_Port", port)
+        qos_rows.remove_strangers(txn, switch, ids.get(switch.name, ()))
     dhcp_rows.remove_unused(txn)
 
 

@@ -113,7 +113,7 @@ class HelperService(HelperServiceBase):
         features = [_LINK_FEATURES[feature] for feature in sorted(self._link_features)]
         features += [HelperFeature.EVENTS, HelperFeature.EGRESS, HelperFeature.STREAMS, HelperFeature.EARLY_LINKS]
         features.append(HelperFeature.STREAM_RECORDS)
-        features += [HelperFeature.POLICY, HelperFeature.DHCP, HelperFeature.IPV6]
+        features += [HelperFeature.POLICY, HelperFeature.DHCP, HelperFeature.IPV6, HelperFeature.QOS]
         if self._stack.kernel_datapath:
             features.append(HelperFeature.KERNEL_DATAPATH)
         return GetInfoResponse(
@@ -140,26 +140,26 @@ class HelperService(HelperServiceBase):
         return GetHealthResponse(ready=not reason, reason=reason, daemons=daemons)
 
     async def apply_network(self, request: ApplyNetworkRequest, context: ServerContext) -> ApplyNetworkResponse:
-        with _as_status():
+        with as_status():
             if request.network is None:
                 raise InvalidSpecError("network is missing")
             await self._fabric.apply_network(request.network)
         return ApplyNetworkResponse()
 
     async def delete_network(self, request: DeleteNetworkRequest, context: ServerContext) -> DeleteNetworkResponse:
-        with _as_status():
+        with as_status():
             await self._fabric.delete_network(request.network_id)
         return DeleteNetworkResponse()
 
     async def apply_endpoint(self, request: ApplyEndpointRequest, context: ServerContext) -> ApplyEndpointResponse:
-        with _as_status():
+        with as_status():
             if request.endpoint is None:
                 raise InvalidSpecError("endpoint is missing")
             endpoint = await self._fabric.apply_endpoint(request.endpoint, request.link_secret)
             return ApplyEndpointResponse(status=self._status(endpoint))
 
     async def delete_endpoint(self, request: DeleteEndpointRequest, context: ServerContext) -> DeleteEndpointResponse:
-        with _as_status():
+        with as_status():
             await self._fabric.delete_endpoint(request.endpoint_id)
         return DeleteEndpointResponse()
 
@@ -172,12 +172,12 @@ class HelperService(HelperServiceBase):
         return ListNetworksResponse(networks=[network.message for network in networks])
 
     async def authorize_link(self, request: AuthorizeLinkRequest, context: ServerContext) -> AuthorizeLinkResponse:
-        with _as_status():
+        with as_status():
             self._fabric.authorize(request.endpoint_id, request.secret)
         return AuthorizeLinkResponse()
 
     async def apply_uplink(self, request: ApplyUplinkRequest, context: ServerContext) -> ApplyUplinkResponse:
-        with _as_status():
+        with as_status():
             if request.uplink is None:
                 raise InvalidSpecError("uplink is missing")
             await self._fabric.apply_uplink(request.uplink)
@@ -186,7 +186,7 @@ class HelperService(HelperServiceBase):
     async def authorize_streams(
         self, request: AuthorizeStreamsRequest, context: ServerContext
     ) -> AuthorizeStreamsResponse:
-        with _as_status():
+        with as_status():
             self._streams.authorize(request.secret)
         return AuthorizeStreamsResponse()
 
@@ -195,7 +195,7 @@ class HelperService(HelperServiceBase):
         return RefuseStreamResponse()
 
     async def apply_policy(self, request: ApplyPolicyRequest, context: ServerContext) -> ApplyPolicyResponse:
-        with _as_status():
+        with as_status():
             if request.policy is None:
                 raise InvalidSpecError("policy is missing")
             await self._fabric.apply_policy(request.policy, request.endpoints)
@@ -204,7 +204,7 @@ class HelperService(HelperServiceBase):
     async def list_policy_counters(
         self, request: ListPolicyCountersRequest, context: ServerContext
     ) -> ListPolicyCountersResponse:
-        with _as_status():
+        with as_status():
             counted = await self._fabric.policy_counters(request.rule_ids)
         return ListPolicyCountersResponse(
             counters=[
@@ -214,7 +214,7 @@ class HelperService(HelperServiceBase):
         )
 
     async def sync(self, request: SyncRequest, context: ServerContext) -> SyncResponse:
-        with _as_status():
+        with as_status():
             outcome = await self._fabric.sync(request)
             return SyncResponse(
                 endpoints=[self._status(endpoint) for endpoint in outcome.endpoints],
@@ -251,7 +251,7 @@ class HelperService(HelperServiceBase):
 
 
 @contextlib.contextmanager
-def _as_status() -> Iterator[None]:
+def as_status() -> Iterator[None]:
     """Errors of ours become the call's status."""
     try:
         yield

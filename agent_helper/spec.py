@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from agent_helper.errors import InvalidSpecError
 from agent_helper.policy import MemberSpec, parse_member
+from agent_helper.qos import QosSpec, parse_qos
 from taploom.contracts.taploom.helper.v1 import (
     Dhcp,
     Endpoint,
@@ -172,6 +173,7 @@ class EndpointSpec:
     policy: MemberSpec = field(default_factory=MemberSpec)
     dhcp: bool = False
     open_ports: tuple[tuple[str, int], ...] = ()  # (tcp or udp, port)
+    qos: QosSpec = field(default_factory=QosSpec)
 
     @property
     def port_addresses(self) -> str:
@@ -386,6 +388,7 @@ def parse_endpoint(message: Endpoint) -> EndpointSpec:
         parse_member(message.policy),
         message.dhcp,
         _open_ports(message.open_ports),
+        parse_qos(message.qos),
     )
 
 

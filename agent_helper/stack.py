@@ -61,11 +61,11 @@ _CONF_MIRROR = {
 }
 _NB_TABLES = {
     "NB_Global": ["nb_cfg", "hv_cfg", "options"],
-    "Logical_Switch": ["name", "ports", "acls", "other_config", "external_ids"],
     "Logical_Switch_Port": [
         *("name", "type", "options", "addresses", "port_security", "enabled", "dhcpv4_options", "dhcpv6_options"),
         "external_ids",
     ],
+    "Logical_Switch": ["name", "ports", "acls", "qos_rules", "other_config", "external_ids"],
     "Logical_Router": ["name", "ports", "static_routes", "policies", "nat", "options", "external_ids"],
     "Logical_Router_Port": ["name", "networks", "mac", "options", "ipv6_ra_configs", "external_ids"],
     "Logical_Router_Policy": ["priority", "match", "action", "external_ids"],
@@ -74,6 +74,7 @@ _NB_TABLES = {
     "ACL": ["priority", "direction", "match", "action", "name", "log", "severity", "meter", "external_ids"],
     "DHCP_Options": ["cidr", "options", "external_ids"],
     "Port_Group": ["name", "ports", "acls"],
+    "QoS": ["priority", "direction", "match", "action", "bandwidth", "external_ids"],
     "Address_Set": ["name", "addresses"],
     "Meter": ["name", "unit", "bands", "fair"],
     "Meter_Band": ["action", "rate", "burst_size"],
@@ -539,6 +540,11 @@ class Stack:
                 match = re.search(r"\d+(\.\d+)+", await self._control(socket, "version"))
             found.append(match[0] if match else "")
         self.ovs_version, self.ovn_version = found
+
+    async def list_meters(self) -> str:
+        """The meters of the data path and what they are made from, in ovn-controller's words."""
+        pid = self.daemons["ovn-controller"].pid
+        return await self._control(self.run_dir / f"ovn-controller.{pid}.ctl", "meter-table-list")
 
     async def _control(self, socket: Path, command: str) -> str:
         """Has a daemon do a command of ovs-appctl(8) (ovs-vswitchd(8), "Runtime Management Commands"); returns what it

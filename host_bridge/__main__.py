@@ -26,6 +26,7 @@ from host_bridge.host_addresses import HostAddresses, host_networks
 from host_bridge.ipam import parse_address as parse_ip
 from host_bridge.policy.api import PolicyApi
 from host_bridge.ports import PortPublisher
+from host_bridge.qos.api import QosApi
 from host_bridge.store import Store
 from taploom import __version__
 from taploom.address import Address, AddressError, CheckedListener, data_address, open_listener, parse_address
@@ -154,7 +155,8 @@ async def serve(
             manager = ContainerManager(fabric, publisher, None if runtime is None else RuntimeClient(runtime))
             docker_api = DockerApi(fabric, manager)
             containers.register(docker_api, manager)
-            server = Server([NetworkApi(fabric), GuestApi(fabric), StatusApi(fabric), PolicyApi(fabric)])
+            services = [NetworkApi(fabric), GuestApi(fabric), StatusApi(fabric), PolicyApi(fabric), QosApi(fabric)]
+            server = Server(services)
             async with trio.open_nursery() as nursery:
                 await nursery.start(fabric.run)
                 await nursery.start(publisher.run)
@@ -163,8 +165,8 @@ async def serve(
                 if docker_listener is not None:
                     await nursery.start(serve_docker, docker_listener, docker_api)
                     logger.info("serving Docker's API at %s", docker_listener.address)
-                for service in ("NetworkService", "GuestService", "StatusService", "PolicyService"):
-                    server.health.set(f"taploom.bridge.v1.{service}", serving=True)
+                for service in services:
+                    server.health.set(service.service_name, serving=True)
                 notify_ready()
                 logger.info("serving at %s, helper at %s, version %s", socket, helper, __version__)
                 async for number in signals:

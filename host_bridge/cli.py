@@ -21,6 +21,7 @@ _COMMANDS = {
     "network": ("host_bridge.commands.network", "network", "Networks, and which guests are on them."),
     "guest": ("host_bridge.commands.guest", "guest", "Guests: VMs with an agent in them."),
     "policy": ("host_bridge.commands.policy", "policy", "Which connections may pass."),
+    "qos": ("host_bridge.commands.qos", "qos", "How much guests may send and receive."),
     "status": ("host_bridge.commands.status", "status", "How every component and link is."),
     "topology": ("host_bridge.commands.topology", "topology", "The fabric as a tree, a page or a drawing."),
     "top": ("host_bridge.commands.top", "top", "What every endpoint carries, live."),

@@ -253,7 +253,9 @@ def helper_endpoint(
     guest_record: GuestRecord,
     network: NetworkRecord,
     policy: helper.EndpointPolicy | None = None,
+    *,
     open_ports: Sequence[tuple[str, int]] = (),
+    qos: helper.Qos | None = None,
 ) -> helper.Endpoint:
     """What the helper is to make of an endpoint.
 
@@ -273,11 +275,17 @@ def helper_endpoint(
             helper.OpenPort(protocol=helper.PortProtocol[protocol.upper()], port=port)
             for protocol, port in (open_ports if routed else ())
         ],
+        qos=qos,
     )
 
 
 def bridge_endpoint(
-    endpoint: EndpointRecord, network: NetworkRecord, guest_record: GuestRecord, *, link_up: bool
+    endpoint: EndpointRecord,
+    network: NetworkRecord,
+    guest_record: GuestRecord,
+    *,
+    link_up: bool,
+    qos: Sequence[bridge.QosRule] = (),
 ) -> bridge.Endpoint:
     """An endpoint as the bridge's callers see it."""
     return bridge.Endpoint(
@@ -294,10 +302,13 @@ def bridge_endpoint(
         link_up=link_up,
         links=dict(endpoint.links),
         driver_options=dict(endpoint.driver_options),
+        qos=list(qos),
     )
 
 
-def bridge_network(network: NetworkRecord, endpoints: Iterable[bridge.Endpoint]) -> bridge.Network:
+def bridge_network(
+    network: NetworkRecord, endpoints: Iterable[bridge.Endpoint], qos: Sequence[bridge.QosRule] = ()
+) -> bridge.Network:
     """A network as the bridge's callers see it."""
     return bridge.Network(
         id=network.id,
@@ -315,6 +326,7 @@ def bridge_network(network: NetworkRecord, endpoints: Iterable[bridge.Endpoint])
         ip_ranges=[subnet.ip_range for subnet in network.subnets if subnet.ip_range],
         auxiliary_addresses={name: address for subnet in network.subnets for name, address in subnet.auxiliary},
         uplink_addresses=list(network.uplink_addresses),
+        qos=list(qos),
     )
 
 

@@ -81,6 +81,8 @@ from host_bridge.names import (
 )
 from host_bridge.policy.model import ALLOW, DEFAULTS, OPTION_POLICY
 from host_bridge.policy.state import PolicyState
+from host_bridge.qos.model import from_options
+from host_bridge.qos.state import QosState
 from host_bridge.store import Store
 from taploom.address import VMADDR_CID_ANY, Address, AddressError, FdAddress, VsockAddress, data_address, parse_address
 
@@ -123,11 +125,13 @@ class DesiredState:
 
     Attributes:
         policies: which connections may pass.
+        qos: how much guests may send and receive.
     """
 
     def __init__(self, store: Store, *, host_networks: Callable[[], Iterable[ipam.Subnet]] = _no_networks) -> None:
         self._store = store
         self.policies = PolicyState(store)
+        self.qos = QosState(store)
         self._host_networks = host_networks
         # The next number of a guest's interfaces, by prefix.
         self._interfaces: dict[str, dict[str, int]] = {}
@@ -439,6 +443,8 @@ class DesiredState:
             guest = self.find_guest(text)
             endpoints = self._store.endpoints(guest_id=guest.id)
             self._store.delete_guest(guest.id)
+            if not self._store.is_container(guest.id):  # which only stops, and comes back with what is said of it
+                self._store.delete_qos(guest_id=guest.id)
         self._interfaces.pop(guest.id, None)
         return guest, endpoints
 
@@ -484,6 +490,7 @@ class DesiredState:
                 raise InvalidError(f"two IPv{address.version} addresses: give one per family")
             wanted[address.version] = address
         mac = check_mac(options.mac_address) if options.mac_address else ""
+        from_options(options.driver_options)
         aliases, names, links = any_aliases(options.aliases), any_aliases(options.names), any_links(options.links)
 
         with self._store.change(durable=False):
@@ -537,6 +544,33 @@ class DesiredState:
             self._store.insert_endpoint(endpoint)
         return endpoint
 
+    def find_place(self, network_text: str, guest_text: str) -> tuple[NetworkRecord, str, str]:
+        """A network, the id of a guest on it (empty: none is named), and what messages call the two.
+
+        Args:
+            network_text: id, name or prefix; may be empty for a guest that is on one network only.
+            guest_text: id, name or prefix; empty: the network alone is meant.
+
+        Raises:
+            InvalidError, NotFoundError, PreconditionError: there is no such place.
+        """
+        if not guest_text:
+            network = self.find_network(network_text)
+            if not network.switched:
+                raise InvalidError(f"network {network.name} is a name only: nothing passes there")
+            return network, "", f"network {network.name}"
+        guest = self.find_guest(guest_text)
+        if network_text:
+            network = self.find_network(network_text)
+            if self._store.endpoint_of(network.id, guest.id) is None:
+                raise NotConnectedError(guest.name, network.name, guest.id)
+            return network, guest.id, f"{guest.name} on {network.name}"
+        networks = [self.network_name(endpoint.network_id) for endpoint in self._store.endpoints(guest_id=guest.id)]
+        if len(networks) != 1:
+            listed = f"on networks {', '.join(sorted(networks))}" if networks else "on no network"
+            raise InvalidError(f"guest {guest.name} is {listed}: name the network that is meant")
+        return self.find_network(networks[0]), guest.id, f"{guest.name} on {networks[0]}"
+
     def rename_interface(self, endpoint_id: str, refused: set[str]) -> str | None:
         """Gives a pending endpoint another interface name, none of `refused`; None: it is gone.
 
@@ -572,7 +606,13 @@ class DesiredState:
             if endpoint is None:
                 raise NotConnectedError(guest.name, network.name, guest.id)
             self._store.delete_endpoint(endpoint.id)
+            self._store.delete_qos(network_id=network.id, guest_id=guest.id)
         return endpoint
+
+    def forget_connection(self, network_id: str, guest_id: str) -> None:
+        """Forgets what is said of a container on a network that it was taken off while it did not run."""
+        with self._store.change():
+            self._store.delete_qos(network_id=network_id, guest_id=guest_id)
 
     def remove_pending(self) -> int:
         """Removes networks and endpoints that a bridge that was killed had not finished; returns how many."""
@@ -646,6 +686,7 @@ def _checked_options(options: NetworkOptions) -> int:
             raise NetworkOptionError(key, values[key], "bool")
     if values.get(OPTION_POLICY, ALLOW) not in DEFAULTS:
         raise NetworkOptionError(OPTION_POLICY, values[OPTION_POLICY], "policy")
+    from_options(values)
     if OPTION_HOST_BINDING in values:
         try:
             ipaddress.ip_address(values[OPTION_HOST_BINDING])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,9 @@ from host_bridge.peer import CALL_TIMEOUT, PERMANENT, Peer
 from host_bridge.policy.log import PolicyLog
 from host_bridge.policy.model import Group, NetworkDefault
 from host_bridge.policy.state import Changes
+from host_bridge.qos.messages import rules_message
+from host_bridge.qos.model import Said
+from host_bridge.qos.state import Entry
 from taploom.address import Address
 from taploom.contracts.taploom.bridge import v1 as bridge
 from taploom.contracts.taploom.helper.v1 import StreamWanted
@@ -117,6 +120,7 @@ class Fabric:
             on_up=lambda: self.events.emit("helper-up"),
             on_stream_wanted=self._stream_wanted,
             policies=desired.policies,
+            qos=desired.qos,
             on_policy_logged=self.policy_log.add,
             upstreams=upstreams,
             **self._callbacks(lambda: self.helper),
@@ -233,13 +237,17 @@ class Fabric:
 
     async def _until_enforced(self) -> str:
         self.helper.touch(POLICY_KEY)
+        return await self._until_helper_has(POLICY_KEY)
+
+    async def _until_helper_has(self, key: str) -> str:
+        """Waits until the helper has an object as it is wanted; returns why it does not, for people."""
         try:
             await self._converge(
-                lambda condition: self.helper.changes.until(POLICY_KEY, condition),
-                done=lambda: self.helper.has(POLICY_KEY),
-                refused=lambda: _refusal(self.helper, POLICY_KEY),
+                lambda condition: self.helper.changes.until(key, condition),
+                done=lambda: self.helper.has(key),
+                refused=lambda: _refusal(self.helper, key),
                 peers=(self.helper,),
-                explain=lambda: self.helper.waits_for(POLICY_KEY),
+                explain=lambda: self.helper.waits_for(key),
             )
         except UnavailableError as error:
             return str(error)
@@ -250,6 +258,59 @@ class Fabric:
         if self.helper.lacks_policy:
             return self.helper.too_old_for_policy
         return "" if self.helper.has(POLICY_KEY) else self.helper.waits_for(POLICY_KEY)
+
+    # Limits
+
+    async def set_qos(self, network: str, guest: str, said: Mapping[str, Said]) -> tuple[Entry, str]:
+        """Changes how much a guest on a network, or by default each on it, may send and receive; returns once it is in
+        force.
+
+        Args:
+            network: id, name or prefix; may be empty for a guest that is on one network only.
+            guest: id, name or prefix; empty: the network's default.
+            said: of each direction; what is not given stays as it is.
+
+        Returns:
+            What is said now, and why it is not in force yet, for people: the helper converges to it all the same.
+
+        Raises:
+            InvalidError, NotFoundError, PreconditionError: nothing was changed.
+        """
+        if self.helper.lacks_qos:
+            raise PreconditionError(self.helper.too_old_for_qos)
+        record, guest_id, label = self.desired.find_place(network, guest)
+        entry = self.desired.qos.set(record.id, guest_id, said)
+        logger.info("limits of %s: changed", label)
+        return entry, await self._until_limited(record, guest_id)
+
+    async def remove_qos(self, network: str, guest: str, direction: str) -> str:
+        """Removes what `set_qos` has said; returns why the helper does not know yet, for people.
+
+        Raises:
+            InvalidError, NotFoundError, PreconditionError: nothing was changed.
+        """
+        record, guest_id, label = self.desired.find_place(network, guest)
+        self.desired.qos.remove(record.id, guest_id, direction, label)
+        logger.info("limits of %s: removed", label)
+        return await self._until_limited(record, guest_id)
+
+    async def _until_limited(self, network: NetworkRecord, guest_id: str) -> str:
+        endpoints = self.desired.store.endpoints(network_id=network.id)
+        ids = [endpoint.id for endpoint in endpoints if guest_id in ("", endpoint.guest_id)]
+        for endpoint_id in ids:
+            self.helper.touch(endpoint_id)
+        for endpoint_id in ids:
+            pending = await self._until_helper_has(endpoint_id)
+            # One that went meanwhile is not waited for.
+            if pending and self.desired.store.endpoint(endpoint_id) is not None:
+                return pending
+        return ""
+
+    def qos_pending(self) -> str:
+        """Why limits are not in force, for people; empty when they are."""
+        if not self.helper.lacks_qos or not self.desired.qos.entries():
+            return ""
+        return self.helper.too_old_for_qos
 
     # Guests
 
@@ -572,7 +633,8 @@ class Fabric:
     def network_message(self, record: NetworkRecord) -> bridge.Network:
         """A network with its endpoints."""
         endpoints = self.desired.store.endpoints(network_id=record.id)
-        return bridge_network(record, [self.endpoint_message(endpoint) for endpoint in endpoints if endpoint.active])
+        messages = [self.endpoint_message(endpoint) for endpoint in endpoints if endpoint.active]
+        return bridge_network(record, messages, rules_message(self.desired.qos.default_of(record)))
 
     def guest_message(self, record: GuestRecord) -> bridge.Guest:
         """A guest with its endpoints and connection."""
@@ -591,7 +653,8 @@ class Fabric:
         guest = self.desired.store.guest(record.guest_id)
         assert network is not None and guest is not None, "foreign keys"
         link = self.links.get(record.id)
-        return bridge_endpoint(record, network, guest, link_up=link is not None and link.up)
+        qos = rules_message(self.desired.qos.in_force(record, network))
+        return bridge_endpoint(record, network, guest, link_up=link is not None and link.up, qos=qos)
 
 
 def _refusal(peer: Peer[Any], key: str) -> str | None:

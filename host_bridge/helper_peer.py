@@ -28,6 +28,7 @@ from host_bridge.peer import (
     status_code,
 )
 from host_bridge.policy.state import PolicyState
+from host_bridge.qos.state import QosState
 from host_bridge.store import Store
 from taploom.address import Address, HybridAddress
 from taploom.contracts.taploom.helper.v1 import (
@@ -49,8 +50,10 @@ from taploom.contracts.taploom.helper.v1 import (
     HelperFeature,
     ListEndpointsRequest,
     ListPolicyCountersRequest,
+    ListQosCountersRequest,
     Network,
     PolicyLogged,
+    QosCounters,
     RefuseStreamRequest,
     StreamWanted,
     SyncRequest,
@@ -58,7 +61,7 @@ from taploom.contracts.taploom.helper.v1 import (
     WatchEventsRequest,
     WatchEventsResponse,
 )
-from taploom.contracts.taploom.helper.v1.rpc import HelperServiceClient
+from taploom.contracts.taploom.helper.v1.rpc import HelperServiceClient, QosServiceClient
 from taploom.contracts.taploom.link.v1 import LinkFeature, StreamProtocol
 from taploom.link import new_secret
 from taploom.rpc import Channel, RpcError, StatusCode
@@ -95,6 +98,7 @@ class HelperPeer(Peer[HelperObject]):
         on_up: called when the helper has been told everything after it was away.
         on_stream_wanted: called when a container opens a stream to the host.
         policies: which connections may pass.
+        qos: how much guests may send and receive.
         on_policy_logged: called when a rule that is to be told of has matched.
         upstreams: DNS servers for names that no network knows, as DHCP tells them.
         options: see `Peer`.
@@ -118,6 +122,7 @@ class HelperPeer(Peer[HelperObject]):
         on_up: Callable[[], None],
         on_stream_wanted: Callable[[StreamWanted], None],
         policies: PolicyState,
+        qos: QosState,
         on_policy_logged: Callable[[PolicyLogged], None],
         upstreams: Sequence[str] = (),
         **options: Any,
@@ -132,8 +137,10 @@ class HelperPeer(Peer[HelperObject]):
         self._on_stream_wanted = on_stream_wanted
         self._upstreams = tuple(upstreams)
         self._policies = policies
+        self._qos = qos
         self._on_policy_logged = on_policy_logged
         self._client: HelperServiceClient | None = None
+        self._channel: Channel | None = None
 
     @property
     def client(self) -> HelperServiceClient:
@@ -144,6 +151,7 @@ class HelperPeer(Peer[HelperObject]):
 
     def bind(self, channel: Channel | None) -> None:
         self._client = None if channel is None else HelperServiceClient(channel)
+        self._channel = channel
         self.stream_secret = None
         self._next_secret = new_secret()
 
@@ -174,6 +182,17 @@ class HelperPeer(Peer[HelperObject]):
         """What to do about such an agent."""
         version = self.info.version if self.info is not None else "unknown"
         return f"{self.subject} (version {version}) is too old to enforce policies: update it"
+
+    @property
+    def lacks_qos(self) -> bool:
+        """Whether the agent answers and can neither limit nor mark."""
+        return self.connected and self.info is not None and not self._can(HelperFeature.QOS)
+
+    @property
+    def too_old_for_qos(self) -> str:
+        """What to do about such an agent."""
+        version = self.info.version if self.info is not None else "unknown"
+        return f"{self.subject} (version {version}) is too old to limit rates: update it"
 
     @property
     def tcp_protocol(self) -> StreamProtocol:
@@ -210,7 +229,8 @@ class HelperPeer(Peer[HelperObject]):
             return None  # it would be open: see `waits_for`
         if self._lacking(key):
             return None
-        return helper_endpoint(endpoint, guest, network, policy, self._open_ports(endpoint))
+        qos = self._qos.message(endpoint, network) if self._can(HelperFeature.QOS) else None
+        return helper_endpoint(endpoint, guest, network, policy, open_ports=self._open_ports(endpoint), qos=qos)
 
     def _open_ports(self, endpoint: EndpointRecord) -> list[tuple[str, int]]:
         """What the endpoint's container publishes, if it is one."""
@@ -331,6 +351,13 @@ class HelperPeer(Peer[HelperObject]):
         request = ListPolicyCountersRequest(rule_ids=list(rule_ids))
         response = await self.client.list_policy_counters(request, timeout=self.call_timeout)
         return {one.rule_id: (one.packets, one.bytes) for one in response.counters}
+
+    async def qos_counters(self, within: float) -> list[QosCounters]:
+        """What the limits have done."""
+        if self._channel is None or not self._can(HelperFeature.QOS):
+            return []
+        response = await QosServiceClient(self._channel).list_qos_counters(ListQosCountersRequest(), timeout=within)
+        return response.counters
 
     async def delete(self, key: str, within: float) -> None:
         if key in _LABELS:

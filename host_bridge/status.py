@@ -16,10 +16,12 @@ from host_bridge.fabric import Fabric
 from host_bridge.guest_peer import RESOLVER_KEY, GuestPeer
 from host_bridge.helper_peer import POLICY_KEY, STREAMS_KEY, UPLINK_KEY, network_key
 from host_bridge.links import DataLink
+from host_bridge.model import EndpointRecord
 from host_bridge.names import clean_text
 from host_bridge.peer import Peer, PeerState
+from host_bridge.qos.rates import Measured, QosRates
 from taploom import __version__
-from taploom.contracts.taploom.bridge.v1 import Component, ComponentState, Link, Pending, Status
+from taploom.contracts.taploom.bridge.v1 import Component, ComponentState, Link, LinkQos, Pending, QosRule, Status
 from taploom.contracts.taploom.guest.v1 import InterfaceStatus
 from taploom.contracts.taploom.helper.v1 import DaemonState, EndpointStatus, GetHealthResponse
 from taploom.contracts.taploom.link.v1 import LinkCounters
@@ -85,10 +87,12 @@ class StatusReader:
         self._started = datetime.datetime.now(datetime.UTC)
         self._health: _Polled[GetHealthResponse] = _Polled(fabric.helper.health)
         self._endpoints: _Polled[list[EndpointStatus]] = _Polled(fabric.helper.endpoints)
+        self._rates = QosRates(fabric.helper.qos_counters)
         self._interfaces: dict[str, tuple[GuestPeer, _Polled[list[InterfaceStatus]]]] = {}
 
     async def read(self) -> Status:
-        """The status now. Takes at most `POLL_TIMEOUT` seconds, whatever agents do."""
+        """The status now. Takes at most `POLL_TIMEOUT` seconds, whatever agents do; a little more where limits are in
+        force whose rates were not measured lately."""
         await self._poll()
         components = [
             Component(name="bridge", state=ComponentState.OK, version=__version__, since=self._started),
@@ -116,9 +120,12 @@ class StatusReader:
             if fabric.helper.connected:
                 nursery.start_soon(self._health.refresh)
                 nursery.start_soon(self._endpoints.refresh)
+                if any(self._limits(endpoint) for endpoint in fabric.desired.store.endpoints()):
+                    nursery.start_soon(self._rates.measure, POLL_TIMEOUT)
             else:
                 self._health.forget()
                 self._endpoints.forget()
+                self._rates.forget()
             for peer, polled in self._interfaces.values():
                 if peer.connected:
                     nursery.start_soon(polled.refresh)
@@ -182,7 +189,27 @@ class StatusReader:
             )
             links.append(self._link(link, ours, theirs.get(record.id)))
             links[-1].endpoint = self._fabric.endpoint_message(record)
+            links[-1].qos = [self._link_qos(record.id, rule) for rule in links[-1].endpoint.qos]
         return links
+
+    def _limits(self, endpoint: EndpointRecord) -> bool:
+        network = self._fabric.desired.store.network(endpoint.network_id)
+        assert network is not None, "foreign keys"
+        return any(said.rate is not None for said in self._fabric.desired.qos.in_force(endpoint, network).values())
+
+    def _link_qos(self, endpoint_id: str, rule: QosRule) -> LinkQos:
+        # The directions have the same numbers in both contracts.
+        found: Measured | None = None
+        if rule.rate_bits_per_second:
+            found = self._rates.measured.get((endpoint_id, int(rule.direction)))
+        if found is None:
+            return LinkQos(rule=rule)
+        return LinkQos(
+            rule=rule,
+            passed_bits_per_second=found.passed,
+            dropped_bits_per_second=found.dropped,
+            dropped_bytes=found.dropped_bytes,
+        )
 
     @staticmethod
     def _link(link: DataLink, guest: LinkCounters | None, helper: LinkCounters | None) -> Link:
@@ -227,6 +254,9 @@ class StatusReader:
         if fabric.helper.lacks_policy and fabric.desired.policies.groups:
             reason = fabric.helper.too_old_for_policy
             pending.append(Pending(subject="the policy", reason=reason, since=fabric.helper.since))
+        limited = fabric.qos_pending()
+        if limited:
+            pending.append(Pending(subject="the limits", reason=limited, since=fabric.helper.since))
         peers: list[Peer[Any]] = [fabric.helper, *fabric.guests.values()]
         for peer in peers:
             if isinstance(peer, GuestPeer) and peer.state is not PeerState.OK:

@@ -35,6 +35,8 @@ from host_bridge.model import (
     SubnetRecord,
 )
 from host_bridge.policy.tables import PolicyTables, create_tables
+from host_bridge.qos.tables import QosTable
+from host_bridge.qos.tables import create_table as create_qos
 
 DATABASE = "bridge.db"
 _LOCK = "bridge.lock"
@@ -205,10 +207,10 @@ def _create_2(connection: sqlite3.Connection) -> None:
 
 # MIGRATIONS[n] takes a database from schema n to n + 1, inside the transaction that also sets user_version. Foreign
 # keys are not enforced meanwhile, but checked at the end.
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create_1, _create_2, create_tables)
+MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create_1, _create_2, create_tables, create_qos)
 
 
-class Store(PolicyTables):
+class Store(PolicyTables, QosTable):
     """The database and the lock on its directory.
 
     All methods are synchronous and for one thread: a commit takes well under a millisecond plus one fsync.
@@ -333,6 +335,7 @@ class Store(PolicyTables):
             self._connection.execute("COMMIT")
         except BaseException:
             self._networks.clear()
+            self.forget_qos()
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
@@ -678,6 +681,7 @@ class Store(PolicyTables):
         """Deletes the container's record; what is not there is success."""
         with self._within():
             self._run("DELETE FROM containers WHERE id = ?", container_id)
+            self.delete_qos(guest_id=container_id)
 
     def containers(self) -> list[ContainerRecord]:
         """All containers in order of their names."""

@@ -91,6 +91,8 @@ def render(now: Status, before: Status | None = None) -> Group:
     parts: list[RenderableType] = [_components(now)]
     if now.links:
         parts += [Text(), _links(now, before)]
+        if any(link.qos for link in now.links):
+            parts += [Text(), _limits(now)]
     if now.pending:
         parts += [Text(), _pending(now)]
     verdict = Text("everything has converged", "green") if now.converged else Text("not converged", "bold yellow")
@@ -108,7 +110,9 @@ def _table(*columns: str) -> Table:
 
 
 _PROSE = frozenset({"PROBLEM", "WHY"})
-_NUMBERS = frozenset({"SENT", "RECEIVED", "FRAMES", "DROPS", "REDIALS", "RESTARTS"})
+_NUMBERS = frozenset(
+    {"PASSES", "RATE", "BURST", "DROPPED", "DSCP", "SENT", "RECEIVED", "FRAMES", "DROPS", "REDIALS", "RESTARTS"}
+)
 
 
 def _components(now: Status) -> Table:
@@ -158,6 +162,29 @@ def _links(now: Status, before: Status | None) -> Table:
             str(link.reconnects),
             Text(link.problem),
         )
+    return table
+
+
+def _limits(now: Status) -> Table:
+    from rich.text import Text
+
+    from host_bridge.commands.qos import shown_burst, shown_direction, shown_rate
+
+    table = _table("LIMIT", "DIRECTION", "PASSES", "RATE", "BURST", "DROPPED", "DSCP")
+    for link in now.links:
+        assert link.endpoint is not None
+        for one in link.qos:
+            assert one.rule is not None
+            passed, dropped = one.passed_bits_per_second, one.dropped_bits_per_second
+            table.add_row(
+                Text(f"{link.endpoint.guest_name} on {link.endpoint.network_name}"),
+                shown_direction(one.rule),
+                "-" if passed is None else bits(passed),
+                shown_rate(one.rule.rate_bits_per_second),
+                shown_burst(one.rule.burst_bytes),
+                "-" if dropped is None else bits(dropped),
+                "-" if one.rule.dscp is None else str(one.rule.dscp),
+            )
     return table
 
 

@@ -335,6 +335,8 @@ class ContainerNetworks:
             if name not in container.networks:
                 raise ContainerError(500, f"container {container.id} is not connected to the network {name}")
             del container.networks[name]
+            if network is not None:
+                self._fabric.desired.forget_connection(network.id, container.id)
             return network
         if network is None:
             raise NetworkNotFoundError(text)

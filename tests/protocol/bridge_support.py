@@ -18,10 +18,16 @@ from host_bridge.desired import DesiredState
 from host_bridge.fabric import Fabric, Timing
 from host_bridge.host_addresses import HostAddresses
 from host_bridge.policy.api import PolicyApi
+from host_bridge.qos.api import QosApi
 from host_bridge.store import Store
 from taploom.address import UnixAddress, connect, open_listener
 from taploom.contracts.taploom.bridge.v1.rpc import GuestServiceClient as GuestApiClient
-from taploom.contracts.taploom.bridge.v1.rpc import NetworkServiceClient, PolicyServiceClient, StatusServiceClient
+from taploom.contracts.taploom.bridge.v1.rpc import (
+    NetworkServiceClient,
+    PolicyServiceClient,
+    QosServiceClient,
+    StatusServiceClient,
+)
 from taploom.contracts.taploom.guest import v1 as guest
 from taploom.contracts.taploom.guest.v1.rpc import GuestServiceBase
 from taploom.contracts.taploom.helper import v1 as helper
@@ -502,6 +508,7 @@ class Rig:
         self.guest_api: GuestApiClient
         self.status_api: StatusServiceClient
         self.policies: PolicyServiceClient
+        self.qos: QosServiceClient
 
     async def guest(self, name: str, *, register: bool = True, run: bool = True) -> FakeGuest:
         """Another guest; registered, and connected when this returns, unless said otherwise."""
@@ -554,9 +561,8 @@ async def open_rig(
                     host_addresses=host_addresses,
                 )
                 socket = UnixAddress(f"{directory}/bridge/api.sock")
-                server = Server(
-                    [NetworkApi(rig.fabric), GuestApi(rig.fabric), StatusApi(rig.fabric), PolicyApi(rig.fabric)]
-                )
+                apis = (NetworkApi, GuestApi, StatusApi, PolicyApi, QosApi)
+                server = Server([api(rig.fabric) for api in apis])
                 await nursery.start(rig.fabric.run)
                 await nursery.start(server.serve, await open_listener(socket))
                 async with open_channel(await connect(socket)) as channel:
@@ -564,6 +570,7 @@ async def open_rig(
                     rig.guest_api = GuestApiClient(channel)
                     rig.status_api = StatusServiceClient(channel)
                     rig.policies = PolicyServiceClient(channel)
+                    rig.qos = QosServiceClient(channel)
                     if run_helper:
                         await rig.until(lambda: rig.fabric.helper.connected and "Sync" in rig.helper.calls)
                     yield rig
