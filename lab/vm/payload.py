@@ -33,9 +33,7 @@ _OPENED = ("libnss_files.so.2", "libnss_dns.so.2", "libgcc_s.so.1")
 # Files of ours: name here, place in the VM, mode.
 _FILES = (
     ("lab.conf", "etc/taploom/services.d/lab.conf", 0o644),
-    ("uplink.conf", "etc/taploom/services.d/uplink.conf", 0o644),
     ("container.sh", "usr/libexec/taploom-lab/container", 0o755),
-    ("uplink.sh", "usr/libexec/taploom-lab/uplink", 0o755),
 )
 
 

@@ -49,17 +49,14 @@ class VmSupervisor(Supervisor):
         namespace = self._lab.internet_netns
         add_netns(namespace)
         _add_uplink(namespace)
-        uplink = ",".join(
-            f"{address},{gateway}"
-            for address, gateway in zip(internet.HELPER_ADDRESSES, internet.GATEWAYS, strict=True)
-        )
+        way_out = ",".join((*internet.HELPER_ADDRESSES, *internet.GATEWAYS))
         machine = self.machine(
             "helper",
             self._lab.helper_directory,
             initrd=self._artefacts.helper,
             memory_mib=_HELPER_MEMORY,
             tap=_TAP,
-            append=f"lab.uplink={uplink}",
+            append=f"taploom.net={way_out}",
         )
         nursery.start_soon(self._keep("helper", machine, HELPER_PORT, namespace).run)
 
