@@ -171,7 +171,7 @@ def install(
         raise BuildError(f"traced, but not in the image's packages: {', '.join(missing)}")
     # By way of its dynamic linker: this machine's libc may be older than the interpreter's.
     linker = _linker(interpreter_root)
-    folders = ":".join(str(interpreter_root / folder) for folder in recipe.library_folders)
+    folders = ":".join(map(str, _library_folders(interpreter_root, recipe)))
     command: list[str | Path] = [linker, "--library-path", folders, interpreter_root / binary]
     python.compile_into(sources, tree, interpreter=command, optimize=1)
     for name in recipe.recorded:
@@ -187,6 +187,11 @@ def _extension(root: Path, name: str) -> Path:
     if not found:
         raise BuildError(f"{name} was traced, but {root} has no {stem} for its architecture")
     return found[0]
+
+
+def _library_folders(root: Path, recipe: Recipe) -> list[Path]:
+    """Where a root has its libraries; it may be of another architecture than the image, and Debian's name that."""
+    return [*sorted(root.glob("usr/lib/*-linux-gnu")), *(root / folder for folder in recipe.library_folders)]
 
 
 def _linker(root: Path) -> Path:
