@@ -19,7 +19,7 @@ logger = logging.getLogger("taploom.bridge.runtime")
 
 _CONNECT_TIMEOUT = 5.0
 _CALL_TIMEOUT = 30.0
-_BOOT_TIMEOUT = 120.0
+_BOOT_TIMEOUT = 300.0  # of a container's VM, which may be emulated on a busy machine
 # A call made while the runtime is being started again waits so long for it.
 _PATIENCE = 5.0
 

@@ -42,7 +42,7 @@ logger = logging.getLogger("taploom.runtime")
 
 _MEMORY = 512
 _POLL = 0.05
-_BOOT_TIMEOUT = 110.0  # the bridge waits a little longer
+_BOOT_TIMEOUT = 280.0  # the bridge waits a little longer
 _PLACE = Path("/run/container")  # in the VM
 _STATE = "/run/taploom-lab"
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
