@@ -27,6 +27,8 @@ from agent_helper.qos_service import QosService
 from agent_helper.service import HelperService, daemon_message
 from agent_helper.stack import Stack, find_programs, new_instance_id
 from agent_helper.streams import MAX_HANDSHAKES, Streams
+from agent_helper.trace import Tracer
+from agent_helper.trace_service import TraceService
 from taploom import __version__
 from taploom.address import Address, AddressError, open_listener, parse_address
 from taploom.contracts.taploom.helper.v1 import (
@@ -162,7 +164,7 @@ async def _serve(control: Address, data: Address, state_dir: Path, outside: Outs
         service = HelperService(
             fabric, stack, link_server, events, streams, link_features=features, instance_id=instance_id
         )
-        server = Server([service, QosService(fabric)])
+        server = Server([service, QosService(fabric), TraceService(Tracer(fabric, stack))])
         server.health.set(_SERVICE, False)
         control_listener, data_listener = await open_listener(control), await open_listener(data)
         nursery.start_soon(_until_signal, nursery.cancel_scope, server)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from agent_helper.errors import HelperError, InvalidSpecError
 from agent_helper.events import Events, LaggingError
 from agent_helper.fabric import EndpointState, Fabric
-from agent_helper.stack import Stack
+from agent_helper.stack import TRACE_PROGRAM, Stack
 from agent_helper.streams import Streams
 from taploom import __version__
 from taploom.contracts.taploom.helper.v1 import (
@@ -114,6 +114,8 @@ class HelperService(HelperServiceBase):
         features += [HelperFeature.EVENTS, HelperFeature.EGRESS, HelperFeature.STREAMS, HelperFeature.EARLY_LINKS]
         features.append(HelperFeature.STREAM_RECORDS)
         features += [HelperFeature.POLICY, HelperFeature.DHCP, HelperFeature.IPV6, HelperFeature.QOS]
+        if TRACE_PROGRAM in self._stack.programs:
+            features.append(HelperFeature.TRACE)
         if self._stack.kernel_datapath:
             features.append(HelperFeature.KERNEL_DATAPATH)
         return GetInfoResponse(

@@ -41,6 +41,8 @@ _PROGRAMS = {
     "dnsmasq": "dnsmasq-base",
     "nft": "nftables",
 }
+# Without it nobody can be told what would become of a packet (HELPER_FEATURE_TRACE).
+TRACE_PROGRAM = "ovn-trace"
 _SCHEMAS = {
     "conf": ("openvswitch/vswitch.ovsschema", "openvswitch-switch"),
     "nb": ("ovn/ovn-nb.ovsschema", "ovn-central"),
@@ -90,8 +92,8 @@ def find_programs() -> dict[str, str]:
         SetupError: names those missing and the Debian packages that have them.
     """
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/local/sbin"
-    found = {name: shutil.which(name, path=path) for name in _PROGRAMS}
-    missing = [name for name, where in found.items() if where is None]
+    found = {name: shutil.which(name, path=path) for name in (*_PROGRAMS, TRACE_PROGRAM)}
+    missing = [name for name in _PROGRAMS if found[name] is None]
     missing += [file for file, _ in _SCHEMAS.values() if not _schema(file).exists()]
     if missing:
         packages = {_PROGRAMS.get(name) or dict(_SCHEMAS.values())[name] for name in missing}

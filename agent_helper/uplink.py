@@ -210,6 +210,10 @@ class KernelEnd:
             return (found[0], str(found[1].gateway)) if found is not None else None
         return found[0] if found is not None else "", destination
 
+    def is_for_host(self, address: Address) -> bool:
+        """Whether what networks send to this address is for the host: a gateway, or an address of the host's."""
+        return self._spec is not None and (address in self._taken or address in self._spec.stand_ins)
+
     def _leg_of(self, source: str) -> tuple[str, Leg] | None:
         address = ipaddress.ip_address(source)
         for network_id, network in self._networks.items():

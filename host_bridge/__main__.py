@@ -28,6 +28,8 @@ from host_bridge.policy.api import PolicyApi
 from host_bridge.ports import PortPublisher
 from host_bridge.qos.api import QosApi
 from host_bridge.store import Store
+from host_bridge.trace.api import TraceApi
+from host_bridge.trace.tracer import ConnectionTracer
 from taploom import __version__
 from taploom.address import Address, AddressError, CheckedListener, data_address, open_listener, parse_address
 from taploom.link import open_dataplane
@@ -156,6 +158,7 @@ async def serve(
             docker_api = DockerApi(fabric, manager)
             containers.register(docker_api, manager)
             services = [NetworkApi(fabric), GuestApi(fabric), StatusApi(fabric), PolicyApi(fabric), QosApi(fabric)]
+            services.append(TraceApi(ConnectionTracer(fabric, publisher)))
             server = Server(services)
             async with trio.open_nursery() as nursery:
                 await nursery.start(fabric.run)

@@ -23,6 +23,7 @@ _COMMANDS = {
     "policy": ("host_bridge.commands.policy", "policy", "Which connections may pass."),
     "qos": ("host_bridge.commands.qos", "qos", "How much guests may send and receive."),
     "status": ("host_bridge.commands.status", "status", "How every component and link is."),
+    "trace": ("host_bridge.commands.trace", "trace", "Whether and why a connection would pass."),
     "topology": ("host_bridge.commands.topology", "topology", "The fabric as a tree, a page or a drawing."),
     "top": ("host_bridge.commands.top", "top", "What every endpoint carries, live."),
     "kernel": ("host_bridge.commands.kernel", "kernel", "Whether a Linux kernel has what guests and helper need."),

@@ -57,11 +57,13 @@ from taploom.contracts.taploom.helper.v1 import (
     RefuseStreamRequest,
     StreamWanted,
     SyncRequest,
+    TracePacketRequest,
+    TracePacketResponse,
     Uplink,
     WatchEventsRequest,
     WatchEventsResponse,
 )
-from taploom.contracts.taploom.helper.v1.rpc import HelperServiceClient, QosServiceClient
+from taploom.contracts.taploom.helper.v1.rpc import HelperServiceClient, QosServiceClient, TraceServiceClient
 from taploom.contracts.taploom.link.v1 import LinkFeature, StreamProtocol
 from taploom.link import new_secret
 from taploom.rpc import Channel, RpcError, StatusCode
@@ -193,6 +195,11 @@ class HelperPeer(Peer[HelperObject]):
         """What to do about such an agent."""
         version = self.info.version if self.info is not None else "unknown"
         return f"{self.subject} (version {version}) is too old to limit rates: update it"
+
+    @property
+    def lacks_trace(self) -> bool:
+        """Whether the agent answers and cannot follow packets."""
+        return self.connected and self.info is not None and not self._can(HelperFeature.TRACE)
 
     @property
     def tcp_protocol(self) -> StreamProtocol:
@@ -358,6 +365,16 @@ class HelperPeer(Peer[HelperObject]):
             return []
         response = await QosServiceClient(self._channel).list_qos_counters(ListQosCountersRequest(), timeout=within)
         return response.counters
+
+    async def trace(self, request: TracePacketRequest, within: float) -> TracePacketResponse:
+        """What would become of a packet.
+
+        Raises:
+            RpcError: it cannot be said.
+        """
+        if self._channel is None:
+            raise RpcError(StatusCode.UNAVAILABLE, self.problem or "the helper is not connected")
+        return await TraceServiceClient(self._channel).trace_packet(request, timeout=within)
 
     async def delete(self, key: str, within: float) -> None:
         if key in _LABELS:

@@ -270,6 +270,18 @@ class PolicyState:
         """What the helper calls a rule."""
         return self._now().rule_ids[reference]
 
+    def rule_of(self, rule_id: str) -> RuleRef | None:
+        """The rule that the helper calls so."""
+        return next((reference for reference, known in self._now().rule_ids.items() if known == rule_id), None)
+
+    def restricting(
+        self, endpoint: EndpointRecord, guest: GuestRecord, network: NetworkRecord, direction: str
+    ) -> list[str]:
+        """The groups of an endpoint that have a list for a direction, in order of their names."""
+        groups, names = self.groups, self._now().names
+        found = self._group_ids(self._place(endpoint, guest, network)) if groups else []
+        return sorted(names[one] for one in found if one in names and groups[names[one]].rules(direction) is not None)
+
     def _group_ids(self, place: _Place) -> list[str]:
         compiled = self._now()
         direct = {

@@ -199,6 +199,11 @@ class PortPublisher:
         entry = self._owners.get(owner)
         return () if entry is None else tuple(port.bound.port for port in entry.ports)
 
+    def target(self, owner: str) -> tuple[str, ...]:
+        """The addresses that the owner's ports lead to, without prefix length; none while there are none."""
+        entry = self._owners.get(owner)
+        return () if entry is None else entry.addresses or ()
+
     def stream_wanted(self, event: StreamWanted) -> None:
         """A container wants something of the host: join it, or refuse."""
         if self._nursery is not None:

@@ -6,6 +6,7 @@ answered by a list of booleans: which of the probes were answered. Every probe i
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -106,7 +107,8 @@ def attempt(probes: list[tuple[str, str, int]], todo: list[int]) -> set[int]:
     for number in todo:
         protocol, address, port = probes[number]
         if protocol == "icmp":
-            pending[pings.send(address), address] = number
+            with contextlib.suppress(OSError):  # there is no route
+                pending[pings.send(address), address] = number
             continue
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM)

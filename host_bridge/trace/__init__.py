@@ -1,0 +1,1 @@
+"""Whether and why a connection would pass."""
