@@ -22,8 +22,8 @@ vm-demo: vm-setup ## the fabric between virtual machines, shown working; builds 
 test: setup lint ## every test that needs no virtual machine; root
 	@scripts/test.sh
 
-test-vm: setup ## build kernel and images, verify the kernel, and run the tests over virtual machines; root
-	@scripts/test-vm.sh
+test-vm: setup ## build kernel and images, verify the kernel, and run the tests over virtual machines; root; ARCH=arm64
+	@scripts/test-vm$(if $(ARCH),-arch.sh $(ARCH),.sh)
 
 lint: setup ## formatting, lint, types, and the contracts: lint, breaking changes, generated code
 	ruff format --check .
