@@ -17,12 +17,15 @@ from pathlib import Path
 import trio
 
 from agent_helper import links
+from agent_helper.balancer_health import backend_changed
+from agent_helper.balancer_service import BalancerService
 from agent_helper.door import Door
 from agent_helper.errors import SetupError
 from agent_helper.events import Events
 from agent_helper.fabric import Fabric
 from agent_helper.firewall import Redirect
 from agent_helper.outside import Outside, keep_outside, parse_outside
+from agent_helper.ovsdb import Values
 from agent_helper.qos_service import QosService
 from agent_helper.service import HelperService, daemon_message
 from agent_helper.stack import Stack, find_programs, new_instance_id
@@ -48,7 +51,7 @@ from taploom.supervise import SupervisedProcess
 
 logger = logging.getLogger("taploom.helper")
 
-_SERVICE = "taploom.helper.v1.HelperService"
+_SERVICES = ("taploom.helper.v1.HelperService", "taploom.helper.v1.BalancerService")
 _DRAIN = 1.0
 
 
@@ -144,8 +147,14 @@ async def _serve(control: Address, data: Address, state_dir: Path, outside: Outs
     def on_logged(logged: PolicyLogged) -> None:
         events.publish(WatchEventsResponse(policy_logged=logged))
 
+    def on_monitor(values: Values | None) -> None:
+        changed = None if values is None else backend_changed(values)
+        if changed is not None:
+            events.publish(WatchEventsResponse(backend_changed=changed))
+
     stack = Stack(state_dir, programs, on_daemon=on_daemon, on_content=on_content)
     stack.on_logged = on_logged
+    stack.on_monitor = on_monitor
     await stack.probe()
     if not stack.kernel_datapath:
         # The userspace data path carries TCP segments (userspace-tso-enable); it has nothing for UDP segments.
@@ -164,8 +173,10 @@ async def _serve(control: Address, data: Address, state_dir: Path, outside: Outs
         service = HelperService(
             fabric, stack, link_server, events, streams, link_features=features, instance_id=instance_id
         )
-        server = Server([service, QosService(fabric), TraceService(Tracer(fabric, stack))])
-        server.health.set(_SERVICE, False)
+        services = [QosService(fabric), BalancerService(fabric), TraceService(Tracer(fabric, stack))]
+        server = Server([service, *services])
+        for name in _SERVICES:
+            server.health.set(name, False)
         control_listener, data_listener = await open_listener(control), await open_listener(data)
         nursery.start_soon(_until_signal, nursery.cancel_scope, server)
         nursery.start_soon(keep_outside, outside, stack.log_dir / "udhcpc.log")
@@ -180,7 +191,8 @@ async def _serve(control: Address, data: Address, state_dir: Path, outside: Outs
         await fabric.kernel.clear()  # what a run that was killed has left
         await nursery.start(stack.run)
         await nursery.start(fabric.run)
-        server.health.set(_SERVICE, True)
+        for name in _SERVICES:
+            server.health.set(name, True)
         notify_ready()
         logger.info(
             "ready after %.2f s: OVS %s, OVN %s, %s data path, control %s, data %s",

@@ -14,14 +14,16 @@ import secrets
 import shutil
 import signal
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
 from agent_helper import names
 from agent_helper.links import Namespace, delete_link, plug_veth
-from agent_helper.spec import EndpointSpec, NetworkSpec
+from agent_helper.spec import Address, NetworkSpec
 from taploom.supervise import SupervisedProcess
 
 logger = logging.getLogger("taploom.helper.dns")
@@ -30,6 +32,31 @@ _INNER = "dns0"
 _TTL = "600"  # what Docker's own DNS server gives
 _RETRY = 0.002  # s between probes of a server that is not there yet; also until one lost is sent again
 _ANSWER = 0.25
+
+
+class Named(Protocol):
+    """What has names: an endpoint, or a `NameSpec`."""
+
+    @property
+    def endpoint_id(self) -> str:
+        """What it is told apart by."""
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """What its names stand for."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its names; the first is what its addresses are called."""
+
+
+@dataclass(frozen=True)
+class NameSpec:
+    """Names of what is no endpoint."""
+
+    endpoint_id: str
+    addresses: tuple[Address, ...]
+    names: tuple[str, ...]
 
 
 class DnsServer:
@@ -163,8 +190,8 @@ class DnsServer:
             self._names.mkdir(parents=True)
             self._servers.touch()
 
-    def set_names(self, endpoints: Iterable[EndpointSpec]) -> None:
-        """Makes the endpoints' names be known, and those that they had before unknown."""
+    def set_names(self, endpoints: Iterable[Named]) -> None:
+        """Makes these names be known, and those that the same endpoints had before unknown."""
         self._make_folder()
         for endpoint in endpoints:
             content = names.hosts_file(endpoint.addresses, endpoint.names, self.spec.name)
@@ -213,7 +240,7 @@ class DnsServer:
             process.kill(signal.SIGHUP)
         self._on_daemon(process)
 
-    async def knows(self, endpoint: EndpointSpec, *, within: float) -> bool:
+    async def knows(self, endpoint: Named, *, within: float) -> bool:
         """Waits until dnsmasq answers the endpoint's name with its addresses; False when it does not in `within` s."""
         if not endpoint.names or len(name := f"{endpoint.names[0]}.{self.spec.name}") > 253:
             return True

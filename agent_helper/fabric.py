@@ -10,15 +10,18 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeVar
 
 import trio
 
-from agent_helper import links, northbound, policy_rows, qos_counters, qos_rows, vswitch
-from agent_helper.dns import DnsServer
+from agent_helper import balancer_rows, links, northbound, policy_rows, qos_counters, qos_rows, vswitch
+from agent_helper.balancer import BalancerSpec, parse_balancers
+from agent_helper.balancer_health import backend_statuses
+from agent_helper.balancer_rows import Around
+from agent_helper.dns import DnsServer, NameSpec
 from agent_helper.errors import HelperError, InvalidSpecError, NotFoundError, PreconditionError, UnavailableError
 from agent_helper.locks import KeyedLocks, SharedLock
 from agent_helper.ovsdb import Row, Txn
@@ -36,7 +39,16 @@ from agent_helper.spec import (
 )
 from agent_helper.stack import Stack
 from agent_helper.uplink import KernelEnd, usable
-from taploom.contracts.taploom.helper.v1 import Endpoint, EndpointPolicy, Network, Policy, SyncRequest, Uplink
+from taploom.contracts.taploom.helper.v1 import (
+    BackendStatus,
+    Balancers,
+    Endpoint,
+    EndpointPolicy,
+    Network,
+    Policy,
+    SyncRequest,
+    Uplink,
+)
 from taploom.link import Tap
 from taploom.supervise import SupervisedProcess
 
@@ -49,7 +61,7 @@ _UP_TIMEOUT = 10.0  # s that a port may take to be programmed, daemons' restarts
 _NAMES_TIMEOUT = 2.0  # s that dnsmasq may take to know a name
 _UNPLUG_TIMEOUT = 3.0  # s that vswitchd may take to let go of a port
 _SPARE_MTU = 1500
-_POLICY = "policy"  # what a failure of a Sync calls it
+_POLICY, _BALANCERS = "policy", "balancers"  # what a failure of a Sync calls them
 _MAX_TAP_MTU = 65521  # the kernel's for TAPs: 65535 less the Ethernet header
 
 
@@ -128,6 +140,9 @@ class Fabric:
         self._numbers = itertools.count()  # of interfaces; a name is never used twice, see _open_tap
         self.uplink: UplinkSpec | None = None
         self.policy = PolicySpec()
+        self.balancers: tuple[BalancerSpec, ...] = ()
+        self._backends: frozenset[str] = frozenset()
+        self._balancer_changes = Changes()
         self._uplink_changes = Changes()
         self._policy_changes = Changes()
         self.kernel = KernelEnd(stack.programs["nft"], self._numbers)
@@ -194,7 +209,9 @@ class Fabric:
             for network in networks:
                 northbound.ensure_network(txn, network, spec)
             policy_rows.ensure_addresses(txn, spec)
+            ensure_balancers(txn)
 
+        ensure_balancers = self._balancer_rows()
         await _together(partial(self._stack.nb.transact, in_nb), partial(self._apply_kernel_end, spec))
 
     async def _apply_kernel_end(self, spec: UplinkSpec | None) -> None:
@@ -242,6 +259,7 @@ class Fabric:
                 await self._drop_network(network)
                 raise
             self.networks[spec.network_id] = network
+            await self._rebalance(spec.network_id)
             return
         old = network.spec
         for endpoint in network.endpoints.values():
@@ -262,6 +280,7 @@ class Fabric:
         if spec.mtu != old.mtu:
             await trio.to_thread.run_sync(_set_mtus, [e.tap for e in network.endpoints.values()], spec.mtu)
         network.spec, network.message = spec, message
+        await self._rebalance(spec.network_id)
 
     async def delete_network(self, network_id: str) -> None:
         """Removes the network and its endpoints; nothing when it is not there."""
@@ -289,6 +308,7 @@ class Fabric:
             self.kernel.converge,
         )
         self.networks.pop(network_id, None)
+        await self._rebalance(network_id)
 
     async def _open_dns(self, network: NetworkState, spec: NetworkSpec) -> None:
         if not spec.dns_servers:
@@ -305,6 +325,7 @@ class Fabric:
             on_daemon=partial(self._on_dns, spec.network_id),
         )
         dns.set_names(e.spec for e in network.endpoints.values() if not e.spec.disabled)
+        dns.set_names(self._balancer_names(spec.network_id))
         await dns.open()
         network.dns = dns
         plug = partial(vswitch.plug, interfaces={dns.outer: northbound.dns_port(spec.network_id)})
@@ -435,6 +456,10 @@ class Fabric:
             # In the same transaction: there is no moment in which they are reached by whom they must not be.
             policy_rows.ensure_members(txn, ports, uplink)
             northbound.ensure_qos(txn, [e.spec for e in wanted])
+            if ensure_balancers is not None:
+                ensure_balancers(txn)
+
+        ensure_balancers = self._balancer_rows_with(wanted)
 
         async def plug() -> None:
             await self._give_taps([e for e in wanted if e.tap is None])
@@ -529,8 +554,14 @@ class Fabric:
             wanted = await self._take_out(names)
 
         self.kernel.remove_endpoints(e.spec.endpoint_id for e in endpoints)
-        remove = partial(northbound.remove_endpoints, ports=ports)
-        await _together(partial(self._stack.nb.transact, remove), unplug, self.kernel.open_ports)
+
+        def in_nb(txn: Txn) -> None:
+            northbound.remove_endpoints(txn, ports)
+            if ensure_balancers is not None:
+                ensure_balancers(txn)
+
+        ensure_balancers = self._balancer_rows_with(endpoints, gone=True)
+        await _together(partial(self._stack.nb.transact, in_nb), unplug, self.kernel.open_ports)
         for endpoint in endpoints:
             endpoint.tap = None
 
@@ -683,6 +714,75 @@ class Fabric:
 
         return op
 
+    # Load balancers
+
+    async def apply_balancers(self, message: Balancers) -> None:
+        """Makes the load balancers be as described; returns once they are in force.
+
+        Raises:
+            InvalidSpecError: nothing was changed.
+            UnavailableError: the next attempt completes it.
+        """
+        balancers = parse_balancers(message)
+        self._check_ready()
+        async with self._gate.exclusive():
+            with trio.CancelScope(shield=True):
+                self._enter_balancers(balancers)
+                await self._stack.nb.transact(self._balancer_rows())
+        await self._come_into_force(self._balancer_changes)
+
+    def backends(self, balancer_ids: Sequence[str]) -> list[BackendStatus]:
+        """The backends that there are, of these load balancers or of all."""
+        wanted = [one for one in self.balancers if not balancer_ids or one.balancer_id in balancer_ids]
+        return backend_statuses(wanted, self._around(), self._stack.monitors())
+
+    def _enter_balancers(self, balancers: tuple[BalancerSpec, ...]) -> None:
+        """Enters load balancers into the books, and their names into the networks' DNS servers."""
+        before = {network_id: self._balancer_names(network_id) for network_id in self.networks}
+        if balancers != self.balancers:
+            self._balancer_changes.made += 1
+        self.balancers = balancers
+        self._backends = frozenset(endpoint_id for one in balancers for endpoint_id, _ in one.backends)
+        for network_id, network in self.networks.items():
+            names = self._balancer_names(network_id)
+            if network.dns is not None and names != before[network_id]:
+                kept = {one.endpoint_id for one in names}
+                network.dns.remove_names(one.endpoint_id for one in before[network_id] if one.endpoint_id not in kept)
+                network.dns.set_names(names)
+
+    def _balancer_names(self, network_id: str) -> list[NameSpec]:
+        return [
+            # No endpoint's id has a colon.
+            NameSpec(f"balancer:{balancer.balancer_id}", frontend.addresses, frontend.names)
+            for balancer in self.balancers
+            for frontend in balancer.frontends
+            if frontend.network_id == network_id
+        ]
+
+    async def _rebalance(self, network_id: str) -> None:
+        """Completes the load balancers of a network that has come, gone or changed."""
+        places = {frontend.network_id for one in self.balancers for frontend in one.frontends}
+        if network_id in places | {one.network_id for one in self.balancers}:
+            await self._stack.nb.transact(self._balancer_rows())
+
+    def _balancer_rows_with(
+        self, endpoints: Sequence[EndpointState], *, gone: bool = False
+    ) -> Callable[[Txn], None] | None:
+        """As `_balancer_rows` when these endpoints come or go; None: no load balancer speaks of them."""
+        concerned = {e.spec.endpoint_id for e in endpoints} & self._backends
+        return self._balancer_rows(concerned if gone else ()) if concerned else None
+
+    def _balancer_rows(self, without: Collection[str] = ()) -> Callable[[Txn], None]:
+        """Makes all load balancers be as they are in the books now but for these endpoints, for a transaction."""
+        return partial(balancer_rows.ensure_balancers, balancers=self.balancers, around=self._around(without))
+
+    def _around(self, without: Collection[str] = ()) -> Around:
+        return Around(
+            {network_id: network.spec for network_id, network in self.networks.items()},
+            {key: self.endpoints[key].spec for key in self._backends & self.endpoints.keys() if key not in without},
+            self.uplink,
+        )
+
     async def _come_into_force(self, *changes: Changes) -> None:
         """Returns once no packet is treated any more as it was before the changes. Nothing that is new waits here: it
         is told by `ovn-installed`."""
@@ -715,6 +815,11 @@ class Fabric:
         except InvalidSpecError as exc:  # of two that are not as described, the one with rules is the safer
             policy = self.policy
             failures.append((_POLICY, exc))
+        try:
+            balancers = parse_balancers(request.balancers)
+        except InvalidSpecError as exc:
+            balancers = self.balancers
+            failures.append((_BALANCERS, exc))
 
         async def apply_network(spec: NetworkSpec, network: Network) -> None:
             try:
@@ -736,6 +841,8 @@ class Fabric:
                 if self._policy_in_books() != before:
                     self._policy_changes.made += 1
                 await self._stack.nb.transact(self._policy_rows())
+                self._enter_balancers(balancers)
+                await self._stack.nb.transact(self._balancer_rows())
                 endpoints = await self._apply_all(request.endpoints, failures)
 
         async def settle(endpoint: EndpointState) -> None:
@@ -747,7 +854,7 @@ class Fabric:
         async with trio.open_nursery() as nursery:
             for endpoint in endpoints:
                 nursery.start_soon(settle, endpoint)
-        whole = (self._uplink_changes, self._policy_changes)
+        whole = (self._uplink_changes, self._policy_changes, self._balancer_changes)
         await self._come_into_force(*whole, *(network.changes for network in self.networks.values()))
         self._spare_wanted.set()
         return SyncOutcome(endpoints, removed, failures)
@@ -829,7 +936,9 @@ class Fabric:
             ports = [(e.spec, northbound.ensure_endpoint(txn, e.spec, e.network.spec)[0]) for e in endpoints]
             policy_rows.ensure_policy(txn, policy, ports, uplink)
             northbound.ensure_qos(txn, [e.spec for e in endpoints])
+            ensure_balancers(txn)
 
+        ensure_balancers = self._balancer_rows()
         interfaces = {n.dns.outer: northbound.dns_port(n.spec.network_id) for n in networks if n.dns is not None}
         interfaces |= {e.tap.name: northbound.endpoint_port(e.spec.endpoint_id) for e in endpoints if e.tap is not None}
         if self.kernel.outer:

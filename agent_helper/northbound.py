@@ -36,6 +36,11 @@ def endpoint_port(endpoint_id: str) -> str:
     return f"ep-{endpoint_id}"
 
 
+def endpoint_id_of(port: str) -> str:
+    """The endpoint whose port has this name."""
+    return port.removeprefix("ep-")
+
+
 def ensure_uplink(txn: Txn, uplink: UplinkSpec | None) -> None:
     """The switch on which the kernel and the networks' routers meet; without an uplink it is not there."""
     if uplink is None:

@@ -122,15 +122,19 @@ def remove_unused(txn: Txn) -> None:
         if row is not None and all(txn.is_deleted("Logical_Switch_Port", port) for port in row.ports):
             txn.delete("Port_Group", row)
     if not any(True for _ in txn.rows("Port_Group")):
-        for row in list(txn.rows("Address_Set")):
+        _remove_addresses(txn)
+
+
+def _remove_addresses(txn: Txn) -> None:
+    for row in list(txn.rows("Address_Set")):
+        if row.name.startswith((_GATEWAYS, _HOSTS, _DNS)):
             txn.delete("Address_Set", row)
 
 
 def ensure_addresses(txn: Txn, uplink: UplinkSpec | None) -> None:
     """Makes the sets of addresses be those of the networks that the database has; none while no group needs them."""
     if not any(True for _ in txn.rows("Port_Group")):
-        for row in list(txn.rows("Address_Set")):
-            txn.delete("Address_Set", row)
+        _remove_addresses(txn)
         return
     gateways: set[str] = set()
     for router in txn.rows("Logical_Router"):

@@ -67,12 +67,12 @@ _NB_TABLES = {
         *("name", "type", "options", "addresses", "port_security", "enabled", "dhcpv4_options", "dhcpv6_options"),
         "external_ids",
     ],
-    "Logical_Switch": ["name", "ports", "acls", "qos_rules", "other_config", "external_ids"],
-    "Logical_Router": ["name", "ports", "static_routes", "policies", "nat", "options", "external_ids"],
+    "Logical_Switch": ["name", "ports", "acls", "qos_rules", "load_balancer", "other_config", "external_ids"],
+    "Logical_Router": ["name", "ports", "static_routes", "policies", "nat", "load_balancer", "options", "external_ids"],
     "Logical_Router_Port": ["name", "networks", "mac", "options", "ipv6_ra_configs", "external_ids"],
     "Logical_Router_Policy": ["priority", "match", "action", "external_ids"],
     "Logical_Router_Static_Route": ["ip_prefix", "nexthop", "output_port", "external_ids"],
-    "NAT": ["external_ip", "logical_ip", "type", "options", "external_ids"],
+    "NAT": ["external_ip", "logical_ip", "type", "exempted_ext_ips", "options", "external_ids"],
     "ACL": ["priority", "direction", "match", "action", "name", "log", "severity", "meter", "external_ids"],
     "DHCP_Options": ["cidr", "options", "external_ids"],
     "Port_Group": ["name", "ports", "acls"],
@@ -80,9 +80,25 @@ _NB_TABLES = {
     "Address_Set": ["name", "addresses"],
     "Meter": ["name", "unit", "bands", "fair"],
     "Meter_Band": ["action", "rate", "burst_size"],
+    "Load_Balancer": [
+        *(
+            "name",
+            "vips",
+            "protocol",
+            "health_check",
+            "ip_port_mappings",
+            "selection_fields",
+            "options",
+            "external_ids",
+        ),
+    ],
+    "Load_Balancer_Health_Check": ["vip", "options"],
 }
 _NB_MIRROR = {"NB_Global": ["nb_cfg", "hv_cfg"]}
-_SB_TABLES = {"Chassis": ["name"]}
+_SB_TABLES = {
+    "Chassis": ["name"],
+    "Service_Monitor": ["logical_port", "ip", "port", "protocol", "status"],
+}
 
 
 def find_programs() -> dict[str, str]:
@@ -145,6 +161,8 @@ class Stack:
         self.daemons: dict[str, SupervisedProcess] = {}
         # Called with each line that a policy's rule logs.
         self.on_logged: Callable[[PolicyLogged], None] | None = None
+        # Called with a row of Service_Monitor when it changed; None: it is gone.
+        self.on_monitor: Callable[[Values | None], None] | None = None
         self._on_daemon = on_daemon
         self._on_content = on_content
         self._conf: Database | None = None
@@ -181,6 +199,10 @@ class Stack:
         if self._nb is None:
             raise UnavailableError("OVN has not started yet; try again")
         return self._nb
+
+    def monitors(self) -> list[Values]:
+        """The health checks of load balancers' backends: rows of Service_Monitor (ovn-sb(5))."""
+        return [] if self._sb is None else list(self._sb.mirrors["Service_Monitor"].rows.values())
 
     @property
     def socket(self) -> Path:
@@ -337,12 +359,21 @@ class Stack:
             remote, schemas["nb"], tables=_NB_TABLES, mirror=_NB_MIRROR, on_dump=partial(self._on_content, "nb")
         )
         sb = Database(
-            remote, schemas["sb"], tables=_SB_TABLES, mirror=_SB_TABLES, on_dump=partial(self._on_content, "sb")
+            remote,
+            schemas["sb"],
+            tables=_SB_TABLES,
+            mirror=_SB_TABLES,
+            on_dump=partial(self._on_content, "sb"),
+            on_change=self._sb_changed,
         )
         async with trio.open_nursery() as nursery:
             for database in (conf, nb, sb):
                 nursery.start_soon(database.start)
         self._conf, self._nb, self._sb = conf, nb, sb
+
+    def _sb_changed(self, table: str, _key: str, values: Values | None) -> None:
+        if table == "Service_Monitor" and self.on_monitor is not None:
+            self.on_monitor(values)
 
     async def ensure_conf(self) -> None:
         """Makes Open vSwitch's own configuration be as it must: the integration bridge and OVN's settings."""

@@ -15,6 +15,8 @@ from pathlib import Path
 import trio
 
 from host_bridge.api import GuestApi, NetworkApi, StatusApi
+from host_bridge.balancer.api import BalancerApi
+from host_bridge.balancer.publishing import BalancerPorts
 from host_bridge.containers import ContainerManager, RuntimeClient
 from host_bridge.desired import DesiredState
 from host_bridge.docker_api import containers
@@ -159,6 +161,7 @@ async def serve(
             containers.register(docker_api, manager)
             services = [NetworkApi(fabric), GuestApi(fabric), StatusApi(fabric), PolicyApi(fabric), QosApi(fabric)]
             services.append(TraceApi(ConnectionTracer(fabric, publisher)))
+            services.append(BalancerApi(fabric, _balancer_ports(fabric.desired, publisher)))
             server = Server(services)
             async with trio.open_nursery() as nursery:
                 await nursery.start(fabric.run)
@@ -179,6 +182,16 @@ async def serve(
                     draining.start_soon(server.drain, _DRAIN)
                     draining.start_soon(docker_api.drain, _DRAIN)
                 nursery.cancel_scope.cancel()
+
+
+def _balancer_ports(desired: DesiredState, publisher: PortPublisher) -> BalancerPorts:
+    """Has published what load balancers publish, now and whenever they are changed."""
+    state = desired.balancers
+    ports = BalancerPorts(publisher, lambda name: [place.address for place in state.addresses(name)])
+    state.before_commit = ports.change
+    state.after_commit = ports.retarget
+    ports.restore(state.balancers)
+    return ports
 
 
 def _is_gateway(desired: DesiredState, address: str) -> bool:

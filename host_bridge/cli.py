@@ -20,6 +20,7 @@ ENTRY_POINTS = "taploom.commands"
 _COMMANDS = {
     "network": ("host_bridge.commands.network", "network", "Networks, and which guests are on them."),
     "guest": ("host_bridge.commands.guest", "guest", "Guests: VMs with an agent in them."),
+    "lb": ("host_bridge.commands.lb", "lb", "Load balancers: one address in front of several guests."),
     "policy": ("host_bridge.commands.policy", "policy", "Which connections may pass."),
     "qos": ("host_bridge.commands.qos", "qos", "How much guests may send and receive."),
     "status": ("host_bridge.commands.status", "status", "How every component and link is."),

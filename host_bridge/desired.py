@@ -16,11 +16,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from host_bridge import addressing, ipam
+from host_bridge.balancer.state import BalancerState
 from host_bridge.errors import (
     ActiveEndpointsError,
     AliasOnDefaultError,
     AlreadyConnectedError,
     AmbiguousIdError,
+    BalancedNetworkError,
     ConfigNetworkError,
     ExhaustedError,
     GuestNotFoundError,
@@ -126,12 +128,14 @@ class DesiredState:
     Attributes:
         policies: which connections may pass.
         qos: how much guests may send and receive.
+        balancers: the load balancers.
     """
 
     def __init__(self, store: Store, *, host_networks: Callable[[], Iterable[ipam.Subnet]] = _no_networks) -> None:
         self._store = store
         self.policies = PolicyState(store)
         self.qos = QosState(store)
+        self.balancers = BalancerState(store)
         self._host_networks = host_networks
         # The next number of a guest's interfaces, by prefix.
         self._interfaces: dict[str, dict[str, int]] = {}
@@ -352,6 +356,9 @@ class DesiredState:
             if endpoints:
                 named = [(self.guest_name(endpoint.guest_id), endpoint.id) for endpoint in endpoints]
                 raise ActiveEndpointsError(network.name, network.id, named)
+            balancers = self._store.balancers_on(network.id)
+            if balancers:
+                raise BalancedNetworkError(network.name, network.id, balancers)
             self._store.delete_network(network.id)
         return network
 

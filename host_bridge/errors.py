@@ -246,6 +246,15 @@ class ActiveEndpointsError(PreconditionError):
         self.network, self.network_id, self.endpoints = network, network_id, tuple(endpoints)
 
 
+class BalancedNetworkError(ActiveEndpointsError):
+    """Load balancers have addresses on the network; to Docker's users they are endpoints of theirs."""
+
+    def __init__(self, network: str, network_id: str, balancers: Sequence[str]) -> None:
+        super().__init__(network, network_id, [(name, f"lb-{name}") for name in balancers])
+        listed = ", ".join(balancers[:10])
+        self.args = (f"network {network} is in use by balancer {listed}: remove it first, with 'taploom lb rm'",)
+
+
 # Endpoints
 
 

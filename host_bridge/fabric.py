@@ -17,6 +17,7 @@ from typing import Any
 
 import trio
 
+from host_bridge.balancer.model import Balancer
 from host_bridge.describe import bridge_endpoint, bridge_guest, bridge_network
 from host_bridge.desired import DesiredState
 from host_bridge.errors import (
@@ -28,7 +29,7 @@ from host_bridge.errors import (
 )
 from host_bridge.events import EventBus, EventKind
 from host_bridge.guest_peer import RESOLVER_KEY, GuestPeer
-from host_bridge.helper_peer import POLICY_KEY, UPLINK_KEY, HelperPeer, network_key
+from host_bridge.helper_peer import BALANCERS_KEY, POLICY_KEY, UPLINK_KEY, HelperPeer, network_key
 from host_bridge.host_addresses import HostAddresses
 from host_bridge.links import DataLink
 from host_bridge.model import (
@@ -123,6 +124,7 @@ class Fabric:
             qos=desired.qos,
             on_policy_logged=self.policy_log.add,
             upstreams=upstreams,
+            balancers=desired.balancers,
             **self._callbacks(lambda: self.helper),
         )
         self.guests: dict[str, GuestPeer] = {}
@@ -312,6 +314,47 @@ class Fabric:
             return ""
         return self.helper.too_old_for_qos
 
+    # Load balancers
+
+    async def apply_balancers(
+        self, source: str, balancers: Sequence[Balancer], *, prune: bool = False, create_only: bool = False
+    ) -> tuple[Changes, str]:
+        """Changes load balancers, arguments as `BalancerState.apply`; returns once they are in force.
+
+        Returns:
+            What was done, and why it is not in force yet, for people: the helper converges to it all the same.
+
+        Raises:
+            InvalidError, TakenError, PreconditionError, ExhaustedError: nothing was changed.
+        """
+        if self.helper.lacks_balancers:
+            raise PreconditionError(self.helper.too_old_for_balancers)
+        changes = self.desired.balancers.apply(source, balancers, prune=prune, create_only=create_only)
+        logger.info(
+            "load balancers: %d created, %d updated, %d removed",
+            *map(len, (changes.created, changes.updated, changes.removed)),
+        )
+        return changes, await self._until_balanced()
+
+    async def remove_balancers(self, names: Sequence[str]) -> str:
+        """Removes load balancers, as `BalancerState.remove`; returns why that is not so yet at the helper."""
+        self.desired.balancers.remove(names)
+        logger.info("load balancers: %d removed", len(names))
+        return await self._until_balanced()
+
+    async def _until_balanced(self) -> str:
+        # Names of guests make way for those of load balancers, and come back.
+        for endpoint in self.desired.store.endpoints():
+            self.helper.touch(endpoint.id)
+        self.helper.touch(BALANCERS_KEY)
+        return await self._until_helper_has(BALANCERS_KEY)
+
+    def balancers_pending(self) -> str:
+        """Why the load balancers are not in force yet, for people; empty when they are."""
+        if self.helper.lacks_balancers:
+            return self.helper.too_old_for_balancers
+        return "" if self.helper.has(BALANCERS_KEY) else self.helper.waits_for(BALANCERS_KEY)
+
     # Guests
 
     async def register_guest(
@@ -343,7 +386,7 @@ class Fabric:
             if link is not None:
                 link.label = f"{record.name} on {self.desired.network_name(endpoint.network_id)}"
             self.helper.touch(endpoint.id)
-            self._touch_linked(endpoint)
+            self._touch_others(endpoint)
         logger.info("guest %s is called %s now", before.name, record.name)
         self.events.emit("guest-rename", guest=record)
         with trio.move_on_after(self.timing.settle):
@@ -359,7 +402,7 @@ class Fabric:
             peer.renamed(record)
         for endpoint in self.desired.store.endpoints(guest_id=record.id):
             self.helper.touch(endpoint.id)
-            self._touch_linked(endpoint)
+            self._touch_others(endpoint)
         await trio.lowlevel.checkpoint()
         return record
 
@@ -370,7 +413,7 @@ class Fabric:
         for endpoint in endpoints:
             self._drop_link(endpoint.id)
             self.helper.touch(endpoint.id)
-            self._touch_linked(endpoint)
+            self._touch_others(endpoint)
             if endpoint.active:
                 network = self.desired.store.network(endpoint.network_id)
                 self.events.emit("endpoint-disconnect", network=network, guest=record, endpoint=endpoint)
@@ -404,7 +447,7 @@ class Fabric:
             link.guest.touch(record.id)
             link.guest.touch(RESOLVER_KEY)
             self.helper.touch(record.id)
-            self._touch_linked(record)
+            self._touch_others(record)
             await self._until_up(link)
             if link.removed or not self.desired.activate_endpoint(record.id):
                 raise AbortedError(f"{link.label} was disconnected while it was being connected")
@@ -418,6 +461,7 @@ class Fabric:
         connected = self.desired.store.endpoint(record.id)
         assert connected is not None
         self._emit("endpoint-connect", connected)
+        await self._rebalance()
         return connected
 
     async def disconnect(self, network: str, guest: str) -> EndpointRecord:
@@ -430,6 +474,13 @@ class Fabric:
             self._emit("endpoint-disconnect", record)
         await self._settle(record)
         return record
+
+    async def _rebalance(self) -> None:
+        """Has load balancers send connections to who is there now; waits a little for it."""
+        if self.desired.balancers.balancers:
+            self.helper.touch(BALANCERS_KEY)
+            with trio.move_on_after(self.timing.settle):
+                await self.helper.changes.until(BALANCERS_KEY, lambda: self.helper.settled(BALANCERS_KEY))
 
     def _stream_wanted(self, wanted: StreamWanted) -> None:
         if self.on_stream_wanted is not None:
@@ -611,11 +662,13 @@ class Fabric:
             self.guests[record.guest_id].touch(record.id)
             self.guests[record.guest_id].touch(RESOLVER_KEY)
         self.helper.touch(record.id)
-        self._touch_linked(record)
+        self._touch_others(record)
         return link
 
-    def _touch_linked(self, endpoint: EndpointRecord) -> None:
-        """Tells the guests that have a link to this one on the default bridge: their /etc/hosts has its address."""
+    def _touch_others(self, endpoint: EndpointRecord) -> None:
+        """Tells who goes by this endpoint: load balancers, and the guests that have a link to it on the default bridge,
+        whose /etc/hosts has its address."""
+        self.helper.touch(BALANCERS_KEY)
         network = self.desired.store.network(endpoint.network_id)
         if network is None or not network.default_bridge:
             return

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from host_bridge.balancer.state import BalancerState
 from host_bridge.describe import (
     has_dhcp,
     helper_endpoint,
@@ -32,12 +33,16 @@ from host_bridge.qos.state import QosState
 from host_bridge.store import Store
 from taploom.address import Address, HybridAddress
 from taploom.contracts.taploom.helper.v1 import (
+    ApplyBalancersRequest,
     ApplyEndpointRequest,
     ApplyNetworkRequest,
     ApplyPolicyRequest,
     ApplyUplinkRequest,
     AuthorizeLinkRequest,
     AuthorizeStreamsRequest,
+    BackendChanged,
+    BackendHealth,
+    BackendStatus,
     DaemonState,
     DeleteEndpointRequest,
     DeleteNetworkRequest,
@@ -48,6 +53,7 @@ from taploom.contracts.taploom.helper.v1 import (
     GetHealthResponse,
     GetInfoRequest,
     HelperFeature,
+    ListBackendsRequest,
     ListEndpointsRequest,
     ListPolicyCountersRequest,
     ListQosCountersRequest,
@@ -63,7 +69,12 @@ from taploom.contracts.taploom.helper.v1 import (
     WatchEventsRequest,
     WatchEventsResponse,
 )
-from taploom.contracts.taploom.helper.v1.rpc import HelperServiceClient, QosServiceClient, TraceServiceClient
+from taploom.contracts.taploom.helper.v1.rpc import (
+    BalancerServiceClient,
+    HelperServiceClient,
+    QosServiceClient,
+    TraceServiceClient,
+)
 from taploom.contracts.taploom.link.v1 import LinkFeature, StreamProtocol
 from taploom.link import new_secret
 from taploom.rpc import Channel, RpcError, StatusCode
@@ -77,11 +88,17 @@ _NETWORK = "network:"
 UPLINK_KEY = "uplink"
 STREAMS_KEY = "streams"
 POLICY_KEY = "policy"
+BALANCERS_KEY = "balancers"
 
 # Objects that are wanted for as long as the agent can do them.
-_LABELS = {UPLINK_KEY: "the uplink", STREAMS_KEY: "the secret of streams", POLICY_KEY: "the policy"}
+_LABELS = {
+    UPLINK_KEY: "the uplink",
+    STREAMS_KEY: "the secret of streams",
+    POLICY_KEY: "the policy",
+    BALANCERS_KEY: "the load balancers",
+}
 
-HelperObject = Network | Endpoint | Uplink | AuthorizeStreamsRequest | ApplyPolicyRequest
+HelperObject = Network | Endpoint | Uplink | AuthorizeStreamsRequest | ApplyPolicyRequest | ApplyBalancersRequest
 
 
 def network_key(network_id: str) -> str:
@@ -102,6 +119,7 @@ class HelperPeer(Peer[HelperObject]):
         policies: which connections may pass.
         qos: how much guests may send and receive.
         on_policy_logged: called when a rule that is to be told of has matched.
+        balancers: the load balancers.
         upstreams: DNS servers for names that no network knows, as DHCP tells them.
         options: see `Peer`.
 
@@ -126,6 +144,7 @@ class HelperPeer(Peer[HelperObject]):
         policies: PolicyState,
         qos: QosState,
         on_policy_logged: Callable[[PolicyLogged], None],
+        balancers: BalancerState,
         upstreams: Sequence[str] = (),
         **options: Any,
     ) -> None:
@@ -141,6 +160,7 @@ class HelperPeer(Peer[HelperObject]):
         self._policies = policies
         self._qos = qos
         self._on_policy_logged = on_policy_logged
+        self._balancers = balancers
         self._client: HelperServiceClient | None = None
         self._channel: Channel | None = None
 
@@ -202,6 +222,26 @@ class HelperPeer(Peer[HelperObject]):
         return self.connected and self.info is not None and not self._can(HelperFeature.TRACE)
 
     @property
+    def lacks_balancers(self) -> bool:
+        """Whether the agent answers and has no load balancers."""
+        return self.connected and self.info is not None and not self._can(HelperFeature.BALANCERS)
+
+    @property
+    def too_old_for_balancers(self) -> str:
+        """What to do about such an agent."""
+        version = self.info.version if self.info is not None else "unknown"
+        return f"{self.subject} (version {version}) is too old for load balancers: update it"
+
+    @property
+    def balancer_client(self) -> BalancerServiceClient:
+        """The stub of what load balancers need. RpcError when there is no connection, or no such service."""
+        if self._channel is None:
+            raise RpcError(StatusCode.UNAVAILABLE, self.problem or "the helper is not connected")
+        if self.lacks_balancers:
+            raise RpcError(StatusCode.UNIMPLEMENTED, self.too_old_for_balancers)
+        return BalancerServiceClient(self._channel)
+
+    @property
     def tcp_protocol(self) -> StreamProtocol:
         """What TCP streams are opened with, into the networks and out of them."""
         # Few VMMs hand the end of one direction on through their Unix sockets.
@@ -220,6 +260,10 @@ class HelperPeer(Peer[HelperObject]):
             return AuthorizeStreamsRequest(secret=self._next_secret) if self._can(HelperFeature.STREAMS) else None
         if key == POLICY_KEY:
             return self._wanted_policy() if self._can(HelperFeature.POLICY) else None
+        if key == BALANCERS_KEY:
+            if not self._can(HelperFeature.BALANCERS):
+                return None
+            return ApplyBalancersRequest(balancers=self._balancers.message)
         if key.startswith(_NETWORK):
             network = self._store.network(key.removeprefix(_NETWORK))
             if network is None or not network.switched or self._lacking(key):
@@ -237,7 +281,11 @@ class HelperPeer(Peer[HelperObject]):
         if self._lacking(key):
             return None
         qos = self._qos.message(endpoint, network) if self._can(HelperFeature.QOS) else None
-        return helper_endpoint(endpoint, guest, network, policy, open_ports=self._open_ports(endpoint), qos=qos)
+        described = helper_endpoint(endpoint, guest, network, policy, open_ports=self._open_ports(endpoint), qos=qos)
+        taken = self._balancers.names_on(network.id)
+        if taken:
+            described.names = [name for name in described.names if name.lower() not in taken]
+        return described
 
     def _open_ports(self, endpoint: EndpointRecord) -> list[tuple[str, int]]:
         """What the endpoint's container publishes, if it is one."""
@@ -282,7 +330,8 @@ class HelperPeer(Peer[HelperObject]):
 
     def wanted_keys(self) -> Iterable[str]:
         networks = [network_key(network.id) for network in self._store.networks()]
-        return [STREAMS_KEY, UPLINK_KEY, POLICY_KEY, *networks, *(endpoint.id for endpoint in self._store.endpoints())]
+        endpoints = [endpoint.id for endpoint in self._store.endpoints()]
+        return [STREAMS_KEY, UPLINK_KEY, POLICY_KEY, BALANCERS_KEY, *networks, *endpoints]
 
     def in_snapshot(self, key: str) -> bool:
         return key != STREAMS_KEY
@@ -310,9 +359,11 @@ class HelperPeer(Peer[HelperObject]):
     async def sync(self, snapshot: Mapping[str, HelperObject], within: float) -> SyncResult:
         uplink = snapshot.get(UPLINK_KEY)
         policy = snapshot.get(POLICY_KEY)
+        balancers = snapshot.get(BALANCERS_KEY)
         request = SyncRequest(
             uplink=uplink if isinstance(uplink, Uplink) else None,
             policy=policy.policy if isinstance(policy, ApplyPolicyRequest) else None,
+            balancers=balancers.balancers if isinstance(balancers, ApplyBalancersRequest) else None,
             networks=[one for one in snapshot.values() if isinstance(one, Network)],
             endpoints=[one for one in snapshot.values() if isinstance(one, Endpoint)],
         )
@@ -336,6 +387,8 @@ class HelperPeer(Peer[HelperObject]):
                 self.stream_secret = description.secret
         elif isinstance(description, ApplyPolicyRequest):
             await self._apply_policy(description, within)
+        elif isinstance(description, ApplyBalancersRequest):
+            await self.balancer_client.apply_balancers(description, timeout=within)
         else:
             request = ApplyEndpointRequest(endpoint=description, link_secret=secret or b"")
             await self.client.apply_endpoint(request, timeout=within)
@@ -376,6 +429,11 @@ class HelperPeer(Peer[HelperObject]):
             raise RpcError(StatusCode.UNAVAILABLE, self.problem or "the helper is not connected")
         return await TraceServiceClient(self._channel).trace_packet(request, timeout=within)
 
+    async def backends(self, balancers: Sequence[str]) -> list[BackendStatus]:
+        """The backends that the agent has, of these load balancers or of all."""
+        request = ListBackendsRequest(balancer_ids=list(balancers))
+        return (await self.balancer_client.list_backends(request, timeout=self.call_timeout)).backends
+
     async def delete(self, key: str, within: float) -> None:
         if key in _LABELS:
             return
@@ -401,7 +459,17 @@ class HelperPeer(Peer[HelperObject]):
         if message.policy_logged is not None:
             self._on_policy_logged(message.policy_logged)
             return OtherEvent("")
+        if message.backend_changed is not None:
+            return OtherEvent(self._backend_text(message.backend_changed))
         return _event(message)
+
+    def _backend_text(self, changed: BackendChanged) -> str:
+        endpoint = self._store.endpoint(changed.endpoint_id)
+        guest = None if endpoint is None else self._store.guest(endpoint.guest_id)
+        if guest is None:
+            return ""
+        health = "does not answer" if changed.health == BackendHealth.DOWN else "answers"
+        return f"backend {guest.name} {health} health checks at {clean_text(changed.address, 50)} {changed.target_port}"
 
     async def streams_ready(self) -> None:
         """Returns once there is a stream secret."""

@@ -195,6 +195,29 @@ def lowest_free(subnet: Subnet, taken: Iterable[Address], within: Subnet | None 
     return _address(subnet, candidate)
 
 
+# How far into a subnet of IPv6 the bridge's own addresses begin, so that they are short.
+_HIGHEST_IPV6 = 0xFFFF
+
+
+def highest_free(subnet: Subnet, taken: Iterable[Address], within: Subnet | None = None) -> Address:
+    """The highest address of the subnet that is not taken, of its part `within` when that is given; raises
+    NoAddressLeftError when there is none. Who takes from this end never takes an address that a guest would have had.
+
+    In IPv6 it is one of the first 65,535."""
+    first, candidate = first_usable(subnet), last_usable(subnet)
+    if within is not None:
+        first = max(first, int(within.network_address))
+        candidate = min(candidate, int(within.broadcast_address))
+    if subnet.version == IPV6:
+        candidate = min(candidate, int((within or subnet).network_address) + _HIGHEST_IPV6)
+    holders = {int(address) for address in taken if contains(subnet, address)}
+    while candidate in holders:
+        candidate -= 1
+    if candidate < first:
+        raise NoAddressLeftError(str(within or subnet))
+    return _address(subnet, candidate)
+
+
 def unusable(subnet: Subnet, address: Address) -> tuple[str, str] | None:
     """Why nobody may have the address: (reason, message without its subject); None: somebody may.
 

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from host_bridge import ipam
+from host_bridge.balancer import tables as balancer_tables
 from host_bridge.errors import GuestNotFoundError, NameInUseError, StateError
 from host_bridge.model import (
     ContainerRecord,
@@ -207,10 +208,16 @@ def _create_2(connection: sqlite3.Connection) -> None:
 
 # MIGRATIONS[n] takes a database from schema n to n + 1, inside the transaction that also sets user_version. Foreign
 # keys are not enforced meanwhile, but checked at the end.
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_create_1, _create_2, create_tables, create_qos)
+MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (
+    _create_1,
+    _create_2,
+    create_tables,
+    create_qos,
+    balancer_tables.create_tables,
+)
 
 
-class Store(PolicyTables, QosTable):
+class Store(PolicyTables, QosTable, balancer_tables.BalancerTables):
     """The database and the lock on its directory.
 
     All methods are synchronous and for one thread: a commit takes well under a millisecond plus one fsync.
@@ -731,10 +738,14 @@ class Store(PolicyTables, QosTable):
             " LEFT JOIN guests g ON g.id = e.guest_id WHERE a.network_id = ?",
             network_id,
         )
-        return {
+        holders = {
             address: f"guest {guest}" if guest is not None else "the gateway" if gateway else "an auxiliary address"
             for address, guest, gateway in rows
         }
+        for network, address, balancer in self.balancer_addresses():
+            if network == network_id:
+                holders[address] = f"balancer {balancer}" if balancer else "the health checks of load balancers"
+        return holders
 
     def taken_macs(self, network_id: str | None = None) -> dict[str, str]:
         """The MAC addresses of a network, or of the whole fabric: MAC -> who, for people."""

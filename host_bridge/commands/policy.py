@@ -60,7 +60,8 @@ def apply(bridge: str, path: str, prune: bool, as_json: bool) -> None:
               - {name: from-web, from: {guest: web}, protocol: tcp, ports: 5432}
         END
     """
-    from host_bridge.policy.document import PolicyFileError, read
+    from host_bridge.documents import DocumentError
+    from host_bridge.policy.document import read
     from host_bridge.policy.messages import default_message, to_message
     from taploom.contracts.taploom.bridge.v1 import ApplyPolicyRequest, ApplyPolicyResponse
 
@@ -76,7 +77,7 @@ def apply(bridge: str, path: str, prune: bool, as_json: bool) -> None:
         raise CommandError(f"{name}:{line}: this is not UTF-8: save it as UTF-8") from error
     try:
         found = read(text)
-    except PolicyFileError as error:
+    except DocumentError as error:
         raise CommandError(f"{name}:{error.line}: {error}") from error
     request = ApplyPolicyRequest(
         source=name,

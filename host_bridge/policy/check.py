@@ -46,8 +46,12 @@ class Source:
 
     def wrong(self, line: int, message: str) -> InvalidError:
         """The error that something at a line is wrong."""
+        return InvalidError(self.text(line, message))
+
+    def text(self, line: int, message: str) -> str:
+        """What is to be said of a line."""
         where = ":".join(part for part in (self._name, str(line) if line else "") if part)
-        return InvalidError(f"{where}: {message}" if where else message)
+        return f"{where}: {message}" if where else message
 
 
 def checked_groups(source: Source, groups: Iterable[Group]) -> dict[str, Group]:
@@ -58,14 +62,14 @@ def checked_groups(source: Source, groups: Iterable[Group]) -> dict[str, Group]:
     """
     found: dict[str, Group] = {}
     for group in groups:
-        _check_name(source, group.line, "group", group.name)
+        check_name(source, group.line, "group", group.name)
         if group.name in found:
             first = found[group.name].line
             where = f" (first at line {first})" if first else ""
             raise source.wrong(group.line, f"group {group.name} is given twice{where}: put both into one")
         _limit(source, group.line, f"group {group.name} has", "members", group.members)
         for member in group.members:
-            _check_selector(source, member)
+            check_selector(source, member)
         found[group.name] = dataclasses.replace(
             group,
             incoming=_checked_rules(source, group.incoming),
@@ -157,7 +161,7 @@ def _checked_rules(source: Source, rules: tuple[Rule, ...] | None) -> tuple[Rule
     named: dict[str, Rule] = {}
     for number, given in enumerate(rules, 1):
         rule = given if given.name else dataclasses.replace(given, name=f"rule-{number}")
-        _check_name(source, rule.line, "rule", rule.name)
+        check_name(source, rule.line, "rule", rule.name)
         if rule.name in named:
             raise source.wrong(rule.line, f"rule {rule.name} is given twice in this list: choose another name")
         named[rule.name] = _checked_rule(source, rule)
@@ -208,7 +212,7 @@ def _checked_peers(source: Source, rule: Rule) -> tuple[Peer, ...]:
         if (peer.selector is not None) + bool(peer.cidr) + peer.host != 1:
             raise source.wrong(line, f"rule {rule.name}: a peer must be one of a subnet, guests or the host")
         if peer.selector is not None:
-            _check_selector(source, peer.selector)
+            check_selector(source, peer.selector)
         if not peer.cidr:
             checked.append(peer)
             continue
@@ -241,7 +245,8 @@ def _subnet(source: Source, line: int, text: str) -> ipaddress.IPv4Network | ipa
     return interface.network
 
 
-def _check_selector(source: Source, selector: Selector) -> None:
+def check_selector(source: Source, selector: Selector) -> None:
+    """Raises InvalidError unless the selector gives something that may be."""
     given = selector.given()
     if not given:
         raise source.wrong(selector.line, "this selects nobody: give a guest, an alias, a label, a network or a group")
@@ -255,7 +260,8 @@ def _check_selector(source: Source, selector: Selector) -> None:
         raise source.wrong(selector.line, f"label {shown(selector.label)} has no key: write KEY or KEY=VALUE")
 
 
-def _check_name(source: Source, line: int, kind: str, name: str) -> None:
+def check_name(source: Source, line: int, kind: str, name: str) -> None:
+    """Raises InvalidError unless something may be called so."""
     if not _NAME.fullmatch(name):
         raise source.wrong(
             line,

@@ -9,10 +9,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from host_bridge.describe import endpoint_names
 from host_bridge.errors import NotFoundError, PreconditionError
 from host_bridge.model import EndpointRecord, GuestRecord, NetworkRecord
 from host_bridge.names import shown
+from host_bridge.places import Place, Places, fits
 from host_bridge.policy.check import Source, check_defaults, check_together, checked_groups
 from host_bridge.policy.model import (
     ALLOW,
@@ -51,7 +51,6 @@ _PROTOCOLS = {
     ICMP: helper.PolicyProtocol.ICMP,
     ICMPV6: helper.PolicyProtocol.ICMPV6,
 }
-_MAX_LABELS = 4096
 
 
 class PolicyGroupNotFoundError(NotFoundError):
@@ -95,16 +94,6 @@ class _Compiled:
     rule_ids: Mapping[RuleRef, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """An endpoint as selectors see it."""
-
-    guest: str
-    names: frozenset[str]
-    labels: Mapping[str, str]
-    network: str
-
-
 class PolicyState:
     """The policies in the database, and what they mean.
 
@@ -116,8 +105,7 @@ class PolicyState:
         self._store = store
         self._compiled: _Compiled | None = None
         self._defaults: dict[str, str] | None = None
-        # Of containers, by id: theirs never change.
-        self._labels: dict[str, Mapping[str, str]] = {}
+        self._places = Places(store)
 
     # Changes
 
@@ -229,7 +217,7 @@ class PolicyState:
             guest = guests.get(endpoint.guest_id)
             if network is None or guest is None:
                 continue
-            place = self._place(endpoint, guest, network)
+            place = self._places.of(endpoint, guest, network)
             for group_id in self._group_ids(place):
                 if group_id in names:
                     found[names[group_id]].append(endpoint)
@@ -254,7 +242,7 @@ class PolicyState:
         compiled = self._now()
         group_ids: list[str] = []
         if compiled.groups:
-            group_ids = self._group_ids(self._place(endpoint, guest, network))
+            group_ids = self._group_ids(self._places.of(endpoint, guest, network))
             for group_id in group_ids:
                 group_in, group_out = compiled.denies.get(group_id, (False, False))
                 deny_in, deny_out = deny_in or group_in, deny_out or group_out
@@ -279,15 +267,15 @@ class PolicyState:
     ) -> list[str]:
         """The groups of an endpoint that have a list for a direction, in order of their names."""
         groups, names = self.groups, self._now().names
-        found = self._group_ids(self._place(endpoint, guest, network)) if groups else []
+        found = self._group_ids(self._places.of(endpoint, guest, network)) if groups else []
         return sorted(names[one] for one in found if one in names and groups[names[one]].rules(direction) is not None)
 
-    def _group_ids(self, place: _Place) -> list[str]:
+    def _group_ids(self, place: Place) -> list[str]:
         compiled = self._now()
         direct = {
             group_id
             for group_id, selectors in compiled.selectors.items()
-            if any(_fits(selector, place) for selector in selectors)
+            if any(fits(selector, place) for selector in selectors)
         }
         direct |= {_group_id(name) for name in _named(place.labels) if name in compiled.groups}
         return sorted(direct | self._including(direct))
@@ -311,38 +299,10 @@ class PolicyState:
                     todo.append(holder)
         return found
 
-    def _place(self, endpoint: EndpointRecord, guest: GuestRecord, network: NetworkRecord) -> _Place:
-        names = {name.lower() for name in (guest.name, *endpoint_names(endpoint, guest, network))}
-        return _Place(guest.name, frozenset(names), self._labels_of(guest.id), network.name)
-
-    def _labels_of(self, guest_id: str) -> Mapping[str, str]:
-        known = self._labels.get(guest_id)
-        if known is not None:
-            return known
-        container = self._store.container(guest_id)
-        if container is None:
-            return {}
-        if len(self._labels) >= _MAX_LABELS:
-            self._labels.clear()
-        found = self._labels[guest_id] = dict(container.config.get("Config", {}).get("Labels") or {})
-        return found
-
     def _now(self) -> _Compiled:
         if self._compiled is None:
             self._compiled = _compile({group.name: group for group, _, _ in self._store.policy_groups()})
         return self._compiled
-
-
-def _fits(selector: Selector, place: _Place) -> bool:
-    if selector.group:
-        return False  # see `_including`
-    key, equals, value = selector.label.partition("=")
-    return (
-        (not selector.guest or selector.guest == place.guest)
-        and (not selector.alias or selector.alias.lower() in place.names)
-        and (not selector.network or selector.network == place.network)
-        and (not key or (key in place.labels and (not equals or place.labels[key] == value)))
-    )
 
 
 def _named(labels: Mapping[str, str]) -> list[str]:

@@ -37,7 +37,7 @@ from taploom.contracts.taploom.helper.v1 import (
     Network,
     Uplink,
 )
-from taploom.contracts.taploom.helper.v1.rpc import HelperServiceClient
+from taploom.contracts.taploom.helper.v1.rpc import BalancerServiceClient, HelperServiceClient
 from taploom.contracts.taploom.link.v1 import LinkFeature
 from taploom.link import Dataplane, Tap, dial_link, new_secret, open_dataplane
 from taploom.rpc import RpcError, open_channel
@@ -198,6 +198,7 @@ class Rig:
     nursery: trio.Nursery
     process: subprocess.Popen[bytes] | None = None
     client: HelperServiceClient = field(init=False)
+    balancers: BalancerServiceClient = field(init=False)
     guests: list[Guest] = field(default_factory=list)
     _channel_scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
@@ -236,6 +237,7 @@ class Rig:
         with trio.CancelScope() as self._channel_scope:
             async with open_channel(stream) as channel:
                 self.client = HelperServiceClient(channel)
+                self.balancers = BalancerServiceClient(channel)
                 task_status.started()
                 await channel.wait_closed()
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from host_bridge.documents import MAX_SIZE, DocumentError
 from host_bridge.errors import InvalidError
-from host_bridge.policy import document
 from host_bridge.policy.check import MAX_ITEMS, Source, check_defaults, check_together, checked_groups
-from host_bridge.policy.document import PolicyFileError, read
+from host_bridge.policy.document import read
 from host_bridge.policy.messages import default_message, from_default, from_message, to_message
 from host_bridge.policy.model import Group, Peer, Ports, Rule, Selector, from_json, to_json
 from taploom.contracts.taploom.bridge import v1 as bridge
@@ -122,7 +122,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("text", "line", "part"), WRONG, ids=[part for _, _, part in WRONG])
 def test_refusals_of_the_text(text: str, line: int, part: str) -> None:
-    with pytest.raises(PolicyFileError) as caught:
+    with pytest.raises(DocumentError) as caught:
         read(text)
     assert part in str(caught.value)
     assert caught.value.line == line, str(caught.value)
@@ -185,8 +185,8 @@ def test_limits() -> None:
     members = tuple(Selector(guest=f"g{n}") for n in range(MAX_ITEMS + 1))
     with pytest.raises(InvalidError, match="use at most 256"):
         checked_groups(Source(), [Group("a", members)])
-    with pytest.raises(PolicyFileError, match="characters"):
-        read("#" * (document.MAX_SIZE + 1))
+    with pytest.raises(DocumentError, match="characters"):
+        read("#" * (MAX_SIZE + 1))
 
 
 def test_a_long_chain_is_no_circle() -> None:
@@ -254,7 +254,7 @@ def test_nothing_is_lost_on_the_way(value: dict[str, Any]) -> None:
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:
         read(text)
-    except PolicyFileError as error:
+    except DocumentError as error:
         assert 1 <= error.line <= text.count("\n") + 2
 
 
@@ -264,5 +264,5 @@ def test_a_damaged_policy_is_read_or_refused(place: int, damage: str) -> None:
     try:
         groups = read(EXAMPLE[:place] + damage + EXAMPLE[place:]).groups
         check_together(Source(), checked_groups(Source(), groups))
-    except (PolicyFileError, InvalidError):
+    except (DocumentError, InvalidError):
         pass

@@ -1,0 +1,1 @@
+"""Load balancers: an address and a name in front of several guests."""
