@@ -91,17 +91,26 @@ def cached(cache: Path, kind: str, key: str, build: Callable[[Path], None]) -> t
 def publish(built: Path, output: Path) -> None:
     """Makes ``output`` a copy of a directory, file by file; files that are the same already are not touched.
 
-    Each file is replaced by a rename: who has the old one open (a QEMU that boots from it) keeps it.
+    Each file is replaced by a rename: who has the old one open (a QEMU that boots from it) keeps it. Several that
+    publish to one place do it one after the other.
     """
-    wanted = {path.relative_to(built) for path in built.rglob("*") if not path.is_dir()}
-    if output.is_dir():
-        for path in sorted(output.rglob("*"), reverse=True):
-            if path.is_dir() and not path.is_symlink():
-                if not any(path.iterdir()):
-                    path.rmdir()
-            elif path.relative_to(output) not in wanted:
-                path.unlink()
     output.mkdir(parents=True, exist_ok=True)
+    lock = os.open(output, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _publish(built, output)
+    finally:
+        os.close(lock)
+
+
+def _publish(built: Path, output: Path) -> None:
+    wanted = {path.relative_to(built) for path in built.rglob("*") if not path.is_dir()}
+    for path in sorted(output.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path.relative_to(output) not in wanted:
+            path.unlink()
     for name in sorted(wanted):
         source, target = built / name, output / name
         target.parent.mkdir(parents=True, exist_ok=True)

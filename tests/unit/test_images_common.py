@@ -12,6 +12,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,17 @@ def test_what_is_published_replaces_and_removes_but_does_not_touch_the_same(tmp_
     cache.publish(built, output)
     assert listing(output) == listing(built)
     assert (output / "deep/same").stat().st_ino == inode
+
+
+def test_many_publish_to_one_place_at_once(tmp_path: Path) -> None:
+    built, output = tmp_path / "built", tmp_path / "output"
+    (built / "deep").mkdir(parents=True)
+    for number in range(20):
+        (built / "deep" / str(number)).write_text("content" * number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _number: cache.publish(built, output), range(16)))
+    assert listing(output) == listing(built)
 
 
 def test_inputs_differ_by_content_name_mode_and_text(tmp_path: Path) -> None:
