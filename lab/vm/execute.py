@@ -17,7 +17,7 @@ from lab.state import LabError
 from lab.vm.processes import Command, Output, ProcessError, RemoteProcess, Terminal, start
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# What a process that has ended may leave in its streams is waited for as long as it comes without a pause.
+# What others write to the streams of a process that has ended is waited for as long as it comes without a pause.
 _DRAIN = 0.5
 _CHUNK = 64 * 1024
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -80,7 +80,9 @@ async def _run(address: str, command: Command) -> int:
                 with trio.move_on_after(left):
                     await last.both_ended.wait()
                     break
-            outputs.cancel_scope.cancel()
+            # What has come is written, however long that takes.
+            process.stdout.end()
+            process.stderr.end()
         nursery.cancel_scope.cancel()
     return await process.wait()
 

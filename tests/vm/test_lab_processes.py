@@ -58,6 +58,11 @@ async def test_processes(kernel: Path, initrd: Path, machine_directory: Callable
             # How they end.
             assert await run("sh", "-c", "echo out; exit 3") == (3, b"out\n")
             assert await run("sh", "-c", "kill -9 $$") == (-9, b"")
+            # What it has said is there when its end is told of, also where another has its streams still.
+            said = Command(("sh", "-c", "sleep 600 & head -c 60000 /dev/zero"), ENVIRONMENT)
+            async with carried(address, said) as process:
+                assert await process.wait() == 0
+                assert sum(map(len, process.stdout._waiting)) == 60000
             with pytest.raises(ProcessError, match="nosuch: No such file or directory"):
                 await run("nosuch")
             # The streams are apart, and what is large arrives whole.

@@ -18,7 +18,7 @@
  *               E  it could not be started: text
  *               A  so many bytes of standard input (32 bits, big-endian) were taken
  *               O  standard output (and all of a terminal's)    R  standard error
- *               X  it ended: exit code, or minus the signal's number (32 bits, big-endian)
+ *               X  it ended: exit code, or minus the signal's number (32 bits, big-endian); after its own output
  *               Z  the end of its output; the last frame
  *
  * A connection that the host closes ends the process. Only the host (CID 2) is served.
@@ -52,11 +52,13 @@
 /* vhost-device-vsock loses packets of which the kernel makes three descriptors, so a write stays below 28 KiB. */
 #define CHUNK 16384
 #define MAX_FIELDS 8192
+#define PIPE 65536 /* a pipe's size: as much as a process can have left in one */
 
 struct process {
 	int connection;
 	pid_t pid;
 	bool ended, reported;
+	size_t rest; /* what it can have left in its streams when it ended */
 	int status;
 	bool alone; /* in a session of its own, which is ended with it */
 	int in, out, err; /* ours of its streams; -1: closed */
@@ -479,10 +481,24 @@ static void read_output(struct process *p, int *fd, char type)
 {
 	ssize_t got = read(*fd, p->output + HEAD, CHUNK);
 
-	if (got > 0)
+	if (got > 0) {
 		put_frame(p, type, NULL, (size_t)got);
-	else if (got == 0 || (errno != EAGAIN && errno != EINTR)) /* EIO: a terminal's other side is closed */
+		p->rest -= p->rest < (size_t)got ? p->rest : (size_t)got;
+	} else if (got == 0 || (errno != EAGAIN && errno != EINTR)) /* EIO: a terminal's other side is closed */
 		close_fd(fd);
+}
+
+/*
+ * Puts a frame of what the process has left in its streams. False when there is nothing more of it; what others write
+ * there goes on.
+ */
+static bool read_rest(struct process *p)
+{
+	if (p->rest && p->out >= 0)
+		read_output(p, &p->out, 'O');
+	if (p->rest && p->err >= 0 && !p->output_size)
+		read_output(p, &p->err, 'R');
+	return p->output_size;
 }
 
 /* All children that have ended: the process, and what it left behind. */
@@ -495,6 +511,7 @@ static void reap(struct process *p)
 		if (pid != p->pid)
 			continue;
 		p->ended = true;
+		p->rest = 2 * PIPE;
 		p->status = WIFSIGNALED(status) ? -WTERMSIG(status) : WEXITSTATUS(status);
 	}
 }
@@ -525,7 +542,7 @@ static void serve(int connection)
 			if (p->taken) {
 				put_number(p, 'A', p->taken);
 				p->taken = 0;
-			} else if (p->ended && !p->reported) {
+			} else if (p->ended && !p->reported && !read_rest(p)) {
 				put_number(p, 'X', (uint32_t)p->status);
 				p->reported = true;
 			} else if (p->reported && p->out < 0 && p->err < 0) {
