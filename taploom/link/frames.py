@@ -59,7 +59,8 @@ GSO_ECN: Final = 0x80
 _LENGTH: Final = struct.Struct(">I")
 _LENGTH_AND_HEADER: Final = struct.Struct(">I12s")
 _HEADER: Final = struct.Struct("<BBHHHHH")
-_NO_HEADER: Final = bytes(HEADER_SIZE)
+_UNKNOWN: Final = 1 << 32
+_KNOWN_HEADERS: Final = 256
 
 
 class FrameError(ValueError):
@@ -87,6 +88,9 @@ class FrameScanner:
             gso_types.add(GSO_UDP_L4)
         self._gso_types: Final = frozenset(gso_types)
         self._flags: Final = DATA_VALID | (NEEDS_CSUM if gso_types else 0)
+        # The headers that were right lately, with the length from which on they are: a connection has few, and looking
+        # at each again is a good part of what an interpreter does for a frame.
+        self._sizes: dict[bytes, int] = {}
 
     def scan(self, view: memoryview, start: int, end: int, frames: list[memoryview]) -> int:
         """Append every complete frame of ``view[start:end]`` to ``frames``; return where the rest begins.
@@ -113,15 +117,15 @@ class FrameScanner:
     def _scan_vnet(self, view: memoryview, start: int, end: int, frames: list[memoryview]) -> int:
         unpack = _LENGTH_AND_HEADER.unpack_from
         append = frames.append
-        check = self.check_header
+        sizes = self._sizes
         while end - start >= 16:
             length, header = unpack(view, start)
             if not 26 <= length <= 65565:
                 raise self._length_error(length)
             body = start + 4
-            if header != _NO_HEADER:
-                # Checked as soon as it is there: a frame that will be refused is not waited for.
-                check(header, length - 12)
+            # Checked as soon as it is there: a frame that will be refused is not waited for.
+            if length < sizes.get(header, _UNKNOWN):
+                self._learn(header, length - HEADER_SIZE)
             if body + length > end:
                 return start
             start = body + length
@@ -131,6 +135,14 @@ class FrameScanner:
             if not 26 <= length <= 65565:
                 raise self._length_error(length)
         return start
+
+    def _learn(self, header: bytes, size: int) -> None:
+        """Check a header before a frame of ``size`` bytes, and remember it if it is right. Raises FrameError."""
+        self.check_header(header, size)
+        _flags, _type, hdr_len, gso_size, csum_start, csum_offset, _num_buffers = _HEADER.unpack(header)
+        if len(self._sizes) >= _KNOWN_HEADERS:
+            self._sizes.clear()
+        self._sizes[header] = HEADER_SIZE + max(MIN_FRAME, hdr_len, gso_size, csum_start + csum_offset + 2)
 
     @staticmethod
     def missing(view: memoryview, start: int, end: int) -> int:

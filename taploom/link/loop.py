@@ -24,7 +24,7 @@ HANGUP: Final = 4
 
 Handler = Callable[[int], None]
 
-CHUNK: Final = 128 * 1024
+CHUNK: Final = 256 * 1024
 """Bytes that one wake-up moves at most in one direction of one link."""
 _WIRE_FRAME: Final = LENGTH_SIZE + HEADER_SIZE + MAX_FRAME
 

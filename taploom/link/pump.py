@@ -23,7 +23,7 @@ from taploom.link.loop import CHUNK, READ, WRITE, Loop
 
 __all__ = ["Counters", "Pump"]
 
-_BATCH_BYTES: Final = 64 * 1024
+_BATCH_BYTES: Final = 128 * 1024
 _BATCH_FRAMES: Final = 64
 _LENGTH: Final = struct.Struct(">I")
 _NO_HEADER: Final = bytes(HEADER_SIZE)

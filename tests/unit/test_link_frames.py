@@ -152,6 +152,39 @@ def test_bad_headers_are_refused_before_the_frame_is_complete(
         FrameDecoder(features).feed(struct.pack(">I", 112) + raw)
 
 
+@given(st.permutations([54, 60, 1514, 1515, 65550]), st.data())
+def test_a_header_that_was_right_is_judged_by_each_frame(sizes: list[int], data: st.DataObject) -> None:
+    raws = [
+        header(flags=1, csum_start=34, csum_offset=16),
+        header(flags=1, gso_type=1, hdr_len=54, gso_size=1448, csum_start=34, csum_offset=16),
+        header(flags=1, gso_type=1, hdr_len=1515, gso_size=40, csum_start=34, csum_offset=16),
+        header(flags=1, csum_start=1496, csum_offset=16),
+    ]
+    scanner = FrameScanner(ALL)
+    for size in sizes:
+        raw = data.draw(st.sampled_from(raws))
+        try:
+            FrameScanner(ALL).check_header(raw, size)
+        except FrameError:
+            expected = False
+        else:
+            expected = True
+        stream = memoryview(encode_frame(raw + bytes(size)))
+        if expected:
+            assert scanner.scan(stream, 0, len(stream), []) == len(stream)
+        else:
+            with pytest.raises(FrameError):
+                scanner.scan(stream, 0, len(stream), [])
+
+
+def test_headers_that_are_remembered_are_few() -> None:
+    scanner = FrameScanner(ALL)
+    for number in range(5000):
+        stream = memoryview(encode_frame(header(num_buffers=number) + bytes(60)))
+        assert scanner.scan(stream, 0, len(stream), []) == len(stream)
+    assert len(scanner._sizes) <= 256
+
+
 def test_offload_features_need_the_header() -> None:
     for features in ({TSO}, {USO}, {TSO, USO}):
         with pytest.raises(ValueError, match="need VNET_HDR"):
