@@ -11,6 +11,7 @@ All write as much at once as taploom does (28 KiB), and the relay on the host is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -47,23 +48,27 @@ _TRIES = 10
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured: rounds; seconds of iperf3; bytes of a raw stream; round trips."""
+    """How much is measured: rounds; seconds of iperf3, and those before that do not count, in which TCP finds its rate
+    (its round trips here are of 100 ms and more); bytes of a raw stream; round trips."""
 
     rounds: int
     seconds: int
+    start_seconds: int
     raw_bytes: int
     pings: int
 
 
-FULL = Plan(rounds=5, seconds=5, raw_bytes=192 << 20, pings=400)
-QUICK = Plan(rounds=1, seconds=2, raw_bytes=32 << 20, pings=50)
+FULL = Plan(rounds=5, seconds=6, start_seconds=3, raw_bytes=192 << 20, pings=400)
+QUICK = Plan(rounds=1, seconds=2, start_seconds=2, raw_bytes=32 << 20, pings=50)
 
 
 @dataclass
 class Figures:
-    """What was measured: Gb/s, and round trips in ms (p50, p99), by path, one value a round."""
+    """What was measured, by path, one value a round: Gb/s; processor time in ms per MB, of everything that carries the
+    bytes; round trips in ms (p50, p99)."""
 
     gbps: dict[str, list[float]] = field(default_factory=dict)
+    cpu_ms: dict[str, list[float]] = field(default_factory=dict)
     p50_ms: dict[str, list[float]] = field(default_factory=dict)
     p99_ms: dict[str, list[float]] = field(default_factory=dict)
     load: list[float] = field(default_factory=list)
@@ -119,6 +124,22 @@ class _Lab:
                 timeout=120,
             )
 
+    def processor_seconds(self) -> float:
+        """What the lab's VMs, their vsock devices and the bridge have used so far, and we, the raw paths' relay.
+
+        /proc/PID/task/TID/schedstat has it to the nanosecond (Documentation/scheduler/sched-stats.rst).
+        """
+        used = time.process_time()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (process / "cmdline").read_bytes()
+                if not words.startswith(sys.executable.encode()) and b"qemu" not in words and b"vhost" not in words:
+                    continue
+                if f"{self.path}/".encode() in words:
+                    tasks = (process / "task").glob("[0-9]*/schedstat")
+                    used += sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+        return used
+
     def peer(self, vm: str) -> Address:
         directory = self._directories()[vm]
         return parse_address(f"hybrid:{directory}/vsock.sock:{PORT}")
@@ -138,21 +159,21 @@ class _Lab:
 
     # raw
 
-    async def raw(self, plan: Plan, *, helper: bool) -> float:
-        """Gb/s of one raw stream from client to server."""
+    async def raw(self, plan: Plan, *, helper: bool) -> tuple[float, float]:
+        """Gb/s of one raw stream from client to server, and the processor time in ms per MB."""
         number = next(self._numbers)
         async with open_dataplane() as plane:
             sender = await open_stream(self.peer("client"), Operation.STREAM, number, size=WRITE, send=plan.raw_bytes)
             receiver = await open_stream(
                 self.peer("server"), Operation.STREAM, number, size=WRITE, receive=plan.raw_bytes
             )
-            began = time.monotonic()
+            began, used = time.monotonic(), self.processor_seconds()
             await self._join(plane, number, sender, receiver, helper=helper)
             seen = await self._result("server", number)
-            took = time.monotonic() - began
+            took, used = time.monotonic() - began, self.processor_seconds() - used
         if seen.received != plan.raw_bytes or seen.wrong is not None:
             raise BenchError(f"the raw stream broke: {seen}")
-        return plan.raw_bytes * 8 / took / 1e9
+        return plan.raw_bytes * 8 / took / 1e9, used * 1e9 / plan.raw_bytes
 
     async def raw_pings(self, plan: Plan, *, helper: bool) -> Result:
         """Round trips of 64 bytes, one after the other."""
@@ -183,8 +204,8 @@ class _Lab:
 
     # the fabric
 
-    def tcp(self, plan: Plan, mtu: int) -> float:
-        """Gb/s of one TCP connection from client to server, as the receiver counts; the first second is left out."""
+    def tcp(self, plan: Plan, mtu: int) -> tuple[float, float]:
+        """As `raw`, of one TCP connection. Gb/s are what the receiver counts; the first seconds are left out."""
         server = self.run.spawn(
             *(PROGRAM, "--lab", self.name, "lab", "exec", "server", "--", "iperf3", "-s", "-1", "--forceflush"),
             name="iperf3-server",
@@ -193,12 +214,16 @@ class _Lab:
         while "listening" not in (line := server.stdout.readline()):
             if not line:
                 raise BenchError(f"iperf3 did not start: {self.run.log_of(server)}")
+        address = self.address("server", f"mtu{mtu}")
+        used = self.processor_seconds()
         text = self.in_guest(
-            *("client", "iperf3", "-c", self.address("server", f"mtu{mtu}")),
-            *("-t", str(plan.seconds), "-O", "1", "-J"),
+            *("client", "iperf3", "-c", address, "-t", str(plan.seconds), "-O", str(plan.start_seconds), "-J")
         )
+        used = self.processor_seconds() - used
         server.wait(30)
-        return float(json.loads(text)["end"]["sum_received"]["bits_per_second"]) / 1e9
+        document = json.loads(text)
+        sent = sum(int(interval["sum"]["bytes"]) for interval in document["intervals"])  # the first seconds' too
+        return float(document["end"]["sum_received"]["bits_per_second"]) / 1e9, used * 1e9 / sent
 
     def icmp(self, plan: Plan) -> list[float]:
         """Round trips in ms."""
@@ -221,13 +246,17 @@ def measure(run: Run, *, quick: bool, say: Callable[[str], None]) -> tuple[dict[
         table.setdefault(path, []).append(value)
         say(f"  {path}: {value:.3f} {unit}")
 
+    def add_stream(path: str, measured: tuple[float, float]) -> None:
+        add(figures.gbps, path, measured[0], "Gb/s")
+        figures.cpu_ms.setdefault(path, []).append(measured[1])
+
     for number in range(plan.rounds):
         figures.load.append(os.getloadavg()[0])
         say(f"round {number + 1} of {plan.rounds} (load {figures.load[-1]:.1f})")
-        add(figures.gbps, "raw", trio.run(_call(lab.raw, plan, helper=False)), "Gb/s")
+        add_stream("raw", trio.run(_call(lab.raw, plan, helper=False)))
         for mtu in _MTUS:
-            add(figures.gbps, f"taploom, MTU {mtu}", lab.tcp(plan, mtu), "Gb/s")
-        add(figures.gbps, "raw, helper", trio.run(_call(lab.raw, plan, helper=True)), "Gb/s")
+            add_stream(f"taploom, MTU {mtu}", lab.tcp(plan, mtu))
+        add_stream("raw, helper", trio.run(_call(lab.raw, plan, helper=True)))
         for path, helper in (("raw", False), ("raw, helper", True)):
             seen: Result = trio.run(_call(lab.raw_pings, plan, helper=helper))
             add(figures.p50_ms, path, seen.p50 * 1e3, "ms")
@@ -272,7 +301,13 @@ def grids(machine: dict[str, str], figures: Figures) -> list[Grid]:
         return "-" if value is None else f"{value:.2f}"
 
     rows: list[tuple[str, ...]] = [
-        (path, spread(values, 3), ratio(path, "raw"), ratio(path, "raw, helper"))
+        (
+            path,
+            spread(values, 3),
+            ratio(path, "raw"),
+            ratio(path, "raw, helper"),
+            spread(figures.cpu_ms.get(path, []), 0),
+        )
         for path, values in figures.gbps.items()
     ]
     trips: list[tuple[str, ...]] = [
@@ -295,7 +330,7 @@ def grids(machine: dict[str, str], figures: Figures) -> list[Grid]:
         Grid("Machine", ("what", "value"), [*machine.items(), ("load in each round", _loads(figures))]),
         Grid(
             "Guest VM to guest VM, one stream: median (least to most)",
-            ("path", "Gb/s", "of raw", "of raw through the helper VM"),
+            ("path", "Gb/s", "of raw", "of raw through the helper VM", "processor ms per MB"),
             rows,
         ),
         Grid("Round trip, 64 bytes: median of the rounds' (least to most)", ("path", "p50 ms", "p99 ms"), trips),
