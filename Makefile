@@ -42,8 +42,9 @@ lock: setup ## resolve requirements.lock and package-lock.json anew
 		--output-file requirements.lock pyproject.toml
 	npm install --package-lock-only --no-audit --no-fund
 
-bench: setup ## measure against veth, gvproxy and Docker in one run; root; BENCH=--quick for a short one
+bench: setup ## measure against veth, gvproxy and Docker in one run; root; BENCH=--quick for a short one, --vm for VMs
 	@bench/setup.sh
+	@$(if $(findstring --vm,$(BENCH)),scripts/vm-setup.sh,:)
 	@$(PYTHON) -m bench $(BENCH)
 
 clean: ## remove what was built and installed in this checkout
