@@ -11,22 +11,18 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator
 
+from taploom.neighbours import ALL_NODES, arp, discovery
 from taploom.netlink import split_messages
 
 from .spec import InterfaceSpec
 from .state import Ip
 
-_ETH_P_IP, _ETH_P_IPV6, _ETH_P_ARP = 0x0800, 0x86DD, 0x0806  # linux/if_ether.h
 _PACKET_QDISC_BYPASS = 20  # linux/if_packet.h
 _SOL_PACKET = 263  # linux/socket.h
 _RTM_NEWNEIGH, _RTM_GETNEIGH = 28, 30  # linux/rtnetlink.h
 _NLM_F_REQUEST, _NLM_F_DUMP, _NLMSG_ERROR, _NLMSG_DONE = 0x1, 0x300, 2, 3  # linux/netlink.h
 _NDA_DST = 1  # linux/neighbour.h
 _NUD_INCOMPLETE, _NUD_PROBE = 0x01, 0x10
-_ND_SOLICIT, _ND_ADVERT = 135, 136  # RFC 4861
-_ND_OVERRIDE = 0x20000000
-_BROADCAST = b"\xff" * 6
-_ALL_NODES = ipaddress.IPv6Address("ff02::1")
 _MESSAGE, _HEADER = 16, 12  # nlmsghdr, ndmsg
 
 
@@ -54,17 +50,17 @@ def frames(spec: InterfaceSpec, wanted: Iterable[Ip]) -> Iterator[bytes]:
     mac = bytes.fromhex(spec.mac.replace(":", ""))
     for own in spec.addresses:
         if isinstance(own.ip, ipaddress.IPv4Address):
-            yield _arp(mac, own.ip, own.ip)
+            yield arp(mac, own.ip, own.ip)
         else:
-            yield _discovery(mac, own.ip, _ALL_NODES, own.ip, advertise=True)
+            yield discovery(mac, own.ip, ALL_NODES, own.ip, advertise=True)
     for target in wanted:
         same = [own for own in spec.addresses if own.version == target.version]
         source = next((own.ip for own in same if target in own.network), same[0].ip if same else None)
         if isinstance(target, ipaddress.IPv4Address) and isinstance(source, ipaddress.IPv4Address):
-            yield _arp(mac, source, target)
+            yield arp(mac, source, target)
         elif isinstance(target, ipaddress.IPv6Address) and isinstance(source, ipaddress.IPv6Address):
             group = ipaddress.IPv6Address(b"\xff\x02" + bytes(9) + b"\x01\xff" + target.packed[13:])
-            yield _discovery(mac, source, group, target, advertise=False)
+            yield discovery(mac, source, group, target, advertise=False)
 
 
 def unresolved(data: bytes, index: int) -> list[Ip]:
@@ -101,31 +97,3 @@ def _dump() -> bytes:
             data += part
             if not part or any(kind in (_NLMSG_ERROR, _NLMSG_DONE) for kind, *_ in split_messages(part)):
                 return data
-
-
-def _arp(mac: bytes, source: ipaddress.IPv4Address, target: ipaddress.IPv4Address) -> bytes:
-    """An ARP request (RFC 826): asking for one's own address is how to announce it."""
-    ethernet = _BROADCAST + mac + struct.pack("!H", _ETH_P_ARP)
-    header = struct.pack("!HHBBH", 1, _ETH_P_IP, 6, 4, 1)
-    return ethernet + header + mac + source.packed + bytes(6) + target.packed
-
-
-def _discovery(
-    mac: bytes,
-    source: ipaddress.IPv6Address,
-    to: ipaddress.IPv6Address,
-    target: ipaddress.IPv6Address,
-    *,
-    advertise: bool,
-) -> bytes:
-    """A neighbour advertisement or solicitation (RFC 4861) to a multicast group, with our link-layer address."""
-    kind, flags, option = (_ND_ADVERT, _ND_OVERRIDE, 2) if advertise else (_ND_SOLICIT, 0, 1)
-    body = struct.pack("!BBHI", kind, 0, 0, flags) + target.packed + bytes((option, 1)) + mac
-    pseudo = source.packed + to.packed + struct.pack("!II", len(body), socket.IPPROTO_ICMPV6)
-    total = sum(struct.unpack(f"!{(len(pseudo) + len(body)) // 2}H", pseudo + body))
-    total = (total & 0xFFFF) + (total >> 16)
-    checksum = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
-    body = body[:2] + struct.pack("!H", checksum) + body[4:]
-    ethernet = b"\x33\x33" + to.packed[12:] + mac + struct.pack("!H", _ETH_P_IPV6)
-    header = struct.pack("!IHBB", 6 << 28, len(body), socket.IPPROTO_ICMPV6, 255)
-    return ethernet + header + source.packed + to.packed + body

@@ -159,7 +159,9 @@ class GuestApi(GuestServiceBase):
         self, request: bridge.RegisterGuestRequest, context: ServerContext
     ) -> bridge.RegisterGuestResponse:
         with as_status():
-            record = await self._fabric.register_guest(request.name, request.address, request.data_address)
+            record = await self._fabric.register_guest(
+                request.name, request.address, request.data_address, mac_address=request.mac_address
+            )
         return bridge.RegisterGuestResponse(guest=self._fabric.guest_message(record))
 
     async def list_guests(self, request: bridge.ListGuestsRequest, context: ServerContext) -> bridge.ListGuestsResponse:

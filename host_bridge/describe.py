@@ -343,4 +343,5 @@ def bridge_guest(
         problem=problem,
         created_at=record.created_at,
         endpoints=list(endpoints),
+        mac_address=record.settings.card_mac,
     )

@@ -37,6 +37,7 @@ from host_bridge.errors import (
     NoFamilyError,
     NotConnectedError,
     OutsideSubnetError,
+    PreconditionError,
     PredefinedNetworkError,
     StaticAddressError,
     TakenError,
@@ -56,6 +57,8 @@ from host_bridge.model import (
     OPTION_MTU,
     OPTION_PREFIX,
     PREDEFINED,
+    QEMU,
+    QEMU_SERVER,
     EndpointOptions,
     EndpointRecord,
     GuestRecord,
@@ -378,6 +381,7 @@ class DesiredState:
         address: str,
         data: str = "",
         *,
+        mac_address: str = "",
         guest_id: str = "",
         settings: GuestSettings | None = None,
     ) -> GuestRecord:
@@ -385,8 +389,10 @@ class DesiredState:
 
         Args:
             name: see `names.check_name`; at least two characters, as container names have.
-            address: where its agent's control port is (see `taploom.address`); port 5555 unless given.
+            address: where its agent's control port is (see `taploom.address`); port 5555 unless given. Without an
+                agent: where its network card is plugged in (see `CardPlace`).
             data: where its data port is. Empty: see `taploom.address.data_address`.
+            mac_address: that of its network card, where it has no agent; empty: a new one.
             guest_id: the container's id, 64 hexadecimal characters; empty: a new one.
             settings: what its names are resolved with.
 
@@ -396,6 +402,12 @@ class DesiredState:
         check_name("guest", name, shortest=2, longest=MAX_LONG_NAME if guest_id else MAX_NAME)
         if guest_id and not _GUEST_ID.fullmatch(guest_id):
             raise InvalidError(f"guest id {shown(guest_id)} is malformed: use 64 characters of 0-9 and a-f")
+        if address.startswith((QEMU, QEMU_SERVER)):
+            return self._register_card(name, address, data, mac_address)
+        if mac_address:
+            raise InvalidError(
+                "only a guest without an agent has a MAC address of its own: give it when it is connected"
+            )
         control = _dialled("guest address", address, GUEST_CONTROL_PORT)
         try:
             their_data = _dialled("data address", data, None) if data else data_address(control)
@@ -417,6 +429,32 @@ class DesiredState:
             record = GuestRecord(
                 guest_id or _new_id(), name, str(control), str(their_data), _now(), settings or GuestSettings()
             )
+            self._store.insert_guest(record)
+        return record
+
+    def _register_card(self, name: str, address: str, data: str, mac_address: str) -> GuestRecord:
+        """Registers a guest without an agent."""
+        if data:
+            raise InvalidError("a guest without an agent has no data address: leave it out")
+        mac = check_mac(mac_address) if mac_address else ""
+        prefix = QEMU if address.startswith(QEMU) else QEMU_SERVER
+        path = address.removeprefix(prefix).removeprefix("unix:")
+        try:
+            place = parse_address(f"unix:{path}")
+        except AddressError as error:
+            raise InvalidError(f"guest address {shown(address)} is malformed: {error}") from error
+        address = f"{prefix}{path}"
+        with self._store.change():
+            holder = self._store.holder_of_name(name)
+            if holder is not None:
+                raise NameInUseError(name, holder)
+            cards = {guest.settings.card_mac for guest in self._store.guests()}
+            for guest in self._store.guests():
+                theirs = {guest.address, guest.data_address}
+                if {str(place), f"{QEMU}{path}", f"{QEMU_SERVER}{path}"} & theirs:
+                    raise TakenError(f"address {address} is the one of guest {guest.name}")
+            settings = GuestSettings(card_mac=mac or _new_mac(cards | set(self._store.taken_macs())))
+            record = GuestRecord(_new_id(), name, address, address, _now(), settings)
             self._store.insert_guest(record)
         return record
 
@@ -507,6 +545,14 @@ class DesiredState:
                 if network.config_only:
                     raise ConfigNetworkError(network.name, "config-only")
                 raise PredefinedNetworkError(network.name, "connect")
+            if guest.card is not None:
+                mac = mac or guest.settings.card_mac
+                for present in self._store.endpoints(guest_id=guest.id):
+                    if present.network_id != network.id:
+                        where = self.network_name(present.network_id)
+                        raise PreconditionError(
+                            f"guest {guest.name} has one network card, which is on {where}: disconnect it there first"
+                        )
             for address in wanted.values():
                 _check_wanted(network, address)
             if network.default_bridge and aliases:

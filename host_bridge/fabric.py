@@ -18,6 +18,7 @@ from typing import Any
 import trio
 
 from host_bridge.balancer.model import Balancer
+from host_bridge.card import CardGuest
 from host_bridge.describe import bridge_endpoint, bridge_guest, bridge_network
 from host_bridge.desired import DesiredState
 from host_bridge.errors import (
@@ -31,7 +32,7 @@ from host_bridge.events import EventBus, EventKind
 from host_bridge.guest_peer import RESOLVER_KEY, GuestPeer
 from host_bridge.helper_peer import BALANCERS_KEY, POLICY_KEY, UPLINK_KEY, HelperPeer, network_key
 from host_bridge.host_addresses import HostAddresses
-from host_bridge.links import DataLink
+from host_bridge.links import AnyGuest, CardLink, DataLink
 from host_bridge.model import (
     EndpointOptions,
     EndpointRecord,
@@ -127,7 +128,7 @@ class Fabric:
             balancers=desired.balancers,
             **self._callbacks(lambda: self.helper),
         )
-        self.guests: dict[str, GuestPeer] = {}
+        self.guests: dict[str, AnyGuest] = {}
         self.links: dict[str, DataLink] = {}
         self._host_addresses = host_addresses
         self._dataplane = dataplane
@@ -363,11 +364,14 @@ class Fabric:
         address: str,
         data: str = "",
         *,
+        mac_address: str = "",
         guest_id: str = "",
         settings: GuestSettings | None = None,
     ) -> GuestRecord:
         """Registers a guest; the bridge starts to dial it. Arguments as `DesiredState.register_guest`."""
-        record = self.desired.register_guest(name, address, data, guest_id=guest_id, settings=settings)
+        record = self.desired.register_guest(
+            name, address, data, mac_address=mac_address, guest_id=guest_id, settings=settings
+        )
         self._add_guest(record)
         logger.info("registered guest %s at %s", name, record.address)
         self.events.emit("guest-register", guest=record)
@@ -429,7 +433,7 @@ class Fabric:
                 await self.helper.wait_gone(endpoint.id)
         return record
 
-    async def _retire(self, peer: GuestPeer, left: trio.Event) -> None:
+    async def _retire(self, peer: AnyGuest, left: trio.Event) -> None:
         await peer.retire(self.timing.settle)
         self._scopes.pop(peer.record.id).cancel()
         if self._leaving.get(peer.record.address) is left:
@@ -506,7 +510,7 @@ class Fabric:
                 link.changes.until,
                 done=lambda: (link.up and link.guest.settled(RESOLVER_KEY)) or link.removed,
                 refused=lambda: self._link_refusal(link),
-                peers=(link.guest, self.helper),
+                peers=link.peers,
                 explain=link.waits_for,
                 retry=lambda: self._name_refused(link),
             )
@@ -567,18 +571,29 @@ class Fabric:
 
     def _add_guest(self, record: GuestRecord) -> None:
         peer: GuestPeer | None = None
+        if record.card is not None:
+            self._start_guest(CardGuest(record, self._dataplane, on_change=lambda: self._card_changed(record.id)))
+            return
 
         def this() -> Peer[Any]:
             assert peer is not None
             return peer
 
         peer = GuestPeer(record, self.desired.store, self.upstreams, **self._callbacks(this))
-        self.guests[record.id] = peer
-        scope = self._scopes[record.id] = trio.CancelScope()
+        self._start_guest(peer)
+
+    def _start_guest(self, peer: AnyGuest) -> None:
+        self.guests[peer.record.id] = peer
+        scope = self._scopes[peer.record.id] = trio.CancelScope()
         assert self._nursery is not None
         self._nursery.start_soon(self._run_guest, peer, scope)
 
-    async def _run_guest(self, peer: GuestPeer, scope: trio.CancelScope) -> None:
+    def _card_changed(self, guest_id: str) -> None:
+        for link in self.links.values():
+            if link.guest.record.id == guest_id:
+                link.changes.notify()
+
+    async def _run_guest(self, peer: AnyGuest, scope: trio.CancelScope) -> None:
         # The same agent under another registration is told to forget everything first.
         earlier = self._leaving.get(peer.record.address)
         with scope:
@@ -642,7 +657,10 @@ class Fabric:
     def _add_link(self, endpoint: EndpointRecord) -> DataLink:
         guest = self.guests[endpoint.guest_id]
         label = f"{guest.record.name} on {self.desired.network_name(endpoint.network_id)}"
-        link = DataLink(endpoint.id, label, guest, self.helper, self._dataplane)
+        if isinstance(guest, CardGuest):
+            link: DataLink = CardLink(endpoint.id, label, guest, self.helper, self._dataplane)
+        else:
+            link = DataLink(endpoint.id, label, guest, self.helper, self._dataplane)
         self.links[endpoint.id] = link
         assert self._nursery is not None
         self._nursery.start_soon(link.run)
@@ -707,15 +725,15 @@ class Fabric:
         assert network is not None and guest is not None, "foreign keys"
         link = self.links.get(record.id)
         qos = rules_message(self.desired.qos.in_force(record, network))
-        return bridge_endpoint(record, network, guest, link_up=link is not None and link.up, qos=qos)
+        return bridge_endpoint(record, network, guest, link_up=link is not None and link.passes, qos=qos)
 
 
-def _refusal(peer: Peer[Any], key: str) -> str | None:
+def _refusal(peer: Peer[Any] | CardGuest, key: str) -> str | None:
     failure = peer.failure(key)
     return peer.waits_for(key) if failure is not None and failure.code in PERMANENT else None
 
 
-async def _guarded(peer: Peer[Any]) -> None:
+async def _guarded(peer: Peer[Any] | CardGuest) -> None:
     """Runs a peer; what one peer can provoke must not end the bridge for the others."""
     while True:
         try:

@@ -9,19 +9,34 @@ waits until both have the endpoint, so its interface comes up when there is a pa
 from __future__ import annotations
 
 import datetime
+import ipaddress
 import logging
 from typing import Any
 
 import trio
 
+from host_bridge.card import CardGuest
 from host_bridge.guest_peer import GuestPeer
 from host_bridge.helper_peer import HelperPeer
 from host_bridge.names import clean_text
 from host_bridge.peer import MOST_PATIENCE, Peer, rpc_reason
 from host_bridge.waiting import Backoff, Signal
+from taploom.address import AddressError
+from taploom.contracts.taploom.helper.v1 import Endpoint
 from taploom.contracts.taploom.link.v1 import LinkCounters, LinkFeature
-from taploom.link import Dataplane, DataplaneError, FeatureMismatchError, LinkError, close_relay, new_secret, open_relay
-from taploom.link.handshake import HandshakeError
+from taploom.link import (
+    Dataplane,
+    DataplaneError,
+    FeatureMismatchError,
+    LinkError,
+    close_relay,
+    dial_link,
+    new_secret,
+    open_relay,
+)
+from taploom.link.frames import encode_frame
+from taploom.link.handshake import HandshakeError, RefusedError
+from taploom.neighbours import ALL_NODES, arp, discovery
 from taploom.patience import Patience
 from taploom.rpc import RpcError
 
@@ -30,6 +45,8 @@ logger = logging.getLogger("taploom.bridge.links")
 # A link that broke sooner than this after it came up is dialled again with back-off, not at once.
 STABLE_AFTER = 1.0
 DIAL_TIMEOUT = 10.0  # of the first attempt, both handshakes included
+
+AnyGuest = GuestPeer | CardGuest
 
 
 class _NotToBeError(Exception):
@@ -47,13 +64,13 @@ class DataLink:
         changes: notified when any of these, or something that it waits for, changed.
     """
 
-    def __init__(
-        self, endpoint_id: str, label: str, guest: GuestPeer, helper: HelperPeer, dataplane: Dataplane
-    ) -> None:
+    def __init__(self, endpoint_id: str, label: str, guest: AnyGuest, helper: HelperPeer, dataplane: Dataplane) -> None:
         self.endpoint_id = endpoint_id
         self.label = label
         self.guest = guest
         self.helper = helper
+        # The agents that have to do with it.
+        self.peers: tuple[Peer[Any], ...] = (guest, helper) if isinstance(guest, GuestPeer) else (helper,)
         self.up = False
         self.removed = False
         self.problem = ""
@@ -109,13 +126,13 @@ class DataLink:
         """Why the link is not up, for people; empty when it is."""
         if self.up:
             return ""
-        for peer in (self.guest, self.helper):
+        for peer in self.peers:
             if not peer.connected:
                 return peer.problem
-        for peer in (self.guest, self.helper):
+        for peer in self.peers:
             if peer.failure(self.endpoint_id) is not None:
                 return peer.waits_for(self.endpoint_id)
-        for peer in (self.guest, self.helper):
+        for peer in self.peers:
             if not peer.has(self.endpoint_id):
                 return peer.waits_for(self.endpoint_id)
         return self.problem or "the link is being dialled"
@@ -154,18 +171,27 @@ class DataLink:
         finally:
             self.up = False
             self.changes.notify()
-            await close_relay(self._dataplane, self.endpoint_id)
+            await self._close()
+
+    async def _close(self) -> None:
+        await close_relay(self._dataplane, self.endpoint_id)
+
+    @property
+    def passes(self) -> bool:
+        """True while frames can pass from end to end."""
+        return self.up
 
     def _ready(self) -> bool:
-        return self.guest.has(self.endpoint_id) and self.helper.has(self.endpoint_id)
+        return all(peer.has(self.endpoint_id) for peer in self.peers)
 
     def _may_be_early(self) -> bool:
+        assert isinstance(self.guest, GuestPeer)
         guest_knows = self.guest in self._sent or self.guest in self._secrets
         return self.helper.takes_early_links and self.helper in self._sent and guest_knows
 
     def _is_not_to_be(self) -> bool:
         """Whether an agent is gone or has refused the endpoint, so that a dial that began early leads nowhere."""
-        return any(not p.connected or p.failure(self.endpoint_id) is not None for p in (self.guest, self.helper))
+        return any(not p.connected or p.failure(self.endpoint_id) is not None for p in self.peers)
 
     async def _until_ready(self) -> None:
         await self.changes.until(lambda: self._ready() or self._is_not_to_be())
@@ -173,6 +199,7 @@ class DataLink:
             raise HandshakeError("an agent has not accepted the endpoint")
 
     async def _dial(self) -> None:
+        assert isinstance(self.guest, GuestPeer)
         early = not self._ready()
         if early:
             secrets = self._secrets | self._sent
@@ -200,6 +227,9 @@ class DataLink:
             if early and not isinstance(error, FeatureMismatchError):
                 raise _NotToBeError from error
             raise
+        self._is_up(generation)
+
+    def _is_up(self, generation: int) -> None:
         self.generation = generation
         self.up = True
         self.since = _now()
@@ -211,7 +241,7 @@ class DataLink:
         secrets: dict[Peer[Any], bytes] = {}
         errors: list[RpcError] = []
         async with trio.open_nursery() as nursery:
-            for peer in (self.guest, self.helper):
+            for peer in self.peers:
                 accepted = self._secrets.pop(peer, None)
                 if accepted is not None:
                     secrets[peer] = accepted
@@ -232,7 +262,7 @@ class DataLink:
 
     def _wanted_features(self) -> frozenset[LinkFeature]:
         wanted = frozenset(LinkFeature)
-        for peer in (self.guest, self.helper):
+        for peer in self.peers:
             wanted &= peer.info.link_features if peer.info is not None else frozenset()
         if self._common is not None:
             wanted &= self._common
@@ -256,8 +286,80 @@ class DataLink:
         self.changes.notify()
 
     def _explained(self, error: LinkError) -> str:
-        where = {"guest": f" ({self.guest.data_address})", "helper": f" ({self.helper.data_address})"}
+        where = {"helper": f" ({self.helper.data_address})"}
+        if isinstance(self.guest, GuestPeer):
+            where["guest"] = f" ({self.guest.data_address})"
         return clean_text(f"cannot open the data link at {error.side}{where.get(error.side, '')}: {error.reason}")
+
+
+class CardLink(DataLink):
+    """The link of a guest without an agent: one to the helper, joined with the guest's network card.
+
+    It is up, whether the card is plugged in or not: as a cable that is in the switch already.
+    """
+
+    def __init__(
+        self, endpoint_id: str, label: str, guest: CardGuest, helper: HelperPeer, dataplane: Dataplane
+    ) -> None:
+        super().__init__(endpoint_id, label, guest, helper, dataplane)
+        self._card = guest
+        self._joined = 0
+
+    @property
+    def passes(self) -> bool:
+        """True while frames can pass from end to end."""
+        return self.up and self._card.connected
+
+    def counters(self) -> LinkCounters | None:
+        """The helper counts."""
+        return None
+
+    async def _close(self) -> None:
+        self._card.part(self._joined)
+        await trio.lowlevel.checkpoint()
+
+    def _may_be_early(self) -> bool:
+        return False
+
+    async def _dial(self) -> None:
+        secrets = await self._accepted_secrets()
+        generation = self.generation + 1
+        self._down = None
+        try:
+            with self._patience.attempt(LinkError) as within:
+                stream = await self._dial_helper(secrets[self.helper], within)
+        except (OSError, AddressError, HandshakeError, RefusedError, trio.BrokenResourceError) as error:
+            raise LinkError("helper", str(error)) from error
+        await self._announce(stream)
+        self._joined = self._card.join(stream, lambda reason: self._broken(generation, reason))
+        self._is_up(generation)
+
+    async def _dial_helper(self, secret: bytes, within: float) -> trio.SocketStream:
+        with trio.move_on_after(within):
+            stream, self.features = await dial_link(
+                self.helper.data_address, endpoint_id=self.endpoint_id, secret=secret, features=()
+            )
+            return stream
+        raise LinkError("helper", f"no answer within {within:g} s")
+
+    async def _announce(self, stream: trio.SocketStream) -> None:
+        """Tells the network whose addresses these are now, as agents do for their guests: who knew another card under
+        one of them would go on sending there."""
+        endpoint = self.helper.wanted(self.endpoint_id)
+        if not isinstance(endpoint, Endpoint):
+            return
+        mac = bytes.fromhex(endpoint.mac_address.replace(":", ""))
+        frames = b""
+        for text in endpoint.addresses:
+            address = ipaddress.ip_address(text)
+            if isinstance(address, ipaddress.IPv4Address):
+                frames += encode_frame(arp(mac, address, address))
+            else:
+                frames += encode_frame(discovery(mac, address, ALL_NODES, address, advertise=True))
+        try:
+            await stream.send_all(frames)
+        except trio.BrokenResourceError as error:
+            raise LinkError("helper", str(error)) from error
 
 
 def _now() -> datetime.datetime:

@@ -144,6 +144,7 @@ class GuestSettings:
         dns: servers for names that no network knows; none: the bridge's.
         dns_search, dns_options: lines of /etc/resolv.conf.
         extra_hosts: (name, address) for /etc/hosts; several names for an address are separated by spaces.
+        card_mac: the MAC address of the network card of a guest without an agent.
     """
 
     hostname: str = ""
@@ -152,6 +153,7 @@ class GuestSettings:
     dns_search: tuple[str, ...] = ()
     dns_options: tuple[str, ...] = ()
     extra_hosts: tuple[tuple[str, str], ...] = ()
+    card_mac: str = ""
 
 
 @dataclass(frozen=True, slots=True)

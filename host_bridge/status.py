@@ -12,10 +12,11 @@ from typing import Any, Generic, TypeVar
 
 import trio
 
+from host_bridge.card import CardGuest
 from host_bridge.fabric import Fabric
 from host_bridge.guest_peer import RESOLVER_KEY, GuestPeer
 from host_bridge.helper_peer import POLICY_KEY, STREAMS_KEY, UPLINK_KEY, network_key
-from host_bridge.links import DataLink
+from host_bridge.links import AnyGuest, DataLink
 from host_bridge.model import EndpointRecord
 from host_bridge.names import clean_text
 from host_bridge.peer import Peer, PeerState
@@ -114,7 +115,7 @@ class StatusReader:
         for gone in self._interfaces.keys() - fabric.guests.keys():
             del self._interfaces[gone]
         for guest_id, peer in fabric.guests.items():
-            if guest_id not in self._interfaces:
+            if isinstance(peer, GuestPeer) and guest_id not in self._interfaces:
                 self._interfaces[guest_id] = (peer, _Polled(peer.interfaces))
         async with trio.open_nursery() as nursery:
             if fabric.helper.connected:
@@ -160,7 +161,7 @@ class StatusReader:
             )
         return components
 
-    def _guest(self, peer: GuestPeer) -> Component:
+    def _guest(self, peer: AnyGuest) -> Component:
         state, problem = _STATES[peer.state], peer.problem
         polled = self._interfaces.get(peer.record.id)
         if state == ComponentState.OK and polled is not None and polled[1].silent:
@@ -257,7 +258,8 @@ class StatusReader:
         limited = fabric.qos_pending()
         if limited:
             pending.append(Pending(subject="the limits", reason=limited, since=fabric.helper.since))
-        peers: list[Peer[Any]] = [fabric.helper, *fabric.guests.values()]
+        agents = (peer for peer in fabric.guests.values() if isinstance(peer, GuestPeer))
+        peers: list[Peer[Any]] = [fabric.helper, *agents]
         for peer in peers:
             if isinstance(peer, GuestPeer) and peer.state is not PeerState.OK:
                 pending.append(Pending(subject=peer.subject, reason=peer.problem, since=peer.since))
@@ -271,7 +273,7 @@ class StatusReader:
         return pending
 
 
-def _component(name: str, peer: Peer[Any], state: ComponentState, problem: str) -> Component:
+def _component(name: str, peer: Peer[Any] | CardGuest, state: ComponentState, problem: str) -> Component:
     return Component(
         name=name,
         state=state,

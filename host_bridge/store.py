@@ -791,6 +791,7 @@ def _guest(row: tuple[Any, ...]) -> GuestRecord:
             dns_search=tuple(settings.get("dns_search", ())),
             dns_options=tuple(settings.get("dns_options", ())),
             extra_hosts=tuple((name, address) for name, address in settings.get("extra_hosts", ())),
+            card_mac=settings.get("card_mac", ""),
         ),
     )
 

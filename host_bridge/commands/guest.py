@@ -12,7 +12,7 @@ from host_bridge.output import plain, print_fields, print_json, print_table, sho
 
 @click.group()
 def guest() -> None:
-    """Guests: VMs with an agent in them.
+    """Guests: VMs with an agent in them, or with a network card that QEMU carries.
 
     \b
     Example:
@@ -23,27 +23,53 @@ def guest() -> None:
 
 @guest.command()
 @click.argument("name")
-@click.argument("address")
+@click.argument("address", required=False, default="")
 @click.option("--data", metavar="ADDRESS", default="", help="Its data port; default: beside the control port.")
+@click.option("--qemu", metavar="PATH", help="No agent: QEMU connects its network card to this Unix socket.")
+@click.option("--qemu-server", metavar="PATH", help="No agent: QEMU listens for its network card at this Unix socket.")
+@click.option("--mac", metavar="MAC", default="", help="The MAC address of that card; default: one is chosen.")
 @json_option
 @bridge_options
-def register(bridge: str, name: str, address: str, data: str, as_json: bool) -> None:
+def register(
+    *,
+    bridge: str,
+    name: str,
+    address: str,
+    data: str,
+    qemu: str | None,
+    qemu_server: str | None,
+    mac: str,
+    as_json: bool,
+) -> None:
     """Register the guest whose agent listens at ADDRESS; prints its id.
 
-    ADDRESS is vsock:CID[:PORT], hybrid:PATH[:PORT] or unix:PATH; PORT is 5555 unless given.
+    ADDRESS is vsock:CID[:PORT], hybrid:PATH[:PORT] or unix:PATH; PORT is 5555 unless given. A VM without an agent has
+    --qemu or --qemu-server in its place; what to start QEMU with is said on standard error.
 
     \b
     Example:
         taploom guest register web vsock:3
         taploom guest register db hybrid:/run/vms/db/v.sock:5555
+        taploom guest register vm1 --qemu-server unix:/run/vms/vm1.sock
     """
     from taploom.contracts.taploom.bridge.v1 import RegisterGuestRequest, RegisterGuestResponse
 
-    request = RegisterGuestRequest(name=name, address=address, data_address=data)
+    places = [f"{prefix}:{path}" for prefix, path in (("qemu", qemu), ("qemu-server", qemu_server)) if path is not None]
+    if len(places) + bool(address) != 1:
+        raise click.UsageError("give one of ADDRESS, --qemu and --qemu-server")
+    request = RegisterGuestRequest(name=name, address=address or places[0], data_address=data, mac_address=mac)
 
     registered = unary(bridge, "GuestService/RegisterGuest", request, RegisterGuestResponse).guest
     assert registered is not None
     print_json(registered) if as_json else click.echo(registered.id)
+    if registered.mac_address:
+        path = registered.address.partition(":")[2]
+        server = "on" if qemu_server is not None else "off"
+        click.echo(
+            f"qemu: -netdev stream,id=net0,addr.type=unix,addr.path={path},server={server} "
+            f"-device virtio-net-pci,netdev=net0,mac={registered.mac_address}",
+            err=True,
+        )
 
 
 @guest.command("ls")
@@ -69,7 +95,7 @@ def list_(bridge: str, as_json: bool) -> None:
                 short(one.id),
                 one.name,
                 one.address,
-                "connected" if one.connected else "down",
+                ("none" if one.mac_address else "connected") if one.connected else "down",
                 " ".join(endpoint.network_name for endpoint in one.endpoints) or "-",
             )
             for one in guests
@@ -101,8 +127,11 @@ def inspect(bridge: str, guest: str, as_json: bool) -> None:
             ("Id", found.id),
             ("Registered", plain(found.created_at)),
             ("Address", found.address),
-            ("Data address", found.data_address),
-            ("Agent", "connected" if found.connected else "down"),
+            *(
+                [("MAC", found.mac_address), ("Network card", "plugged in" if found.connected else "not plugged in")]
+                if found.mac_address
+                else [("Data address", found.data_address), ("Agent", "connected" if found.connected else "down")]
+            ),
             *([("Problem", found.problem)] if found.problem else []),
         ]
     )

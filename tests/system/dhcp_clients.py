@@ -87,8 +87,10 @@ class Clients:
         conf.write_text(_DHCLIENT_CONF)
         leases = self.folder / f"leases{family}-{self.netns}"
         leases.touch()
-        reason = "BOUND" if family == 4 else "BOUND6"
-        Path(f"{self.log}.{reason}").unlink(missing_ok=True)
+        # With a lease from before, it asks for the same address again: REBOOT, REBIND6.
+        reasons = ("BOUND", "REBOOT") if family == 4 else ("BOUND6", "REBIND6")
+        for reason in reasons:
+            Path(f"{self.log}.{reason}").unlink(missing_ok=True)
         # -D LL: its identity is the MAC address. It stays in the foreground until it is bound, and goes away then.
         out = self._run(
             *("dhclient", f"-{family}", "-1", "-v", "-cf", str(conf), "-lf", str(leases), "-sf", script),
@@ -96,7 +98,7 @@ class Clients:
             timeout=timeout,
         )
         self._end(family)
-        return self.told(reason) or {"failed": out}
+        return next(filter(None, map(self.told, reasons)), {"failed": out})
 
     def _end(self, family: int) -> None:
         pid = self.folder / f"pid{family}-{self.netns}"

@@ -1461,6 +1461,11 @@ class Guest(betterproto2.Message):
     Its endpoints, in order of interface names.
     """
 
+    mac_address: "str" = betterproto2.field(9, betterproto2.TYPE_STRING)
+    """
+    Of a guest without an agent, the MAC address of its network card, which its endpoints have.
+    """
+
 
 default_message_pool.register_message("taploom.bridge.v1", "Guest", Guest)
 
@@ -2128,6 +2133,11 @@ class RegisterGuestRequest(betterproto2.Message):
     """
     Where its agent's data port is. Empty: the port after the control port; for unix:DIR/NAME, unix:DIR/data.sock. Without an agent:
     empty.
+    """
+
+    mac_address: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
+    """
+    The MAC address of the network card of a guest without an agent; empty: one is chosen.
     """
 
 

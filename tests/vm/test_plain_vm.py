@@ -1,0 +1,162 @@
+"""A virtual machine without an agent: a kernel, busybox and udhcpc, its one card plugged into the bridge by QEMU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import ARCH, CONSOLE_LINES
+from system.fabric import Fabric, camel, fabric
+from vmlab import RECOVERY, until
+
+from images.common.cpio import CONSOLE, write_newc
+from lab.vm.accelerator import accelerator, console_device, machine_type
+
+pytestmark = pytest.mark.system
+
+# What the machine does, told by its console. It is switched off by the test.
+_INIT = """#!/bin/sh
+/bin/busybox mkdir -p /proc /sys /bin /etc
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+ip link set lo up
+ip link set eth0 up
+peer=$(sed -n 's/.*tlt_peer=\\([^ ]*\\).*/\\1/p' /proc/cmdline)
+while true; do
+    if udhcpc -q -n -i eth0 -s /script -O staticroutes -O mtu >/dev/null 2>&1; then
+        . /told
+        echo "TOLD $ip $dns $domain"
+        ping -c1 -W5 "$peer" >/dev/null 2>&1 && echo "PING $ip"
+        nslookup "web.$domain" "$dns" 2>/dev/null | sed -n 's/^Address: */NAME /p'
+    fi
+    sleep 1
+done
+"""
+_SCRIPT = """#!/bin/sh
+[ "$1" = bound ] || [ "$1" = renew ] || exit 0
+ip address flush dev "$interface"
+ip address add "$ip/$mask" dev "$interface"
+set -- $staticroutes
+while [ $# -ge 2 ]; do
+    if [ "$2" = 0.0.0.0 ]; then ip route add "$1" dev "$interface"; else ip route add "$1" via "$2"; fi
+    shift 2
+done
+echo "ip=$ip dns=${dns%% *} domain=$domain" >/told
+"""
+
+
+@pytest.fixture(scope="module")
+def initfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("plain") / "root"
+    for folder in ("bin", "dev", "proc", "sys"):
+        (root / folder).mkdir(parents=True)
+    shutil.copy("/bin/busybox", root / "bin/busybox")
+    shutil.copy("/bin/busybox", root / "bin/sh")
+    for name, text in (("init", _INIT), ("script", _SCRIPT)):
+        (root / name).write_text(text)
+        (root / name).chmod(0o755)
+    target = root.parent / "plain.cpio"
+    write_newc(root, target, devices=CONSOLE, mtime=0)
+    return target
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Fabric]:
+    with fabric("web") as lab:
+        lab.run("network", "create", "app", "--ipv6")
+        lab.run("network", "create", "back")
+        for network in ("app", "back"):
+            lab.run("network", "connect", network, "web")
+        yield lab
+
+
+@dataclass
+class Plain:
+    """The machine, as its console shows it."""
+
+    console: Path
+
+    def lines(self) -> list[str]:
+        return self.console.read_text(errors="replace").splitlines() if self.console.exists() else []
+
+    def until_says(self, lab: Fabric, *wanted: str, after: int = 0) -> None:
+        def said() -> bool:
+            return all(any(line.strip() == text for line in self.lines()[after:]) for text in wanted)
+
+        until(said, lambda: f"the machine says {wanted}\n" + "\n".join(self.lines()[-CONSOLE_LINES:]) + lab.logs())
+
+
+@contextlib.contextmanager
+def switched_on(kernel: Path, initfs: Path, folder: Path, arguments: list[str], peer: str) -> Iterator[Plain]:
+    """QEMU, with what `taploom guest register` says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    console = folder / "console.log"
+    argv = [
+        *("qemu-system-x86_64" if ARCH == "x86_64" else "qemu-system-aarch64", "-nodefaults", "-no-user-config"),
+        *("-machine", machine_type(ARCH), "-accel", accelerator(ARCH, kernel), "-m", "256", "-nic", "none"),
+        *("-display", "none", "-serial", f"file:{console}", "-no-reboot", "-kernel", str(kernel)),
+        *("-initrd", str(initfs), "-append", f"console={console_device(ARCH)} quiet tlt_peer={peer}", *arguments),
+    ]
+    with (folder / "qemu.log").open("wb") as log:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        yield Plain(console)
+        assert process.poll() is None, (folder / "qemu.log").read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("option", ["--qemu", "--qemu-server"])
+def test_a_plain_vm_gets_its_address_and_reaches_others(
+    lab: Fabric, kernel: Path, initfs: Path, option: str, tmp_path: Path, watch_consoles: Callable[[Path], None]
+) -> None:
+    watch_consoles(tmp_path)
+    result = lab.command("guest", "register", "vm1", option, f"unix:{lab.path}/vm1.sock")
+    assert result.returncode == 0, result.stderr
+    arguments = result.stderr.strip().removeprefix("qemu: ").split()
+    assert "-netdev" in arguments
+    try:
+        lab.run("network", "connect", "app", "vm1")
+        with switched_on(kernel, initfs, tmp_path, arguments, lab.address("web", "app")) as vm:
+            own = lab.address("vm1", "app")
+            vm.until_says(lab, f"PING {own}", f"NAME {lab.address('web', 'app')}")
+            assert camel(lab.endpoint("vm1", "app"), "link_up")
+            lab.until_answers("web", "vm1", "-4")
+            # To another network while it runs, and back.
+            lab.run("network", "disconnect", "app", "vm1")
+            lab.run("network", "connect", "back", "vm1")
+            after = len(vm.lines())
+            other = lab.address("vm1", "back")
+            until(
+                lambda: any(line.startswith(f"TOLD {other} ") for line in vm.lines()[after:]), "a new lease", RECOVERY
+            )
+            lab.until_answers("web", "vm1.back", "-4")
+    finally:
+        lab.run("guest", "rm", "vm1")
+
+
+def test_the_bridge_is_killed_under_a_plain_vm(
+    lab: Fabric, kernel: Path, initfs: Path, tmp_path: Path, watch_consoles: Callable[[Path], None]
+) -> None:
+    watch_consoles(tmp_path)
+    result = lab.command("guest", "register", "vm2", "--qemu-server", f"{lab.path}/vm2.sock")
+    arguments = result.stderr.strip().removeprefix("qemu: ").split()
+    try:
+        lab.run("network", "connect", "app", "vm2")
+        with switched_on(kernel, initfs, tmp_path, arguments, lab.address("web", "app")) as vm:
+            vm.until_says(lab, f"PING {lab.address('vm2', 'app')}")
+            os.kill(lab.processes()["bridge"]["pid"], 9)
+            lab.until_converged()
+            vm.until_says(lab, f"PING {lab.address('vm2', 'app')}", after=len(vm.lines()))
+            lab.until_answers("web", "vm2", "-4")
+    finally:
+        lab.run("guest", "rm", "vm2")
