@@ -160,7 +160,11 @@ class GuestApi(GuestServiceBase):
     ) -> bridge.RegisterGuestResponse:
         with as_status():
             record = await self._fabric.register_guest(
-                request.name, request.address, request.data_address, mac_address=request.mac_address
+                request.name,
+                request.address,
+                request.data_address,
+                mac_address=request.mac_address,
+                qmp=request.qmp,
             )
         return bridge.RegisterGuestResponse(guest=self._fabric.guest_message(record))
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 import trio
 
+from host_bridge import qmp
 from host_bridge.model import CardPlace, GuestRecord
 from host_bridge.names import clean_text
 from host_bridge.peer import Failure, PeerInfo, PeerState
@@ -24,6 +25,8 @@ from taploom.link.splice import plain_socket
 logger = logging.getLogger("taploom.bridge.card")
 
 _CONNECT_TIMEOUT = 5.0
+NETDEV = "net0"
+"""The id of QEMU's -netdev, by which its carrier is set."""
 
 
 class CardGuest:
@@ -57,6 +60,7 @@ class CardGuest:
         self._card = 0  # the serial of the card's stream; 0: unplugged
         self._links: dict[int, Callable[[str], None]] = {}  # by serial: what is told of its end
         self._changed = Signal()
+        self._told: tuple[int, bool] | None = None  # what QEMU was told of the carrier, of which stream of the card
 
     # What an agent would answer
 
@@ -123,14 +127,30 @@ class CardGuest:
 
         self._attachment = self._dataplane.attach(make, lambda _reason: None)
         try:
-            if self.place.qemu_listens:
-                await self._dial()
-            else:
-                await self._listen()
+            async with trio.open_nursery() as nursery:
+                if self.record.settings.card_qmp:
+                    nursery.start_soon(self._keep_carrier)
+                await (self._dial() if self.place.qemu_listens else self._listen())
         finally:
             self._dataplane.end_attachment(self._attachment)
             self._card, self._links = 0, {}
             self._set_state(PeerState.DOWN, self._unplugged())
+
+    async def _keep_carrier(self) -> None:
+        """Has QEMU show the machine a carrier while its card is on a network."""
+        path = self.record.settings.card_qmp
+        backoff = Backoff()
+        while True:
+            await self._changed.until(lambda: bool(self._card) and self._told != (self._card, bool(self._links)))
+            card, up = self._card, bool(self._links)
+            try:
+                await qmp.execute(path, "set_link", name=NETDEV, up=up)
+            except qmp.QmpError as error:
+                logger.warning("%s: the carrier of its network card cannot be set: %s", self.subject, error)
+                await trio.sleep(backoff.next(trio.current_time()))
+            else:
+                self._told = (card, up)
+                backoff.reset()
 
     async def _listen(self) -> None:
         backoff = Backoff()
@@ -191,17 +211,20 @@ class CardGuest:
         self._links.clear()
         serial = self._put(LINK, stream)
         self._links[serial] = on_down
+        self._changed.notify()
         return serial
 
     def part(self, serial: int) -> None:
         """Closes the data link, if it is still the one that `join` returned this for."""
         if self._links.pop(serial, None) is not None:
             self._dataplane.call(lambda: self._plug.clear(LINK, serial) if self._plug is not None else None)
+            self._changed.notify()
 
     def _lost(self, side: int, serial: int, reason: str) -> None:
         if side == LINK:
             on_down = self._links.pop(serial, None)
             if on_down is not None:
+                self._changed.notify()
                 on_down(reason)
         elif serial == self._card:
             self._card = 0

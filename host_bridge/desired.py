@@ -382,6 +382,7 @@ class DesiredState:
         data: str = "",
         *,
         mac_address: str = "",
+        qmp: str = "",
         guest_id: str = "",
         settings: GuestSettings | None = None,
     ) -> GuestRecord:
@@ -393,6 +394,7 @@ class DesiredState:
                 agent: where its network card is plugged in (see `CardPlace`).
             data: where its data port is. Empty: see `taploom.address.data_address`.
             mac_address: that of its network card, where it has no agent; empty: a new one.
+            qmp: the path of the Unix socket at which the QEMU of a guest without an agent takes commands; empty: none.
             guest_id: the container's id, 64 hexadecimal characters; empty: a new one.
             settings: what its names are resolved with.
 
@@ -403,10 +405,10 @@ class DesiredState:
         if guest_id and not _GUEST_ID.fullmatch(guest_id):
             raise InvalidError(f"guest id {shown(guest_id)} is malformed: use 64 characters of 0-9 and a-f")
         if address.startswith((QEMU, QEMU_SERVER)):
-            return self._register_card(name, address, data, mac_address)
-        if mac_address:
+            return self._register_card(name, address, data, mac_address, qmp)
+        if mac_address or qmp:
             raise InvalidError(
-                "only a guest without an agent has a MAC address of its own: give it when it is connected"
+                "only a guest without an agent has a MAC address of its own and a QMP socket: give its card's place"
             )
         control = _dialled("guest address", address, GUEST_CONTROL_PORT)
         try:
@@ -432,15 +434,18 @@ class DesiredState:
             self._store.insert_guest(record)
         return record
 
-    def _register_card(self, name: str, address: str, data: str, mac_address: str) -> GuestRecord:
+    def _register_card(self, name: str, address: str, data: str, mac_address: str, qmp: str) -> GuestRecord:
         """Registers a guest without an agent."""
         if data:
             raise InvalidError("a guest without an agent has no data address: leave it out")
         mac = check_mac(mac_address) if mac_address else ""
         prefix = QEMU if address.startswith(QEMU) else QEMU_SERVER
         path = address.removeprefix(prefix).removeprefix("unix:")
+        qmp = qmp.removeprefix("unix:")
         try:
             place = parse_address(f"unix:{path}")
+            if qmp and str(parse_address(f"unix:{qmp}")) == str(place):
+                raise InvalidError(f"QMP socket {shown(qmp)} is that of the network card: they are two")
         except AddressError as error:
             raise InvalidError(f"guest address {shown(address)} is malformed: {error}") from error
         address = f"{prefix}{path}"
@@ -453,7 +458,7 @@ class DesiredState:
                 theirs = {guest.address, guest.data_address}
                 if {str(place), f"{QEMU}{path}", f"{QEMU_SERVER}{path}"} & theirs:
                     raise TakenError(f"address {address} is the one of guest {guest.name}")
-            settings = GuestSettings(card_mac=mac or _new_mac(cards | set(self._store.taken_macs())))
+            settings = GuestSettings(card_mac=mac or _new_mac(cards | set(self._store.taken_macs())), card_qmp=qmp)
             record = GuestRecord(_new_id(), name, address, address, _now(), settings)
             self._store.insert_guest(record)
         return record

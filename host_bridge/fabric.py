@@ -365,12 +365,13 @@ class Fabric:
         data: str = "",
         *,
         mac_address: str = "",
+        qmp: str = "",
         guest_id: str = "",
         settings: GuestSettings | None = None,
     ) -> GuestRecord:
         """Registers a guest; the bridge starts to dial it. Arguments as `DesiredState.register_guest`."""
         record = self.desired.register_guest(
-            name, address, data, mac_address=mac_address, guest_id=guest_id, settings=settings
+            name, address, data, mac_address=mac_address, qmp=qmp, guest_id=guest_id, settings=settings
         )
         self._add_guest(record)
         logger.info("registered guest %s at %s", name, record.address)

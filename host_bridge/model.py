@@ -145,6 +145,7 @@ class GuestSettings:
         dns_search, dns_options: lines of /etc/resolv.conf.
         extra_hosts: (name, address) for /etc/hosts; several names for an address are separated by spaces.
         card_mac: the MAC address of the network card of a guest without an agent.
+        card_qmp: the path of the Unix socket at which its QEMU takes commands; empty: none.
     """
 
     hostname: str = ""
@@ -154,6 +155,7 @@ class GuestSettings:
     dns_options: tuple[str, ...] = ()
     extra_hosts: tuple[tuple[str, str], ...] = ()
     card_mac: str = ""
+    card_qmp: str = ""
 
 
 @dataclass(frozen=True, slots=True)

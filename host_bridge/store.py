@@ -792,6 +792,7 @@ def _guest(row: tuple[Any, ...]) -> GuestRecord:
             dns_options=tuple(settings.get("dns_options", ())),
             extra_hosts=tuple((name, address) for name, address in settings.get("extra_hosts", ())),
             card_mac=settings.get("card_mac", ""),
+            card_qmp=settings.get("card_qmp", ""),
         ),
     )
 

@@ -28,6 +28,9 @@ def guest() -> None:
 @click.option("--qemu", metavar="PATH", help="No agent: QEMU connects its network card to this Unix socket.")
 @click.option("--qemu-server", metavar="PATH", help="No agent: QEMU listens for its network card at this Unix socket.")
 @click.option("--mac", metavar="MAC", default="", help="The MAC address of that card; default: one is chosen.")
+@click.option(
+    "--qmp", metavar="PATH", default="", help="Where its QEMU takes commands: the card then has a carrier or not."
+)
 @json_option
 @bridge_options
 def register(
@@ -39,6 +42,7 @@ def register(
     qemu: str | None,
     qemu_server: str | None,
     mac: str,
+    qmp: str,
     as_json: bool,
 ) -> None:
     """Register the guest whose agent listens at ADDRESS; prints its id.
@@ -57,7 +61,7 @@ def register(
     places = [f"{prefix}:{path}" for prefix, path in (("qemu", qemu), ("qemu-server", qemu_server)) if path is not None]
     if len(places) + bool(address) != 1:
         raise click.UsageError("give one of ADDRESS, --qemu and --qemu-server")
-    request = RegisterGuestRequest(name=name, address=address or places[0], data_address=data, mac_address=mac)
+    request = RegisterGuestRequest(name=name, address=address or places[0], data_address=data, mac_address=mac, qmp=qmp)
 
     registered = unary(bridge, "GuestService/RegisterGuest", request, RegisterGuestResponse).guest
     assert registered is not None
@@ -65,9 +69,10 @@ def register(
     if registered.mac_address:
         path = registered.address.partition(":")[2]
         server = "on" if qemu_server is not None else "off"
+        commands = f" -qmp unix:{qmp.removeprefix('unix:')},server=on,wait=off" if qmp else ""
         click.echo(
             f"qemu: -netdev stream,id=net0,addr.type=unix,addr.path={path},server={server} "
-            f"-device virtio-net-pci,netdev=net0,mac={registered.mac_address}",
+            f"-device virtio-net-pci,netdev=net0,mac={registered.mac_address}{commands}",
             err=True,
         )
 

@@ -31,6 +31,7 @@ ip link set lo up
 ip link set eth0 up
 peer=$(sed -n 's/.*tlt_peer=\\([^ ]*\\).*/\\1/p' /proc/cmdline)
 while true; do
+    echo "CARRIER $(cat /sys/class/net/eth0/carrier)"
     if udhcpc -q -n -i eth0 -s /script -O staticroutes -O mtu >/dev/null 2>&1; then
         . /told
         echo "TOLD $ip $dns $domain"
@@ -148,7 +149,8 @@ def test_the_bridge_is_killed_under_a_plain_vm(
     lab: Fabric, kernel: Path, initfs: Path, tmp_path: Path, watch_consoles: Callable[[Path], None]
 ) -> None:
     watch_consoles(tmp_path)
-    result = lab.command("guest", "register", "vm2", "--qemu-server", f"{lab.path}/vm2.sock")
+    qmp = ("--qmp", f"unix:{lab.path}/vm2.qmp")
+    result = lab.command("guest", "register", "vm2", "--qemu-server", f"{lab.path}/vm2.sock", *qmp)
     arguments = result.stderr.strip().removeprefix("qemu: ").split()
     try:
         lab.run("network", "connect", "app", "vm2")
@@ -158,5 +160,10 @@ def test_the_bridge_is_killed_under_a_plain_vm(
             lab.until_converged()
             vm.until_says(lab, f"PING {lab.address('vm2', 'app')}", after=len(vm.lines()))
             lab.until_answers("web", "vm2", "-4")
+            # Off its network, the machine sees the cable pulled.
+            lab.run("network", "disconnect", "app", "vm2")
+            vm.until_says(lab, "CARRIER 0", after=len(vm.lines()))
+            lab.run("network", "connect", "app", "vm2")
+            vm.until_says(lab, "CARRIER 1", f"PING {lab.address('vm2', 'app')}", after=len(vm.lines()))
     finally:
         lab.run("guest", "rm", "vm2")

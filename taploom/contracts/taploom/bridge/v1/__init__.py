@@ -2140,6 +2140,12 @@ class RegisterGuestRequest(betterproto2.Message):
     The MAC address of the network card of a guest without an agent; empty: one is chosen.
     """
 
+    qmp: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
+    """
+    The path of the Unix socket at which the QEMU of a guest without an agent takes commands (-qmp unix:PATH,server=on,wait=off), for
+    the carrier of its card, whose -netdev has the id net0: on while it is on a network. Empty: the carrier is always on.
+    """
+
 
 default_message_pool.register_message("taploom.bridge.v1", "RegisterGuestRequest", RegisterGuestRequest)
 
