@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 def load() -> Callable[[Sequence[str]], int]:
     """Imports the agent; returns what runs it."""
-    gc.disable()  # until all is imported (cli.run): collections would find nothing, and take a tenth of the time
+    gc.disable()  # until all is imported (agent.py): collections would find nothing, and take a tenth of the time
     from taploom.lean import without_unused
 
     without_unused()  # before the imports below

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import trio
 
 from taploom import __version__
 from taploom.address import Address, AddressError, UnixAddress, parse_address
+from taploom.arguments import plain_options
 from taploom.log import LEVELS, setup_logging
 
-from .agent import OPTIONAL_FEATURES, Options, run_agent
+from .agent import run_agent
+from .options import OPTIONAL_FEATURES, Options
 
 STATE_DIR = Path("/run/taploom-guest")
+RESOLV_CONF = Path("/etc/resolv.conf")
+LOG_LEVEL = "info"
+_PATHS = {"resolv_conf": "--resolv-conf", "hosts": "--hosts", "state_dir": "--state-dir"}
+_PLAIN = {"--control", "--data", "--log-level", *_PATHS.values()}
 EXAMPLE = """example:
   taploom-guest-agent --control vsock:any:5555 --data vsock:any:5556
   taploom-guest-agent --control unix:/run/guest/control.sock --data unix:/run/guest/data.sock --resolv-conf /tmp/r
@@ -34,9 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--control", required=True, metavar="ADDR", help="where to serve gRPC (taploom.guest.v1)")
     parser.add_argument("--data", required=True, metavar="ADDR", help="where to accept data links")
-    parser.add_argument(
-        "--resolv-conf", type=Path, default=Path("/etc/resolv.conf"), metavar="PATH", help="default: %(default)s"
-    )
+    parser.add_argument("--resolv-conf", type=Path, default=RESOLV_CONF, metavar="PATH", help="default: %(default)s")
     parser.add_argument(
         "--hosts", type=Path, metavar="PATH", help="default: the file hosts beside resolv.conf, that is /etc/hosts"
     )
@@ -54,14 +58,32 @@ def build_parser() -> argparse.ArgumentParser:
         choices=sorted(OPTIONAL_FEATURES),
         help="do not offer this feature, as an older agent or kernel would not; may be repeated",
     )
-    parser.add_argument("--log-level", choices=LEVELS, default="info")
+    parser.add_argument("--log-level", choices=LEVELS, default=LOG_LEVEL)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
 
 
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace | SimpleNamespace:
+    """What `build_parser` would find; without it for a command line such as the images'."""
+    found = plain_options(argv, _PLAIN)
+    if found is None or not {"--control", "--data"} <= found.keys():
+        return build_parser().parse_args(argv)
+    level = found.get("--log-level", LOG_LEVEL)
+    if level not in LEVELS:
+        return build_parser().parse_args(argv)
+    paths = {name: Path(found[option]) for name, option in _PATHS.items() if option in found}
+    return SimpleNamespace(
+        **{"resolv_conf": RESOLV_CONF, "hosts": None, "state_dir": None, **paths},
+        control=found["--control"],
+        data=found["--data"],
+        without=[],
+        log_level=level,
+    )
+
+
 def run(argv: Sequence[str]) -> int:
     """Runs the agent until it is told to stop; returns the exit status."""
-    arguments = build_parser().parse_args(argv)
+    arguments = read_arguments(argv)
     try:
         control = parse_address(arguments.control)
         options = Options(
@@ -77,9 +99,6 @@ def run(argv: Sequence[str]) -> int:
         return 2
     setup_logging("agent_guest", arguments.log_level)
     logging.getLogger("hpack").setLevel(logging.INFO)  # its debug lines are one per header field
-    # What has been imported stays: a full collection that walked it would stop frames for some 10 ms each time.
-    gc.freeze()
-    gc.enable()
     try:
         trio.run(run_agent, options)
     except (OSError, AddressError) as error:

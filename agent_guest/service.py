@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections import Counter
 from dataclasses import replace
 
-from taploom import __version__
 from taploom.contracts.taploom.guest.v1 import (
     ApplyInterfaceRequest,
     ApplyInterfaceResponse,
@@ -17,8 +15,6 @@ from taploom.contracts.taploom.guest.v1 import (
     AuthorizeLinkResponse,
     DeleteInterfaceRequest,
     DeleteInterfaceResponse,
-    GetInfoRequest,
-    GetInfoResponse,
     GuestFeature,
     InterfaceFailure,
     ListInterfacesRequest,
@@ -30,7 +26,6 @@ from taploom.contracts.taploom.guest.v1 import (
     WatchEventsResponse,
     WatchStarted,
 )
-from taploom.contracts.taploom.guest.v1.rpc import GuestServiceBase
 from taploom.rpc import RpcError, SendStream, ServerContext, StatusCode
 
 from .events import EventHub, SlowWatcherError, stamped
@@ -40,12 +35,11 @@ from .names import Names, NamesError
 from .resolver.config import ConfigError, ResolverConfig
 from .spec import InterfaceSpec, SpecError, check_endpoint_id
 
-CONTRACT_VERSIONS = [1]
 SECRET_MIN, SECRET_MAX = 16, 64
 
 
-class GuestService(GuestServiceBase):
-    """The agent's control interface."""
+class GuestService:
+    """The agent's control interface, but for GetInfo (`agent_guest.front`)."""
 
     def __init__(
         self,
@@ -53,22 +47,11 @@ class GuestService(GuestServiceBase):
         names: Names,
         events: EventHub,
         features: frozenset[GuestFeature],
-        instance_id: str,
     ) -> None:
         self._interfaces = interfaces
         self._names = names
         self._events = events
         self._features = features
-        self._instance_id = instance_id
-
-    async def get_info(self, request: GetInfoRequest, context: ServerContext) -> GetInfoResponse:
-        return GetInfoResponse(
-            version=__version__,
-            contract_versions=list(CONTRACT_VERSIONS),
-            features=sorted(self._features),
-            hostname=os.uname().nodename,
-            instance_id=self._instance_id,
-        )
 
     async def apply_interface(self, request: ApplyInterfaceRequest, context: ServerContext) -> ApplyInterfaceResponse:
         if request.interface is None:

@@ -6,7 +6,9 @@ and in a VM without hardware acceleration seconds of its start.
 - `importlib.metadata`, with the whole of `email`: two libraries ask it for their own version.
 - `dateutil`: the contracts use it to read timestamps from JSON.
 - `bz2` and `lzma`: shutil can make archives with them where they are there.
-- trio's DTLS: it is imported with trio.
+- trio's TLS, TCP, files and child processes: they are imported with trio.
+
+And imports later what libraries import at once and hardly ever use, if at all: `LATER`.
 
 Only an agent's own process does this, never a test's or an importer's: it is called by `__main__` modules, before they
 import anything else.
@@ -17,6 +19,7 @@ from __future__ import annotations
 import os
 import sys
 import types
+import typing
 
 
 def without_unused() -> None:
@@ -25,7 +28,10 @@ def without_unused() -> None:
     without_metadata()
     without_dateutil()
     without_compression()
-    without_dtls()
+    without_transports()
+    import_later()
+    without_signatures()
+    without_thread_names()
 
 
 def without_openssl() -> None:
@@ -65,10 +71,114 @@ def without_compression() -> None:
             sys.modules[name] = None  # type: ignore[assignment]  # the import system's documented "not importable"
 
 
-def without_dtls() -> None:
-    """To be called before anything imports trio; does nothing when that has happened."""
+def without_transports() -> None:
+    """To be called before anything imports trio, all parts of which are imported with it; does nothing when that has
+    happened."""
     if "trio" not in sys.modules:
-        sys.modules["trio._dtls"] = _Missing("trio._dtls")
+        for name in _TRIO_UNUSED:
+            sys.modules[f"trio.{name}"] = _Missing(f"trio.{name}")
+
+
+_TRIO_UNUSED = (
+    "_dtls",
+    "_file_io",
+    "_highlevel_open_tcp_listeners",
+    "_highlevel_open_tcp_stream",
+    "_highlevel_ssl_helpers",
+    "_path",
+    "_ssl",
+    "_subprocess",
+    "_unix_pipes",
+)
+
+LATER = (
+    "argparse",  # the command line, when it is not as in the images
+    "ast",
+    "attr.converters",
+    "attr.validators",
+    "attrs.converters",
+    "attrs.validators",
+    "dis",
+    "idna",  # trio's sockets, for the names of hosts
+    "inspect",
+    "json",  # messages from and to JSON
+    "ntpath",
+    "platform",
+    "selectors",  # socket, for sending files
+    "subprocess",
+    "textwrap",
+    "tokenize",
+    "traceback",  # logging, for exceptions
+    "typing_extensions",
+)
+"""Modules of which libraries keep no more than a reference while they are imported."""
+
+
+def import_later() -> None:
+    """To be called before anything else is imported. What has been imported already stays."""
+    for name in LATER:
+        if name not in sys.modules:
+            sys.modules[name] = _Later(name, **_AT_ONCE.get(name, {}))
+
+
+def _instance_of(kind: type) -> object:
+    """attrs' validator of that name."""
+
+    def check(_: object, attribute: object, value: object) -> None:
+        if not isinstance(value, kind):
+            raise TypeError(f"{attribute!r} must be {kind!r}, not {value!r}")
+
+    return check
+
+
+def _is_coroutine(value: object) -> bool:
+    return isinstance(value, types.CoroutineType)
+
+
+def _python_implementation() -> str:
+    return {"cpython": "CPython", "pypy": "PyPy"}.get(sys.implementation.name, "")
+
+
+_AT_ONCE: dict[str, dict[str, object]] = {
+    "attr.validators": {"instance_of": _instance_of},  # outcome
+    "inspect": {"iscoroutine": _is_coroutine},  # trio, of what a thread has returned
+    "platform": {"python_implementation": _python_implementation},  # attrs
+    "typing_extensions": {"Self": typing.Self},  # betterproto2, contracts
+}
+"""What is wanted of modules of `LATER` while others are imported."""
+
+
+def without_signatures() -> None:
+    """Lets dataclasses give classes that have no docstring one without their signature: to make it takes several times
+    as long as the rest of the class. Does nothing when dataclasses has been imported."""
+    if "dataclasses" in sys.modules:
+        return
+    import_later()  # inspect among others, which dataclasses imports
+    import dataclasses
+
+    dataclasses.inspect = _Inspect("inspect")  # type: ignore[attr-defined]
+
+
+def without_thread_names() -> None:
+    """Keeps trio from naming its threads, for which it imports ctypes and would have compilers and ldconfig say where
+    the C library is. Does nothing when ctypes has been imported."""
+    if "ctypes" not in sys.modules:
+        util = sys.modules["ctypes.util"] = _Missing("ctypes.util", find_library=_find_nothing)
+        sys.modules["ctypes"] = _Later("ctypes", util=util, CDLL=_open_library)
+
+
+def _find_nothing(_: str) -> str:
+    return _NO_LIBRARY
+
+
+def _open_library(name: str | None, *rest: object, **options: object) -> object:
+    if name == _NO_LIBRARY:
+        raise OSError("no library")
+    module = sys.modules["ctypes"]
+    return (_import(module) if isinstance(module, _Later) else module).CDLL(name, *rest, **options)
+
+
+_NO_LIBRARY = "none"
 
 
 def installed_version(name: str) -> str:
@@ -109,6 +219,46 @@ class _Missing(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         return type(name, (Exception,), {"__init__": _refuse})
+
+
+class _Later(types.ModuleType):
+    """Stands for a module until something of it is wanted, and then imports it; what is ``known`` is there at once."""
+
+    def __init__(self, name: str, **known: object) -> None:
+        super().__init__(name)
+        self.__dict__.update(known)
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(name)
+        return getattr(_import(self), name)
+
+    def __dir__(self) -> list[str]:
+        return dir(_import(self))
+
+
+def _import(later: _Later) -> types.ModuleType:
+    name = later.__name__
+    if sys.modules.get(name) is later:
+        del sys.modules[name]
+    import importlib
+
+    module = importlib.import_module(name)
+    # Those who have it already, and do not ask again, for what they find in it.
+    later.__dict__.update({key: value for key, value in vars(module).items() if not key.startswith("__")})
+    return module
+
+
+class _Inspect(_Later):
+    """What dataclasses is to take for inspect."""
+
+    @staticmethod
+    def signature(*_: object) -> str:
+        return ""
+
+    @staticmethod
+    def get_annotations(owner: type) -> dict[str, object]:
+        return dict(vars(owner).get("__annotations__") or {})
 
 
 def _refuse(self: object, *_: object, **__: object) -> None:

@@ -5,7 +5,7 @@
 PROGRAM is a script's path (.py or .pyc), or a module's name as for `python -m`. Runs inside the image's own root, so it
 needs nothing but the interpreter, and imports nothing that is not frozen into it (but for a module's name). The report
 has one absolute path per line: the module's file (source, sourceless .pyc or extension) that was opened; modules frozen
-into the interpreter open none. `--import` imports declared modules first, those that a normal run does not reach.
+into the interpreter open none. `--import` imports declared modules at the end, those that a normal run does not reach.
 Written line by line: a program that is killed has reported too. For builders: see images.common.python.
 """
 
@@ -28,7 +28,8 @@ def trace(report: str) -> None:
     def hook(event: str, arguments: "tuple[object, ...]") -> None:
         # https://docs.python.org/3/library/audit_events.html: importlib reads code by io.open_code, which is "open"
         # with mode "rb"; extension modules come as "import" with their file's name.
-        name = arguments[0] if event == "open" else arguments[1] if event == "import" else None
+        # "taploom.bundle" is images/common/start.py's.
+        name = arguments[0] if event in ("open", "taploom.bundle") else arguments[1] if event == "import" else None
         if isinstance(name, str) and name.endswith((".py", ".pyc", ".so")):
             os.write(descriptor, f"{name}\n".encode())
 
@@ -66,10 +67,14 @@ def main(argv: "list[str]") -> None:
     if not report or not argv:
         raise SystemExit("tracer.py: give --report FILE and a program")
     trace(report)
-    for name in names:
-        __import__(name)
     sys.argv[:] = argv
-    run(argv[0])
+    try:
+        run(argv[0])
+    finally:
+        for name in names:
+            if getattr(sys.modules.get(name), "__spec__", None) is None:  # only stands for it (taploom.lean)
+                sys.modules.pop(name, None)
+            __import__(name)
 
 
 if __name__ == "__main__":

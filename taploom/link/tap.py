@@ -8,7 +8,6 @@ import fcntl
 import functools
 import os
 import re
-import secrets
 import socket
 import struct
 from collections.abc import Iterable
@@ -220,7 +219,7 @@ def probe_features() -> frozenset[LinkFeature]:
     Empty where TAP devices cannot be opened at all (macOS, or no CAP_NET_ADMIN).
     """
     try:
-        with Tap.open(f"tlp{secrets.token_hex(5)}") as tap:
+        with Tap.open(f"tlp{os.urandom(5).hex()}") as tap:
             found = {LinkFeature.VNET_HDR}
             for feature in (LinkFeature.TSO, LinkFeature.USO):
                 with contextlib.suppress(TapError):

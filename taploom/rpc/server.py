@@ -198,20 +198,31 @@ class Server:
         self._accept_scopes: set[trio.CancelScope] = set()
         self._live_calls = 0
         self._idle_lot = trio.lowlevel.ParkingLot()
+        self._service_names: set[str] = set()
         services = list(services)
         self.health = Health(service.service_name for service in services)
         """The health of the services, as grpc.health.v1 tells it: all are serving at first."""
         if health:
             services.append(self.health)
-        if reflection:
+        self._strict = strict
+        self._descriptor_sets = tuple(descriptor_sets) if reflection else None
+        self._add(services)
+
+    def _add(self, services: Iterable[Service]) -> None:
+        for service in services:
+            self._service_names.add(service.service_name)
+            for handler in service.handlers():
+                parse = make_parser(handler.method.request_type, strict=self._strict)
+                self._routes[handler.method.path] = _Route(handler, parse, service.infrastructure)
+
+    def _route(self, path: str) -> _Route | None:
+        if self._descriptor_sets is not None and path.startswith("/grpc.reflection."):
+            # Imported when somebody asks for it, which a bridge never does: an agent's start is to be short.
             from .reflection import reflection_services
 
-            services += reflection_services([service.service_name for service in services], descriptor_sets)
-        for service in services:
-            for handler in service.handlers():
-                parse = make_parser(handler.method.request_type, strict=strict)
-                self._routes[handler.method.path] = _Route(handler, parse, service.infrastructure)
-        self._service_names = {service.service_name for service in services}
+            self._add(reflection_services(sorted(self._service_names), self._descriptor_sets))
+            self._descriptor_sets = None
+        return self._routes.get(path)
 
     async def serve(
         self,
@@ -297,7 +308,7 @@ class Server:
     async def _call(self, connection: Connection, stream: Http2Stream, peer: str) -> None:
         headers = dict(stream.headers or ())
         path = headers.get(b":path", b"").decode("ascii", "replace")
-        route = self._routes.get(path)
+        route = self._route(path)
         counted = route is not None and not route.infrastructure
         self._live_calls += counted
         # A client that still sends may stop, and its status stands (RFC 9113, section 8.1).

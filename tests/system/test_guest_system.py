@@ -622,15 +622,15 @@ async def test_resolv_conf_and_the_port(rig: Rig) -> None:
     assert (await rig.ask("nobody")).rcode() == dns.rcode.NXDOMAIN
     await rig.guest.stop(signal.SIGKILL)
     await rig.guest.start()
-    # The next agent has the port at once: a query waits for the configuration.
+    # The next agent has the port before it is told anything: a query waits for the configuration.
     answers: list[dns.message.Message] = []
 
     async def ask() -> None:
         answers.append(await rig.ask("web"))
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(ask)
         await until(lambda: "127.0.0.11:" in run_in(rig.guest.netns, "ss", "-Hlun"), "the port is bound")
+        nursery.start_soon(ask)
         await until(
             lambda: any(line.split()[1] != "0" for line in run_in(rig.guest.netns, "ss", "-Hlun").splitlines()),
             "the query has arrived",

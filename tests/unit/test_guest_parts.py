@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from agent_guest.agent import OPTIONAL_FEATURES, features
-from agent_guest.cli import STATE_DIR, build_parser, default_state_dir, run
+from agent_guest.cli import STATE_DIR, build_parser, default_state_dir, read_arguments, run
 from agent_guest.events import EventHub, SlowWatcherError
+from agent_guest.options import OPTIONAL_FEATURES, features
 from taploom.address import parse_address
 from taploom.contracts.taploom.guest.v1 import GuestFeature, LinkDown, LinkUp
 from taploom.contracts.taploom.link.v1 import LinkFeature
@@ -82,3 +82,27 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert run(["--control", "nonsense", "--data", "unix:/b"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--resolv-conf", "/r/etc/resolv.conf", "--log-level", "debug"],
+        ["--hosts", "/h", "--state-dir", "/s"],
+        ["--without", "uso"],
+        ["--log-level=error"],
+    ],
+)
+def test_command_lines_are_read_as_argparse_reads_them(more: list[str]) -> None:
+    argv = ["--control", "vsock:any:5555", "--data", "unix:/d", *more]
+    assert vars(read_arguments(argv)) == vars(build_parser().parse_args(argv))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--control", "unix:/c"], ["--control", "a", "--data"], ["--control", "a", "--data", "b", "--log-level", "?"]],
+)
+def test_command_lines_that_are_wrong_are_argparses_to_refuse(argv: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_arguments(argv)

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from images.common import cache, cpio, elf, manifest, oci, wheels
+from images.common import bundle, cache, cpio, elf, manifest, oci, wheels
 from images.common import python as interpreter
 from images.common.debian import Package
 from images.common.tools import BuildError, run
@@ -382,3 +382,52 @@ def test_a_manifest_names_packages_files_and_outputs(tmp_path: Path) -> None:
     assert read["packages"] == [{"name": "zlib1g", "version": "1:1.3", "architecture": "amd64", "sha256": "ff"}]
     assert read["files"] == {"/init": 5} and read["unpacked_bytes"] == 5
     assert read["outputs"]["out"] == {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
+
+
+BUNDLED = """
+import re
+from dataclasses import dataclass
+
+def load():
+    from bundled import later
+    return run
+
+@dataclass(frozen=True)
+class Point:
+    x: int
+
+def run(argv):
+    namespace = {}
+    exec("here = 1", namespace)
+    exec("there = 2")
+    print(Point(1), hash(Point(1)) == hash(Point(1)), re.fullmatch(r"(?P<n>a+)b", "aab")["n"], argv, namespace["here"])
+    return 0
+"""
+
+
+def test_a_program_starts_from_its_bundle_alone(tmp_path: Path) -> None:
+    site = tmp_path / "full/usr/lib/taploom"
+    (site / "bundled").mkdir(parents=True)
+    (site / "bundled/__init__.py").write_text("")
+    (site / "bundled/__main__.py").write_text(BUNDLED)
+    (site / "bundled/later.py").write_text("import re\nre.compile('late')\n")
+    folder = f"{bundle.START_PATH.rpartition('/')[0]}"
+    names = ["bundled/__init__.py", "bundled/__main__.py", "bundled/later.py"]
+    made = []
+    for number in ("1", "2"):
+        root = tmp_path / number
+        sources = {f"{folder}/{name}": site / name for name in names} | {bundle.START_PATH: bundle.START}
+        interpreter.compile_into(sources, root, interpreter=[sys.executable])
+        collected = tmp_path / f"collected{number}"
+        bundle.collect("bundled", site, sources, interpreter=[sys.executable], optimize=2, out=collected)
+        (root / "usr/lib/python").mkdir()
+        bundle.write(root, "/usr/lib/python", folder, collected=collected)
+        made.append((root / bundle.BUNDLE_PATH.lstrip("/")).read_bytes())
+    assert made[0] == made[1]
+    assert bundle.modules(tmp_path / "1").keys() == {f"{folder}/{name}c" for name in names}
+    assert interpreter.module_files(tmp_path / "1", [folder]) == set(bundle.OWN)
+    start = tmp_path / "start.py"
+    start.write_text(bundle.START.read_text().replace(folder, f"{tmp_path}/1{folder}"))
+
+    said = run([sys.executable, "-I", "-S", "-B", start, "bundled", "an", "argument"])
+    assert said == "Point(x=1) True aa ['an', 'argument'] 1\n"

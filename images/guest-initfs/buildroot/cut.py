@@ -21,6 +21,7 @@ sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "images/guest-initfs")]
 
 from guest_image.recipe import read_recipe  # noqa: E402 - the folders are on the path only now
 
+from images.common import bundle  # noqa: E402
 from images.common import python as pythons  # noqa: E402
 
 _LATER = ("encodings.idna", "encodings.utf_8")
@@ -40,7 +41,7 @@ def main(target: Path) -> None:
     used = _imported(folder, recipe.lazy)
     kept = {f"/{path.relative_to(target)}": path for path in _matching(library, _stdlib(used))}
     kept |= {f"/{path.relative_to(target)}": path for path in _files(folder) if str(path) in used}
-    for name in (recipe.start, f"/{library.relative_to(target)}/os.py"):
+    for name in (bundle.START_PATH, f"/{library.relative_to(target)}/os.py"):
         kept[name] = target / name.lstrip("/")
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         pythons.compile_into(kept, Path(work), interpreter=[sys.executable])

@@ -24,7 +24,7 @@ INITFS = "guest-initfs.cpio.zst"
 _INIT = "usr/sbin/taploom-init"
 _POWER = ("poweroff", "reboot", "halt", "shutdown")
 _COMMON = CHECKOUT / "images/common"
-_OWN = ("recipe", "interpreter", "exercise", "generated", "debian_builder", "apple")
+_OWN = ("recipe", "interpreter", "exercise", "debian_builder", "apple")
 # What else decides about the bytes; a README or the other builder does not.
 _PARTS = [FOLDER / "image.toml", FOLDER / "files", _COMMON, *(FOLDER / f"guest_image/{name}.py" for name in _OWN)]
 
@@ -96,7 +96,7 @@ def _build(recipe: Recipe, inputs: Inputs, work: Path, place: Path, *, cache: Pa
     root = work / "root"
     _skeleton(recipe, inputs, full, root, _applets(native_full))
     interpreter.put_modules(recipe, inputs.arch, traced, full=full, root=root, interpreter=native_full)
-    interpreter.put_generated(recipe, root, native_full)
+    interpreter.put_bundle(recipe, traced, root, native_full)
     _libraries(recipe, full, root)
     if inputs.arch == native:
         say("running the agent in the image to see that nothing is missing or idle")
@@ -159,7 +159,8 @@ def _skeleton(recipe: Recipe, inputs: Inputs, full: Path, root: Path, applets: l
     for program in recipe.programs:
         _copy(full / program.lstrip("/"), root / program.lstrip("/"))
     for metadata in (full / recipe.folder.lstrip("/")).glob("*.dist-info"):
-        (root / recipe.folder.lstrip("/") / metadata.name).mkdir()  # its name says the version (taploom.lean)
+        # Its name says the version (taploom.lean).
+        (root / recipe.folder.lstrip("/") / metadata.name).mkdir(parents=True)
     (root / "usr/bin/python3").symlink_to(f"python{recipe.python}")
     _copy(inputs.init, root / _INIT)
     (root / "init").symlink_to(_INIT)

@@ -6,10 +6,11 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from images.common import debian, wheels
+from images.common import bundle, debian, wheels
 from images.common import python as pythons
 from images.common.tools import BuildError, run
 
@@ -19,8 +20,8 @@ _NATIVE = {"x86_64": "x86_64", "aarch64": "arm64"}
 _TRIPLETS = {"x86_64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}
 _LOADERS = ("usr/lib64/ld-linux-*.so.*", "usr/lib/ld-linux-*.so.*", "usr/lib/*/ld-linux-*.so.*")
 _SHARED = "/run/exercise"
+_OPTIMIZE = 2
 _EXERCISE = Path(__file__).with_name("exercise.py")
-_GENERATED = Path(__file__).with_name("generated.py")
 # $1 the root with everything, $2 the root that the agent runs in, mounted below it, $3 the folder that both see.
 _NAMESPACES = """
 mount -t proc proc "$1/proc"
@@ -82,6 +83,7 @@ def full_root(recipe: Recipe, packages: list[debian.Package], found: list[wheels
     for name in ("taploom", recipe.module):
         shutil.copytree(CHECKOUT / name, folder / name, ignore=ignore)
     shutil.copytree(FILES, root, dirs_exist_ok=True)
+    shutil.copy(bundle.START, root / bundle.START_PATH.lstrip("/"))
     for name in ("proc", "sys", "dev", "run", "tmp", "root"):
         (root / name).mkdir(exist_ok=True)
 
@@ -95,14 +97,14 @@ def host_command(root: Path) -> list[str | Path]:
 
 def trace(recipe: Recipe, root: Path) -> Trace:
     """Exercises the agent in the root with everything, and says which modules' files it imported."""
-    used = pythons.used_modules([_exercise(recipe, root, root, recipe.start)])
+    used = pythons.used_modules([_exercise(recipe, root, root, bundle.START_PATH)])
     triplet = _TRIPLETS[native_arch()]
     return Trace(tuple(sorted(name.replace(triplet, "TRIPLET") for name in used if _is_module(recipe, name))))
 
 
 def put_modules(recipe: Recipe, arch: str, traced: Trace, *, full: Path, root: Path, interpreter: Path) -> None:
     """Puts the traced modules into the image's tree, compiled; ``interpreter`` is a root whose python runs here."""
-    modules: dict[str, Path] = {recipe.start: full / recipe.start.lstrip("/")}
+    modules: dict[str, Path] = {bundle.START_PATH: bundle.START}
     for name in traced.paths(arch):
         source = full / name.lstrip("/")
         if not source.is_file():
@@ -113,18 +115,23 @@ def put_modules(recipe: Recipe, arch: str, traced: Trace, *, full: Path, root: P
         if not name.endswith(".py"):
             continue
         modules.setdefault(name, full / name.lstrip("/"))
-    pythons.compile_into(modules, root, interpreter=host_command(interpreter))
+    pythons.compile_into(modules, root, interpreter=host_command(interpreter), optimize=_OPTIMIZE)
 
 
-def put_generated(recipe: Recipe, root: Path, interpreter: Path) -> None:
-    """Puts beside start.py what it reads; ``interpreter`` is a root with everything whose python runs here."""
-    target = root / recipe.folder.lstrip("/") / "generated.marshal"
-    earlier = target.with_suffix(".earlier")
+def put_bundle(recipe: Recipe, traced: Trace, root: Path, interpreter: Path) -> None:
+    """Puts the modules into one file; ``interpreter`` is a root with everything whose python runs here."""
     folder = interpreter / recipe.folder.lstrip("/")
-    command = [*host_command(interpreter), "-s", "-S", "-B", "-OO", "-X", "no_debug_ranges", _GENERATED, folder]
-    run([*command, earlier], env={"PYTHONHASHSEED": "1"})
-    run([*command, target, earlier], env={"PYTHONHASHSEED": "0"})
-    earlier.unlink()
+    with tempfile.TemporaryDirectory() as work:
+        collected = Path(work) / "collected"
+        bundle.collect(
+            recipe.module,
+            folder,
+            traced.modules,
+            interpreter=host_command(interpreter),
+            optimize=_OPTIMIZE,
+            out=collected,
+        )
+        bundle.write(root, recipe.library, recipe.folder, collected=collected)
 
 
 def verify(recipe: Recipe, full: Path, root: Path) -> None:
@@ -133,10 +140,8 @@ def verify(recipe: Recipe, full: Path, root: Path) -> None:
     Raises:
         BuildError: something fails there, or files that nothing imports; each is named.
     """
-    start = f"{recipe.start}c"
-    report = _exercise(recipe, full, root, start)
-    used = pythons.used_modules([report]) | {start}
-    pythons.check(pythons.module_files(root, _folders(recipe)), used, landmarks=recipe.landmarks)
+    report = _exercise(recipe, full, root, f"{bundle.START_PATH}c")
+    pythons.check(_present(recipe, root), pythons.used_modules([report]), landmarks=_landmarks(recipe))
 
 
 def check_names(recipe: Recipe, arch: str, traced: Trace, root: Path) -> None:
@@ -146,8 +151,15 @@ def check_names(recipe: Recipe, arch: str, traced: Trace, root: Path) -> None:
         BuildError: names the files that nothing imports.
     """
     wanted = {name.removesuffix(".py") + ".pyc" if name.endswith(".py") else name for name in traced.paths(arch)}
-    present = pythons.module_files(root, _folders(recipe))
-    pythons.check(present, wanted | {f"{recipe.start}c"}, landmarks=recipe.landmarks)
+    pythons.check(_present(recipe, root), wanted, landmarks=_landmarks(recipe))
+
+
+def _present(recipe: Recipe, root: Path) -> set[str]:
+    return pythons.module_files(root, _folders(recipe)) | bundle.modules(root).keys()
+
+
+def _landmarks(recipe: Recipe) -> tuple[str, ...]:
+    return (*recipe.landmarks, *bundle.OWN)
 
 
 def _folders(recipe: Recipe) -> tuple[str, ...]:
@@ -155,7 +167,7 @@ def _folders(recipe: Recipe) -> tuple[str, ...]:
 
 
 def _is_module(recipe: Recipe, name: str) -> bool:
-    return any(name.startswith(f"{folder}/") for folder in _folders(recipe)) and name != recipe.start
+    return any(name.startswith(f"{folder}/") for folder in _folders(recipe)) and name != bundle.START_PATH
 
 
 def _exercise(recipe: Recipe, full: Path, root: Path, start: str) -> Path:
@@ -172,7 +184,7 @@ def _exercise(recipe: Recipe, full: Path, root: Path, start: str) -> Path:
     imports = [part for name in recipe.lazy for part in ("--import", name)]
     tracer = [python, "-I", "-S", "-B", f"{_SHARED}/tracer.py", "--report", f"{_SHARED}/report"]
     tracer += ["--path", recipe.folder, *imports]
-    agent = [start, "--control", f"unix:{_SHARED}/control.sock", "--data", f"unix:{_SHARED}/data.sock"]
+    agent = [start, recipe.module, "--control", f"unix:{_SHARED}/control.sock", "--data", f"unix:{_SHARED}/data.sock"]
     unshare = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--uts"]
     exercise = [python, "-B", f"{_SHARED}/exercise.py", _SHARED, *enter, *tracer, *agent]
     run(

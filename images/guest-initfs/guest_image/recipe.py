@@ -24,7 +24,6 @@ class Recipe:
     max_compressed: int
     python: str
     module: str
-    start: str
     folder: str
     wheels: tuple[str, ...]
     lazy: tuple[str, ...]
@@ -58,7 +57,6 @@ def read_recipe(path: Path = FOLDER / "image.toml") -> Recipe:
         max_compressed=_take(content, "max_compressed_mib", int, path) << 20,
         python=_take(python, "version", str, path),
         module=_take(python, "module", str, path),
-        start=_take(python, "start", str, path),
         folder=_take(python, "folder", str, path),
         wheels=_strings(python, "wheels", path),
         lazy=_strings(python, "lazy", path),

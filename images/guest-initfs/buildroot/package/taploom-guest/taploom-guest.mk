@@ -13,6 +13,7 @@ define TAPLOOM_GUEST_INSTALL_TARGET_CMDS
 	mkdir -p $(TARGET_DIR)/usr/lib/taploom
 	cp -r $(@D)/agent_guest $(@D)/taploom $(TARGET_DIR)/usr/lib/taploom/
 	cp -r $(@D)/images/guest-initfs/files/. $(TARGET_DIR)/
+	cp $(@D)/images/common/start.py $(TARGET_DIR)/usr/lib/taploom/
 	$(SED) 's,/usr/bin/python3.13,/usr/bin/python3,' $(TARGET_DIR)/etc/taploom/init.conf
 endef
 
