@@ -68,8 +68,17 @@ class VmFabric(Fabric):
         )
 
     def answers(self, guest: str, target: str, *options: str) -> bool:
-        """True when one ping is answered, however late."""
-        return self.guest(guest, "ping", "-n", "-c1", "-W30", *options, target).returncode == 0
+        """True when one ping is answered, however late; it is sent once the name is found.
+
+        A guest's resolver gives a network's server a second, which is not enough for it where processors are emulated
+        and something floods them.
+        """
+
+        def found() -> subprocess.CompletedProcess[str] | None:
+            done = self.guest(guest, "ping", "-n", "-c1", "-W30", *options, target)
+            return None if done.returncode == 2 else done
+
+        return until(found, lambda: f"{guest} finds {target}\n{self.logs()}").returncode == 0
 
     def silent(self, guest: str, *targets: str) -> bool:
         """True when pings to none of them are answered; they are sent at once."""
