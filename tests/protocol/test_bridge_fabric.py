@@ -74,7 +74,8 @@ async def test_connect_tells_both_agents_and_relays_bytes(rig: Rig) -> None:
     assert there.names == ["web", endpoint.guest_id[:12], "www"]
     assert there.addresses == [address.partition("/")[0] for address in endpoint.addresses]
     fabric_network = rig.helper.networks[network.id]
-    assert fabric_network.dns_servers == told.dns_servers == ["169.254.64.1"]
+    assert told.dns_servers == ["169.254.64.1"]
+    assert fabric_network.dns_servers == ["169.254.64.1", "fe80::53"]
     assert fabric_network.gateway_mac != fabric_network.dns_mac
     # The first secrets travel with the descriptions.
     assert "AuthorizeLink" not in web.calls + rig.helper.calls
