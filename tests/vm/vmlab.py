@@ -78,7 +78,9 @@ class VmFabric(Fabric):
             done = self.guest(guest, "ping", "-n", "-c1", "-W30", *options, target)
             return None if done.returncode == 2 else done
 
-        return until(found, lambda: f"{guest} finds {target}\n{self.logs()}").returncode == 0
+        done = until(found, lambda: f"{guest} finds {target}\n{self.logs()}")
+        print(f"ping {target} in {guest}: {done.returncode}\n{done.stdout}{done.stderr}")  # seen when a test fails
+        return done.returncode == 0
 
     def silent(self, guest: str, *targets: str) -> bool:
         """True when pings to none of them are answered; they are sent at once."""
