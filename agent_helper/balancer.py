@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from agent_helper.errors import InvalidSpecError
-from agent_helper.spec import Address, check_id
+from agent_helper.spec import Address, EndpointSpec, NetworkSpec, UplinkSpec, check_id
 from taploom.contracts.taploom.helper.v1 import Balancer, BalancerHealthCheck, BalancerPort, BalancerProtocol, Balancers
 
 TCP, UDP = "tcp", "udp"
@@ -58,6 +58,46 @@ class BalancerSpec:
     backends: tuple[tuple[str, int], ...]
     affinity: bool
     health: HealthSpec | None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend of one port and family."""
+
+    endpoint: EndpointSpec
+    address: Address
+    target: int
+
+    @property
+    def place(self) -> str:
+        return socket_text(self.address, self.target)
+
+
+@dataclass(frozen=True)
+class Around:
+    """What load balancers are made in: what the helper has now, by id."""
+
+    networks: Mapping[str, NetworkSpec]
+    endpoints: Mapping[str, EndpointSpec]
+    uplink: UplinkSpec | None
+
+
+def backends_of(balancer: BalancerSpec, target: int, version: int, around: Around) -> list[Backend]:
+    """Those of its backends that there are in a family, for a port."""
+    found: list[Backend] = []
+    for endpoint_id, own in balancer.backends:
+        endpoint = around.endpoints.get(endpoint_id)
+        if endpoint is None or endpoint.disabled or endpoint.network_id != balancer.network_id:
+            continue
+        found += [
+            Backend(endpoint, address, own or target) for address in endpoint.addresses if address.version == version
+        ]
+    return found
+
+
+def socket_text(address: Address, port: int) -> str:
+    """An address and a port as OVN has them: `10.0.0.1:80`, `[fd00::1]:80`."""
+    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
 
 
 def parse_balancers(message: Balancers | None) -> tuple[BalancerSpec, ...]:

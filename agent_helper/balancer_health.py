@@ -6,8 +6,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 
-from agent_helper.balancer import TCP, BalancerSpec
-from agent_helper.balancer_rows import Around, backends_of
+from agent_helper.balancer import TCP, Around, BalancerSpec, backends_of
 from agent_helper.northbound import endpoint_id_of, endpoint_port
 from agent_helper.ovsdb import Values
 from taploom.contracts.taploom.helper.v1 import BackendChanged, BackendHealth, BackendStatus, BalancerProtocol

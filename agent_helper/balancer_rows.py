@@ -8,62 +8,31 @@ balances what the kernel sends there, for published ports. What the switch has s
 the router's MAC address and so passes the router once; its source address must stay what it is there, so the network's
 address translation excepts what goes to the network itself.
 
-All rows have `OWNER` in their external_ids (but address sets, which go by their names), so that they can be told from
-those that a network has in any case.
+Where it is reached on a network other than its backends', that network has a way to them and no further (`Way`):
+routes from router to router over the uplink, which the uplink's rules let pass for backends' ports only; and rules on
+its switch that drop what is for a backend before the switch has chosen it, and what comes from one and is no answer.
+Sources stay what they are there too, so backends' rules see who it is.
+
+All rows have `BALANCER` in their external_ids (but address sets, which go by their names), so that they can be told
+from those that a network has in any case.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
-from agent_helper.balancer import BalancerSpec, FrontendSpec
-from agent_helper.northbound import endpoint_port, router_name, switch_name
+from agent_helper.balancer import Around, BalancerSpec, FrontendSpec, backends_of, socket_text
+from agent_helper.balancer_ways import Way, leads_to, ways_of
+from agent_helper.northbound import BALANCER, UPLINK_SWITCH, endpoint_port, router_name, switch_name
 from agent_helper.ovsdb import Row, Txn
-from agent_helper.spec import Address, EndpointSpec, NetworkSpec, UplinkSpec
 
-OWNER = "taploom-balancer"
 SETS = "tlb_"
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A backend of one port and family."""
-
-    endpoint: EndpointSpec
-    address: Address
-    target: int
-
-    @property
-    def place(self) -> str:
-        return _socket(self.address, self.target)
-
-
-@dataclass(frozen=True)
-class Around:
-    """What load balancers are made in: what the helper has now, by id."""
-
-    networks: Mapping[str, NetworkSpec]
-    endpoints: Mapping[str, EndpointSpec]
-    uplink: UplinkSpec | None
-
-
-def backends_of(balancer: BalancerSpec, target: int, version: int, around: Around) -> list[Backend]:
-    """Those of its backends that there are in a family, for a port."""
-    found: list[Backend] = []
-    for endpoint_id, own in balancer.backends:
-        endpoint = around.endpoints.get(endpoint_id)
-        if endpoint is None or endpoint.disabled or endpoint.network_id != balancer.network_id:
-            continue
-        found += [
-            Backend(endpoint, address, own or target) for address in endpoint.addresses if address.version == version
-        ]
-    return found
 
 
 def ensure_balancers(txn: Txn, balancers: Iterable[BalancerSpec], around: Around) -> None:
     """Makes all load balancers be these, as far as their networks are there."""
+    balancers = tuple(balancers)
     wanted: dict[str, tuple[str, dict[str, object], dict[str, dict[str, str]]]] = {}
     using: set[str] = set()
     for balancer in balancers:
@@ -74,7 +43,7 @@ def ensure_balancers(txn: Txn, balancers: Iterable[BalancerSpec], around: Around
             for protocol in sorted({port.protocol for port in balancer.ports}):
                 name = f"lb-{balancer.balancer_id}-{frontend.network_id}-{protocol}"
                 wanted[name] = (frontend.network_id, *_row(balancer, frontend, protocol, around))
-    rows = {row.name: row for row in txn.rows("Load_Balancer") if OWNER in getattr(row, "external_ids", {})}
+    rows = {row.name: row for row in txn.rows("Load_Balancer") if BALANCER in getattr(row, "external_ids", {})}
     for name, row in rows.items():
         if name not in wanted:
             txn.delete("Load_Balancer", row)
@@ -82,7 +51,7 @@ def ensure_balancers(txn: Txn, balancers: Iterable[BalancerSpec], around: Around
     for name, (network_id, values, checks) in wanted.items():
         row = rows.get(name)
         if row is None:
-            row = txn.insert("Load_Balancer", name=name, external_ids={OWNER: network_id}, **values)
+            row = txn.insert("Load_Balancer", name=name, external_ids={BALANCER: network_id}, **values)
         else:
             txn.set(row, **values)
         _ensure_checks(txn, row, checks)
@@ -95,7 +64,9 @@ def ensure_balancers(txn: Txn, balancers: Iterable[BalancerSpec], around: Around
             parent = txn.find(table, name)
             if parent is not None:
                 _hang(txn, parent, there.get(network_id, []))
-    _ensure_exceptions(txn, {network_id: around.networks[network_id] for network_id in using}, around)
+    ways = ways_of(balancers, around)
+    _ensure_exceptions(txn, _exceptions(using, ways, around), around)
+    _ensure_ways(txn, ways, around)
 
 
 def _row(
@@ -110,8 +81,9 @@ def _row(
         for port in balancer.ports:
             if port.protocol != protocol:
                 continue
-            found = backends_of(balancer, port.target, address.version, around)
-            vip = _socket(address, port.port)
+            led = leads_to(frontend.network_id, balancer.network_id, address.version, around)
+            found = backends_of(balancer, port.target, address.version, around) if led else []
+            vip = socket_text(address, port.port)
             vips[vip] = ",".join(backend.place for backend in found)
             if health is None or source is None or not found:
                 continue
@@ -161,12 +133,20 @@ def _hang(txn: Txn, parent: Row, wanted: Sequence[Row]) -> None:
             parent.addvalue("load_balancer", row)
 
 
-def _ensure_exceptions(txn: Txn, networks: Mapping[str, NetworkSpec], around: Around) -> None:
-    """Has the networks' address translation leave alone what goes to the network itself."""
-    sets: dict[str, list[str]] = {}
-    for network_id, network in networks.items():
-        for subnet in network.subnets:
-            sets[_set_name(network_id, subnet.version)] = [str(subnet)]
+def _exceptions(using: Iterable[str], ways: Iterable[Way], around: Around) -> dict[str, list[str]]:
+    """What networks' address translation leaves alone, by the sets' names: the network itself, and ways' other ends."""
+    found: dict[str, set[str]] = {}
+    for network_id in using:
+        for subnet in around.networks[network_id].subnets:
+            found[_set_name(network_id, subnet.version)] = {str(subnet)}
+    for way in ways:
+        found.setdefault(_set_name(way.far, way.version), set()).update(map(str, way.addresses))
+        found.setdefault(_set_name(way.home, way.version), set()).add(str(way.far_leg.subnet))
+    return {name: sorted(addresses) for name, addresses in found.items()}
+
+
+def _ensure_exceptions(txn: Txn, sets: Mapping[str, list[str]], around: Around) -> None:
+    """Has the networks' address translation leave alone what goes to addresses in their sets."""
     for name, addresses in sets.items():
         txn.ensure("Address_Set", name, addresses=addresses)
     for network_id, network in around.networks.items():
@@ -192,5 +172,36 @@ def _set_name(network_id: str, version: int) -> str:
     return f"{SETS}{hashlib.sha256(network_id.encode()).hexdigest()[:20]}_{version}"
 
 
-def _socket(address: Address, port: int) -> str:
-    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+def _ensure_ways(txn: Txn, ways: Sequence[Way], around: Around) -> None:
+    """Makes routes and rules be those that the ways need."""
+    for network_id in around.networks:
+        router = txn.find("Logical_Router", router_name(network_id))
+        if router is not None:
+            routes = [route for way in ways for route in way.routes(network_id)]
+            _ensure_marked(txn, router, "static_routes", "Logical_Router_Static_Route", routes)
+        switch = txn.find("Logical_Switch", switch_name(network_id))
+        if switch is not None:
+            acls = [acl for way in ways if way.far == network_id for acl in way.inside()]
+            _ensure_marked(txn, switch, "acls", "ACL", acls)
+    uplink = txn.find("Logical_Switch", UPLINK_SWITCH)
+    if uplink is not None:
+        _ensure_marked(txn, uplink, "acls", "ACL", [acl for way in ways for acl in way.outside()])
+
+
+def _ensure_marked(txn: Txn, parent: Row, column: str, table: str, wanted: Iterable[Mapping[str, object]]) -> None:
+    """Makes the rows of ours that the parent's column lists be those with these values."""
+    missing: list[Mapping[str, object]] = []
+    for values in wanted:
+        if values not in missing:
+            missing.append(values)
+    for row in list(getattr(parent, column, ())):
+        if BALANCER not in getattr(row, "external_ids", ()):
+            continue
+        same = next((v for v in missing if all(getattr(row, key) == value for key, value in v.items())), None)
+        if same is None:
+            parent.delvalue(column, row)
+            txn.delete(table, row)
+        else:
+            missing.remove(same)
+    for values in missing:
+        parent.addvalue(column, txn.insert(table, external_ids={BALANCER: "way"}, **values))

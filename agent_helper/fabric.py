@@ -18,9 +18,8 @@ from typing import Protocol, TypeVar
 import trio
 
 from agent_helper import balancer_rows, links, northbound, policy_rows, qos_counters, qos_rows, vswitch
-from agent_helper.balancer import BalancerSpec, parse_balancers
+from agent_helper.balancer import Around, BalancerSpec, parse_balancers
 from agent_helper.balancer_health import backend_statuses
-from agent_helper.balancer_rows import Around
 from agent_helper.dns import DnsServer, NameSpec
 from agent_helper.errors import HelperError, InvalidSpecError, NotFoundError, PreconditionError, UnavailableError
 from agent_helper.locks import KeyedLocks, SharedLock

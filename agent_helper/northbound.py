@@ -12,6 +12,8 @@ from agent_helper.spec import EndpointSpec, Leg, NetworkSpec, UplinkSpec, legs
 from agent_helper.stack import CHASSIS
 
 UPLINK_SWITCH = "uplink"
+# In external_ids of rows that are load balancers' and not their network's: see `balancer_rows`.
+BALANCER = "taploom-balancer"
 KERNEL_PORT = "uplink-kernel"
 _DEFAULT = {4: "0.0.0.0/0", 6: "::/0"}
 
@@ -34,6 +36,11 @@ def gateway_port(network_id: str) -> str:
 
 def endpoint_port(endpoint_id: str) -> str:
     return f"ep-{endpoint_id}"
+
+
+def uplink_port(network_id: str) -> str:
+    """The port of the uplink's switch where a network's router is."""
+    return f"to-up-{network_id}"
 
 
 def endpoint_id_of(port: str) -> str:
@@ -98,7 +105,7 @@ def _ensure_legs(txn: Txn, router: Row, spec: NetworkSpec, network_legs: tuple[L
     - What is too large for the uplink is answered with the MTU that fits, but for TCP, whose segments may be on their
       way together; the kernel has told its peers what fits.
     """
-    outside, at_switch = f"up-{spec.network_id}", f"to-up-{spec.network_id}"
+    outside, at_switch = f"up-{spec.network_id}", uplink_port(spec.network_id)
     uplink = txn.find("Logical_Switch", UPLINK_SWITCH)
     routes: list[dict[str, object]] = []
     nat: list[dict[str, object]] = []
@@ -155,7 +162,7 @@ def remove_network(txn: Txn, network_id: str, uplink: UplinkSpec | None) -> None
     """The switch and the router with all their ports; nothing when they are not there."""
     switch = txn.find("Logical_Switch", UPLINK_SWITCH)
     if switch is not None:
-        _remove_port(txn, switch, f"to-up-{network_id}")
+        _remove_port(txn, switch, uplink_port(network_id))
     for table, name in (
         ("Logical_Switch", switch_name(network_id)),
         ("Logical_Router", router_name(network_id)),
@@ -251,9 +258,11 @@ def _ensure_port(
 
 
 def _ensure_rows(txn: Txn, parent: Row, column: str, table: str, wanted: Iterable[Mapping[str, object]]) -> None:
-    """Makes the rows that the parent's column lists be those with these values."""
+    """Makes the rows that the parent's column lists be those with these values, apart from load balancers'."""
     missing = list(wanted)
     for row in list(getattr(parent, column, ())):  # a row just inserted has no columns but those set
+        if BALANCER in getattr(row, "external_ids", ()):
+            continue
         values = next((v for v in missing if all(getattr(row, key) == value for key, value in v.items())), None)
         if values is None:
             parent.delvalue(column, row)

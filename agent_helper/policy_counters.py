@@ -19,7 +19,7 @@ from agent_helper.logical_flows import flows_of
 
 _TIMEOUT = 5.0
 # As northd of 23.03 calls the stages, and of 23.06 and later.
-_STAGES = ("ls_in_acl", "ls_in_acl_eval", "ls_out_acl", "ls_out_acl_eval")
+_STAGES = ("ls_in_acl_after_lb", "ls_in_acl_after_lb_eval", "ls_out_acl", "ls_out_acl_eval")
 _REQUEST = struct.Struct("!B3xII4xQQHH4x")
 _REPLY = struct.Struct("!QQI4x")
 _ANY = 0xFFFFFFFF

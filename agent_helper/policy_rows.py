@@ -220,6 +220,8 @@ def _values(key: str, priority: int, incoming: bool, match: str, action: str) ->
         "log": False,
         "severity": [],
         "meter": [],
+        # What goes out is looked at once a load balancer has chosen who gets it: rules are about guests.
+        "options": {} if incoming else {"apply-after-lb": "true"},
         "external_ids": {RULE_KEY: key},
     }
 

@@ -73,7 +73,7 @@ _NB_TABLES = {
     "Logical_Router_Policy": ["priority", "match", "action", "external_ids"],
     "Logical_Router_Static_Route": ["ip_prefix", "nexthop", "output_port", "external_ids"],
     "NAT": ["external_ip", "logical_ip", "type", "exempted_ext_ips", "options", "external_ids"],
-    "ACL": ["priority", "direction", "match", "action", "name", "log", "severity", "meter", "external_ids"],
+    "ACL": ["priority", "direction", "match", "action", "name", "log", "severity", "meter", "options", "external_ids"],
     "DHCP_Options": ["cidr", "options", "external_ids"],
     "Port_Group": ["name", "ports", "acls"],
     "QoS": ["priority", "direction", "match", "action", "bandwidth", "external_ids"],

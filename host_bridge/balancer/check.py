@@ -105,8 +105,6 @@ def _check_health(source: Source, name: str, health: HealthCheck, line: int) -> 
 
 
 def _check_networks(source: Source, balancer: Balancer) -> None:
-    if balancer.also:
-        raise source.wrong(balancer.line, f"balancer {balancer.name}: it can be on one network only: leave 'also' out")
     seen = {balancer.network}
     for place in balancer.also:
         if place.network in seen:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from host_bridge import ipam
+from host_bridge.addressing import ISOLATED
 from host_bridge.balancer.check import checked_balancers
 from host_bridge.balancer.model import LABEL, TCP, Balancer, Place, Port
 from host_bridge.errors import BridgeError, ExhaustedError, NotFoundError, TakenError
@@ -183,10 +184,10 @@ class BalancerState:
         for balancer in different.values():
             for name in balancer.networks:
                 network = networks[name]
-                for subnet in network.subnets:
-                    if (balancer.name, network.id, subnet.family) not in kept:
+                for family in _families(network, networks[balancer.network]):
+                    if (balancer.name, network.id, family) not in kept:
                         try:
-                            free = self._free_address(network, subnet.family)
+                            free = self._free_address(network, family)
                         except ExhaustedError as error:
                             message = where.text(balancer.line, f"balancer {balancer.name}: {error}")
                             raise ExhaustedError(message) from error
@@ -361,8 +362,38 @@ def _check_networks(where: Source, balancer: Balancer, networks: Mapping[str, Ne
             )
         if not network.switched:
             raise where.wrong(line, f"balancer {balancer.name}: network {network.name} has no guests to balance")
+        if balancer.also and network.internal:
+            raise where.wrong(
+                line,
+                f"balancer {balancer.name}: network {network.name} is internal, so nothing leads from it to another: "
+                "leave 'also' out, or use other networks",
+            )
+        families = _families(network, networks[balancer.network])
+        if not families:
+            raise where.wrong(
+                line,
+                f"balancer {balancer.name}: it can have no address on network {network.name}: that has no gateway, or "
+                "not the backends' IP version",
+            )
         if place.address:
             _check_address(where, line, balancer, network, place.address)
+            version = ipaddress.ip_address(place.address).version
+            if version not in families:
+                raise where.wrong(
+                    line,
+                    f"balancer {balancer.name}: there is no way from {place.address} to its backends: network "
+                    f"{network.name} has no gateway for IPv{version}, or they have no IPv{version}",
+                )
+
+
+def _families(network: NetworkRecord, home: NetworkRecord) -> list[int]:
+    """The families in which a load balancer has an address on a network: those that its backends have, and in which
+    there is a gateway, which answers for its address."""
+    return [
+        subnet.family
+        for subnet in network.subnets
+        if home.subnet(subnet.family) is not None and network.addressing.mode(subnet.family) != ISOLATED
+    ]
 
 
 def _check_address(where: Source, line: int, balancer: Balancer, network: NetworkRecord, text: str) -> None:

@@ -135,6 +135,13 @@ def _check_in_force(pending: str) -> None:
     metavar="[KEY=VALUE,...]",
     help="Leave out backends that do not answer: interval=5s,timeout=2s,failures=3,successes=1.",
 )
+@click.option(
+    "--also",
+    multiple=True,
+    metavar="NETWORK",
+    shell_complete=complete_network,
+    help="Another network whose guests reach it, at an address there.",
+)
 @click.option("--publish", multiple=True, metavar="[IP:]HOST:PORT[/PROTO]", help="Lead a port of the host to it.")
 @json_option
 @bridge_options
@@ -149,6 +156,7 @@ def create(
     dns_name: str,
     affinity: bool,
     health: str | None,
+    also: Sequence[str],
     publish: Sequence[str],
     as_json: bool,
 ) -> None:
@@ -180,6 +188,7 @@ def create(
         affinity,
         None if health is None else _health(health),
         tuple(_part("--publish", parse_publish, text) for text in publish),
+        tuple(Place(other) for other in also),
     )
     done = _apply(bridge, "", [balancer], create_only=True)
     status = _status(bridge, name)

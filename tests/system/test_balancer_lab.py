@@ -75,9 +75,11 @@ class Balanced:
 
 @pytest.fixture(scope="module")
 def balanced() -> Iterator[Balanced]:
-    with fabric("client", *WEBS) as lab:
+    with fabric("client", "outer", *WEBS) as lab:
         lab.run("network", "create", "app", "--ipv6")
+        lab.run("network", "create", "front", "--ipv6")
         lab.run("network", "connect", "app", "client")
+        lab.run("network", "connect", "front", "outer")
         found = Balanced(lab)
         for guest in WEBS:
             lab.run("network", "connect", "app", guest, "--alias", "web")
@@ -254,6 +256,127 @@ def test_refusals(balanced: Balanced) -> None:
             server.kill()
     assert "not found" in lab.fails("lb", "show", "shop")
     assert lab.json("lb", "ls")["balancers"] == []
+    assert rows(lab) == before
+
+
+POLICY = """
+networks: {app: deny}
+groups:
+  webs:
+    members: [{alias: web}]
+    in: [{from: {guest: client}, protocol: tcp, ports: 8080}]
+  clients:
+    members: [{guest: client}]
+    out: [{to: {group: webs}, protocol: tcp, ports: 8080}]
+"""
+
+
+def test_policy(balanced: Balanced) -> None:
+    """Rules are about backends and their clients, whichever way connections come."""
+    lab = balanced.lab
+    before = rows(lab)
+    ports = ("--port", "80:8080", "--port", "80:8080/udp", "--port", "90:9090")
+    check = ("--health-check", "interval=1s,timeout=5s,failures=3")
+    lab.run("lb", "create", "shop", "--network", "app", *ports, "--backend", "alias=web", *check)
+    targets = list(balanced.addresses("shop").values())
+    path = lab.path / "policy.yaml"
+    try:
+        path.write_text(POLICY)
+        lab.run("policy", "apply", "-f", str(path))
+        for target in (*targets, "shop"):
+            assert balanced.names("client", target, count=30) == set(WEBS), target
+        assert balanced.names("client", targets[0], 90, count=1) == {"TimeoutError"}
+        assert balanced.names("client", targets[0], 80, "udp", 1) == {"TimeoutError"}
+        assert balanced.names("w1", targets[0], count=1) <= {"TimeoutError", "w1"}
+        assert lab.json("policy", "show", "clients")["outgoing"][0]["packets"] > 0
+        # Checks are not what rules are about.
+        until(lambda: balanced.health("shop") == ALL_UP, "all backends are up under a policy")
+        path.write_text(POLICY.replace("out: [{to: {group: webs}", "out: [{to: {guest: w1}"))
+        lab.run("policy", "apply", "-f", str(path))
+        assert balanced.names("client", targets[0], count=4) <= {"w1", "TimeoutError"}
+        path.write_text(POLICY.replace("in: [{from: {guest: client}", "in: [{from: {guest: w1}"))
+        lab.run("policy", "apply", "-f", str(path))
+        assert balanced.names("client", targets[0], count=1) == {"TimeoutError"}
+    finally:
+        path.write_text("networks: {app: allow}\n")
+        lab.run("policy", "apply", "--prune", "-f", str(path))
+        lab.run("lb", "rm", "shop")
+    assert rows(lab) == before
+
+
+FRONT = """
+balancers:
+  shop:
+    network: app
+    ports: [80:8080, 80:8080/udp, 90:9090]
+    backends: [{alias: web}]
+    also: [front]
+"""
+FRONT_POLICY = """
+groups:
+  webs:
+    members: [{alias: web}]
+    in: [{from: {guest: outer}, protocol: tcp, ports: 8080}]
+"""
+
+
+def test_another_network(balanced: Balanced) -> None:
+    """A network that a balancer is also on reaches its backends through it, and nothing else."""
+    lab = balanced.lab
+    before = rows(lab)
+    path = lab.path / "policy.yaml"
+    echo: Any = None
+    try:
+        lab.run("lb", "apply", "-f", balanced.written(FRONT))
+        addresses = balanced.addresses("shop")
+        assert set(addresses) == {"app4", "app6", "front4", "front6"}
+        for family in (4, 6):
+            target = addresses[f"front{family}"]
+            answers = balanced.ask("outer", target, count=30)
+            assert {answer.split()[0] for answer in answers} == set(WEBS)
+            assert {answer.split()[1] for answer in answers} == {lab.address("outer", "front", family)}
+            assert balanced.names("outer", target, 80, "udp", 30) == set(WEBS)
+            assert balanced.names("client", addresses[f"app{family}"], count=30) == set(WEBS)
+            # Not beside it, not further, and not the other way round.
+            direct = lab.address("w1", "app", family)
+            assert balanced.names("outer", direct, 8080, "tcp", 1) == {"TimeoutError"}
+            assert balanced.names("outer", direct, 8080, "udp", 1) == {"TimeoutError"}
+            assert not lab.answers("outer", direct)
+            assert not lab.answers("outer", lab.address("client", "app", family))
+            assert not lab.answers("w1", lab.address("outer", "front", family))
+            assert not lab.answers("client", lab.address("outer", "front", family))
+        assert balanced.names("outer", "shop", count=20) == set(WEBS)
+        # From the port that answers come from, too: what is no answer is dropped.
+        echo = lab.start_in_guest("outer", sys.executable, SERVER, "outer", "7070", "7071")
+        assert echo.stdout is not None
+        assert echo.stdout.readline() == "ready\n"
+        bound = (
+            "import socket, sys\n"
+            "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+            "s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)\n"
+            "s.bind((sys.argv[2], 8081)); s.settimeout(2)\n"
+            "s.sendto(b'x', (sys.argv[1], 7070))\n"
+            "try: print(s.recv(100))\n"
+            "except OSError as error: print(type(error).__name__)\n"
+        )
+        there, own = lab.address("outer", "front"), lab.address("client", "app")
+        assert lab.in_guest("client", sys.executable, "-c", bound, there, own).strip() == "TimeoutError"
+        path.write_text(FRONT_POLICY)
+        lab.run("policy", "apply", "-f", str(path))
+        assert balanced.names("outer", addresses["front4"], count=30) == set(WEBS)
+        assert balanced.names("outer", addresses["front4"], 90, count=1) == {"TimeoutError"}
+        assert balanced.names("client", addresses["app4"], count=1) == {"TimeoutError"}
+        path.write_text(FRONT_POLICY.replace("guest: outer", "guest: client"))
+        lab.run("policy", "apply", "-f", str(path))
+        assert balanced.names("outer", addresses["front4"], count=1) == {"TimeoutError"}
+        assert balanced.names("client", addresses["app4"], count=30) == set(WEBS)
+    finally:
+        if echo is not None:
+            echo.kill()
+            echo.wait()
+        path.write_text("networks: {app: allow}\n")
+        lab.run("policy", "apply", "--prune", "-f", str(path))
+        lab.command("lb", "rm", "shop")
     assert rows(lab) == before
 
 
