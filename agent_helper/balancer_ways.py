@@ -49,8 +49,13 @@ class Way:
         """The rules on the switch of `far`: backends are reached by way of the load balancer only, and only answer."""
         ip, there = f"ip{self.version}", _set(map(str, self.addresses))
         return [
-            # Looked at before the load balancer chooses.
-            {"priority": _CLOSED, "direction": "from-lport", "match": f"{ip}.dst == {there}", "action": "drop"},
+            # Looked at before the load balancer chooses; later packets of a connection have been translated by then.
+            {
+                "priority": _CLOSED,
+                "direction": "from-lport",
+                "match": f"!ct.dnat && {ip}.dst == {there}",
+                "action": "drop",
+            },
             # Answers pass before any rule: they belong to connections that the load balancer has sent there.
             {"priority": _CLOSED, "direction": "to-lport", "match": f"{ip}.src == {there}", "action": "drop"},
         ]

@@ -5,7 +5,7 @@ there are no such rows: a switch whose ports have no ACL does without connection
 
 Of the ACLs that match a packet, OVN goes by the one with the highest priority (ovn-nb(5), ACL):
 
-    30000         out: DHCP, questions to the network's DNS server, pings of the gateway
+    30000         out: DHCP, questions to the network's DNS server, pings of the gateway, answers to health checks
     4000 to 6001  rules: twice the rule's priority, and one more for those that do not allow, so that these win
     3000          in: connections from the gateway, which are those to published ports
     2000          the rest, where it is denied
@@ -270,6 +270,8 @@ def _base() -> dict[str, list[dict[str, object]]]:
             _values("dns-tcp", _ESSENTIAL, False, f"{out} && tcp.dst == 53 && {dns}", "allow-related"),
             _values("ping", _ESSENTIAL, False, f"{out} && {pings}", "allow-related"),
             _values("dhcp", _ESSENTIAL, False, f"{out} && {dhcp}", "allow-related"),
+            # Answers to load balancers' health checks; OVN knows their MAC address by that name.
+            _values("checks", _ESSENTIAL, False, f"{out} && eth.dst == $svc_monitor_mac", "allow-related"),
             _values("rest-out", _REST, False, f"{out} && ip", "drop"),
         ],
     }
