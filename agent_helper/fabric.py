@@ -27,6 +27,7 @@ from agent_helper.ovsdb import Row, Txn
 from agent_helper.policy import MemberSpec, PolicySpec, parse_member, parse_policy
 from agent_helper.policy_counters import read_counters
 from agent_helper.spec import (
+    Address,
     EndpointSpec,
     NetworkSpec,
     UplinkSpec,
@@ -729,6 +730,14 @@ class Fabric:
                 self._enter_balancers(balancers)
                 await self._stack.nb.transact(self._balancer_rows())
         await self._come_into_force(self._balancer_changes)
+
+    def is_balanced(self, network_id: str, address: Address) -> bool:
+        """Whether a load balancer has the address on the network; the network's router answers for it."""
+        return any(
+            frontend.network_id == network_id and address in frontend.addresses
+            for balancer in self.balancers
+            for frontend in balancer.frontends
+        )
 
     def backends(self, balancer_ids: Sequence[str]) -> list[BackendStatus]:
         """The backends that there are, of these load balancers or of all."""

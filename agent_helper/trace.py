@@ -188,6 +188,8 @@ class Tracer:
             return spec.dns_mac
         if destination in spec.gateways or not any(destination in subnet for subnet in spec.subnets):
             return spec.gateway_mac
+        if self._fabric.is_balanced(spec.network_id, destination):
+            return spec.gateway_mac
         holder = network.holders.get(str(destination))
         return self._fabric.endpoints[holder].spec.mac_address if holder in self._fabric.endpoints else ""
 

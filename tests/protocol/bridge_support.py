@@ -14,23 +14,28 @@ from typing import Any
 import trio
 
 from host_bridge.api import GuestApi, NetworkApi, StatusApi
+from host_bridge.balancer.api import BalancerApi
+from host_bridge.balancer.publishing import BalancerPorts
 from host_bridge.desired import DesiredState
 from host_bridge.fabric import Fabric, Timing
 from host_bridge.host_addresses import HostAddresses
 from host_bridge.policy.api import PolicyApi
+from host_bridge.ports import PortPublisher
 from host_bridge.qos.api import QosApi
 from host_bridge.store import Store
 from taploom.address import UnixAddress, connect, open_listener
-from taploom.contracts.taploom.bridge.v1.rpc import GuestServiceClient as GuestApiClient
 from taploom.contracts.taploom.bridge.v1.rpc import (
+    BalancerServiceClient,
     NetworkServiceClient,
     PolicyServiceClient,
     QosServiceClient,
     StatusServiceClient,
 )
+from taploom.contracts.taploom.bridge.v1.rpc import GuestServiceClient as GuestApiClient
 from taploom.contracts.taploom.guest import v1 as guest
 from taploom.contracts.taploom.guest.v1.rpc import GuestServiceBase
 from taploom.contracts.taploom.helper import v1 as helper
+from taploom.contracts.taploom.helper.v1.rpc import BalancerServiceBase as HelperBalancerServiceBase
 from taploom.contracts.taploom.helper.v1.rpc import HelperServiceBase
 from taploom.contracts.taploom.link.v1 import LinkCounters, LinkFeature, LinkHello, LinkRefusal, StreamTarget
 from taploom.link import open_dataplane
@@ -72,6 +77,7 @@ class FakeAgent:
         self.version = "0.1.0"
         self.contract_versions = [1]
         self.further_fields = b""
+        self.services: list[Any] = []
         self.changed = trio.lowlevel.ParkingLot()
         self._secrets: dict[str, bytes] = {}
         self._watchers: set[trio.MemorySendChannel[Any]] = set()
@@ -91,7 +97,7 @@ class FakeAgent:
         control = await open_listener(UnixAddress(f"{self.directory}/control.sock"))
         data = await open_listener(UnixAddress(f"{self.directory}/data.sock"))
         self._stopped = trio.Event()
-        server = Server([self])  # type: ignore[list-item]
+        server = Server([self, *self.services])  # type: ignore[list-item]
         try:
             async with trio.open_nursery() as nursery:
                 self._scope = nursery.cancel_scope
@@ -298,6 +304,40 @@ class FakeGuest(FakeAgent, GuestServiceBase):
         await self.watch(guest.WatchEventsResponse(started=guest.WatchStarted()), stream)
 
 
+class FakeBalancers(HelperBalancerServiceBase):
+    """The helper's load balancers."""
+
+    def __init__(self, agent: FakeHelper) -> None:
+        self._agent = agent
+
+    async def apply_balancers(
+        self, request: helper.ApplyBalancersRequest, context: ServerContext
+    ) -> helper.ApplyBalancersResponse:
+        await self._agent._called("ApplyBalancers")
+        assert request.balancers is not None
+        self._agent.balancers = request.balancers
+        return helper.ApplyBalancersResponse()
+
+    async def list_backends(
+        self, request: helper.ListBackendsRequest, context: ServerContext
+    ) -> helper.ListBackendsResponse:
+        statuses = [
+            helper.BackendStatus(
+                balancer_id=balancer.balancer_id,
+                endpoint_id=backend.endpoint_id,
+                protocol=port.protocol,
+                address=address,
+                target_port=backend.target_port or port.target_port,
+                health=helper.BackendHealth.DOWN,
+            )
+            for balancer in self._agent.balancers.balancers
+            for backend in balancer.backends
+            for port in balancer.ports
+            for address in self._agent.endpoints[backend.endpoint_id].addresses
+        ]
+        return helper.ListBackendsResponse(backends=statuses)
+
+
 class FakeHelper(FakeAgent, HelperServiceBase):
     """The helper's agent: networks and endpoints in dictionaries."""
 
@@ -313,6 +353,8 @@ class FakeHelper(FakeAgent, HelperServiceBase):
         self.refused_streams: list[bytes] = []
         self.policy = helper.Policy()
         self.counters: dict[str, tuple[int, int]] = {}
+        self.balancers = helper.Balancers()
+        self.services = [FakeBalancers(self)]
 
     @property
     def created(self) -> dict[str, helper.Network]:
@@ -478,6 +520,7 @@ class FakeHelper(FakeAgent, HelperServiceBase):
         removed = sorted((self.endpoints.keys() - wanted.keys()) | (self.networks.keys() - networks.keys()))
         self.endpoints, self.networks, self.uplink = wanted, networks, request.uplink
         self.policy = request.policy or helper.Policy()
+        self.balancers = request.balancers or helper.Balancers()
         self.close_links_of_removed()
         self.changed.unpark_all()
         return helper.SyncResponse(
@@ -508,6 +551,7 @@ class Rig:
         self.guest_api: GuestApiClient
         self.status_api: StatusServiceClient
         self.policies: PolicyServiceClient
+        self.balancers: BalancerServiceClient
         self.qos: QosServiceClient
 
     async def guest(self, name: str, *, register: bool = True, run: bool = True) -> FakeGuest:
@@ -562,7 +606,9 @@ async def open_rig(
                 )
                 socket = UnixAddress(f"{directory}/bridge/api.sock")
                 apis = (NetworkApi, GuestApi, StatusApi, PolicyApi, QosApi)
-                server = Server([api(rig.fabric) for api in apis])
+                publisher = PortPublisher(rig.fabric.helper, dataplane, is_gateway=lambda _address: False)
+                balancers = BalancerApi(rig.fabric, BalancerPorts(publisher, lambda _name: ()))
+                server = Server([*(api(rig.fabric) for api in apis), balancers])
                 await nursery.start(rig.fabric.run)
                 await nursery.start(server.serve, await open_listener(socket))
                 async with open_channel(await connect(socket)) as channel:
@@ -570,6 +616,7 @@ async def open_rig(
                     rig.guest_api = GuestApiClient(channel)
                     rig.status_api = StatusServiceClient(channel)
                     rig.policies = PolicyServiceClient(channel)
+                    rig.balancers = BalancerServiceClient(channel)
                     rig.qos = QosServiceClient(channel)
                     if run_helper:
                         await rig.until(lambda: rig.fabric.helper.connected and "Sync" in rig.helper.calls)
