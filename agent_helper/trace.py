@@ -186,7 +186,9 @@ class Tracer:
         spec = network.spec
         if destination in spec.dns_servers:
             return spec.dns_mac
-        if destination in spec.gateways or not any(destination in subnet for subnet in spec.subnets):
+        if destination == spec.gateway(destination.version) or destination not in (
+            spec.subnet(destination.version) or ()
+        ):
             return spec.gateway_mac
         if self._fabric.is_balanced(spec.network_id, destination):
             return spec.gateway_mac

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Sequence
 
+from host_bridge.addressing import ROUTED
+from host_bridge.describe import published_ports
 from host_bridge.errors import GuestNotFoundError, InvalidError, PreconditionError
 from host_bridge.fabric import Fabric
 from host_bridge.ipam import is_address
@@ -257,9 +259,26 @@ class ConnectionTracer:
         found = [(guest, port) for guest, port in found if port.container_port == asked.port]
         if found:
             return found
+        routed = self._routed(who, asked)
+        if routed:
+            return (
+                f"{asked.service} of {who.name} is open to who has a route to {routed}, whose gateway mode is routed; "
+                "the host itself publishes nothing of it"
+            )
         own = sorted({f"{port.container_port}/{port.protocol}" for guest, port in everything if guest.id == who.id})
         has = f"it has published {' '.join(own)}" if own else "it has published nothing"
         return f"{asked.service} of {who.name} is not published ({has}): it is not reached from outside the networks"
+
+    def _routed(self, guest: GuestRecord, asked: Question) -> str:
+        """The network by which a port of a container is open without being the host's; empty: there is none."""
+        container = self._store.container(guest.id)
+        if container is None or (asked.protocol, asked.port) not in published_ports(container.config):
+            return ""
+        for place in self._places():
+            network = place.network
+            if place.guest.id == guest.id and any(network.addressing.mode(s.family) == ROUTED for s in network.subnets):
+                return network.name
+        return ""
 
     def _target_guest(self, text: str) -> GuestRecord | None:
         if is_address(text):
@@ -352,7 +371,7 @@ class ConnectionTracer:
         if found.outcome == outcome.DELIVERED:
             self._delivered(asked, path, found, reached)
         elif found.outcome == outcome.LEFT:
-            self._left(path, request, source, target)
+            self._left(path, found, request, target)
         elif found.outcome == outcome.HOST:
             text = f"the host is asked for {asked.service}: what listens there decides"
             path.steps.append(step(TraceTopic.DELIVERY, text))
@@ -392,7 +411,12 @@ class ConnectionTracer:
         path.steps.append(step(TraceTopic.DELIVERY, text + more, network=reached.network.name))
 
     @staticmethod
-    def _left(path: TracePath, request: helper.TracePacketRequest, source: Place | None, target: Place | None) -> None:
+    def _left(
+        path: TracePath,
+        found: helper.TracePacketResponse,
+        request: helper.TracePacketRequest,
+        target: Place | None,
+    ) -> None:
         if target is not None:
             text = (
                 f"{request.destination} is {target.guest.name}'s on {target.network.name}: networks do not reach one "
@@ -401,7 +425,7 @@ class ConnectionTracer:
             path.steps.append(step(TraceTopic.ISOLATION, text, STOPS))
             return
         text = f"it leaves the helper for {request.destination} outside"
-        if source is not None and not source.network.masquerade:
+        if not any(hop.translation is not None and not hop.translation.destination for hop in found.hops):
             text += " with the guest's own address: answers need a route back"
         path.steps.append(step(TraceTopic.DELIVERY, text))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from host_bridge.view.canvas import Canvas, cut, rows, text_width
 from host_bridge.view.rates import bits, octets
 from host_bridge.view.topology import Net, Place, Topology
-from host_bridge.view.tree import count, traits, way_out
+from host_bridge.view.tree import count, limits, traits, way_out
 
 _NAMESPACE = "http://www.w3.org/2000/svg"
 
@@ -149,7 +149,7 @@ class _Drawing:
         y = self._troubles(canvas, y + 52)
         rail = canvas.group()  # below all else
         top = y
-        if any(network.way_out for network in self._found.networks):
+        if any(network.ways_out for network in self._found.networks):
             y = self._outside(canvas, y)
         joints: list[float] = []
         for number, network in enumerate(self._found.networks):
@@ -194,7 +194,7 @@ class _Drawing:
         gateway.title(f"gateway of {network.name}: {' '.join(network.gateways)}\n{way_out(network)}")
         gateway.rect(x - 9, gate - 9, 18, 18, f"f{colour}", radius=5)
         card.rect(x, y, self._card_width, bottom - y, "card", radius=14)
-        if network.way_out:
+        if network.ways_out:
             joints.append(gate)
         return bottom + _GAP
 
@@ -263,6 +263,8 @@ class _Drawing:
             lines.append(_Line(place.problem, "bad"))
         elif place.rates is not None and place.rates.bits:
             lines.append(_Line(f"↑ {bits(place.rates.sent_bits)}  ↓ {bits(place.rates.received_bits)}", "good"))
+        if place.sent_limit or place.received_limit:
+            lines.append(_Line(limits(place), "trait"))
         others = [name for name in self._networks[place.guest] if name != network.name]
         if others:
             lines.append(_Line(f"on {', '.join(others)} too", "muted"))

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from host_bridge.addressing import ROUTED, Addressing
 from host_bridge.model import OPTION_ICC, OPTION_MASQUERADE, parse_bool
 from host_bridge.names import clean_text
 from host_bridge.view.rates import Rates, rates_between
 
 if TYPE_CHECKING:
-    from taploom.contracts.taploom.bridge.v1 import Guest, Link, ListPolicyResponse, Network, Status
+    from taploom.contracts.taploom.bridge.v1 import Endpoint, Guest, Link, ListPolicyResponse, Network, Status
     from taploom.rpc import Channel
 
 _SWITCHED = "bridge"
@@ -28,6 +29,7 @@ class Place:
         problem: why its link is not up; empty when it is.
         groups: the policy groups that it is in.
         rates: what it carries now; None: not measured.
+        sent_limit, received_limit: bits per second that it may send and get at most; 0: no limit.
         sent_bytes, received_bytes, drops: since its agent started; drops are frames.
     """
 
@@ -41,6 +43,8 @@ class Place:
     problem: str
     groups: tuple[str, ...]
     rates: Rates | None
+    sent_limit: int = 0
+    received_limit: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
     drops: int = 0
@@ -51,7 +55,7 @@ class Net:
     """A network.
 
     Attributes:
-        way_out: what it has towards the outside: nat, routed, or empty for none.
+        ways_out: what it has towards the outside, by family (4, 6): nat or routed; none: no way out.
         isolated: its guests do not reach each other.
         policy: what becomes of connections that no rule speaks of: allow, deny, deny-in or deny-out.
     """
@@ -60,7 +64,7 @@ class Net:
     name: str
     subnets: tuple[str, ...]
     gateways: tuple[str, ...]
-    way_out: str
+    ways_out: Mapping[int, str]
     internal: bool
     isolated: bool
     policy: str
@@ -170,6 +174,7 @@ def topology(
                 problem="" if endpoint.link_up else _problem(links.get(endpoint.id)),
                 groups=tuple(groups.get(f"{endpoint.guest_name}@{network.name}", ())),
                 rates=rates.get(endpoint.id),
+                **_limits(endpoint),
                 **_totals(links.get(endpoint.id)),
             )
             for endpoint in network.endpoints
@@ -180,7 +185,7 @@ def topology(
                 name=network.name,
                 subnets=tuple(network.subnets),
                 gateways=tuple(network.gateways),
-                way_out=_way_out(network),
+                ways_out=_ways_out(network),
                 internal=network.internal,
                 isolated=parse_bool(network.options.get(OPTION_ICC, "")) is False,
                 policy=defaults.get(network.name, "allow"),
@@ -209,13 +214,28 @@ def _problem(link: Link | None) -> str:
     return clean_text(link.problem) if link is not None and link.problem else "its link is down"
 
 
+def _limits(endpoint: Endpoint) -> dict[str, int]:
+    from taploom.contracts.taploom.bridge.v1 import QosDirection
+
+    names = {QosDirection.OUT: ("sent_limit",), QosDirection.IN: ("received_limit",)}
+    both = ("sent_limit", "received_limit")
+    found: dict[str, int] = {}
+    for rule in endpoint.qos:
+        found |= dict.fromkeys(names.get(rule.direction, both), rule.rate_bits_per_second)
+    return found
+
+
 def _totals(link: Link | None) -> dict[str, int]:
     if link is None:
         return {}
     return {"sent_bytes": link.tx_bytes, "received_bytes": link.rx_bytes, "drops": link.drops}
 
 
-def _way_out(network: Network) -> str:
-    if network.internal or not network.uplink_addresses:
-        return ""
-    return "routed" if parse_bool(network.options.get(OPTION_MASQUERADE, "")) is False else "nat"
+def _ways_out(network: Network) -> dict[int, str]:
+    masquerades = parse_bool(network.options.get(OPTION_MASQUERADE, "")) is not False
+    found = {}
+    for address in () if network.internal else network.uplink_addresses:
+        family = 6 if ":" in address else 4
+        routed = Addressing(network.options).mode(family) == ROUTED
+        found[family] = "routed" if routed or not masquerades else "nat"
+    return found

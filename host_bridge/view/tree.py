@@ -9,6 +9,7 @@ from host_bridge.view.rates import bits
 from host_bridge.view.topology import Net, Place, Topology
 
 _USUAL_MTU = 1500
+_AS = {"nat": "with the helper's address", "routed": "with the guests' own addresses"}
 
 
 def tree(found: Topology) -> Tree:
@@ -62,11 +63,12 @@ def traits(network: Net) -> list[str]:
 
 def way_out(network: Net) -> str:
     """What its gateway leads to."""
-    if network.way_out == "nat":
-        return "to the outside, with the helper's address"
-    if network.way_out == "routed":
-        return "to the outside, with the guests' own addresses"
-    return "nowhere: no way out" if network.internal else "nowhere: the helper has no uplink"
+    kinds = set(network.ways_out.values())
+    if not kinds:
+        return "nowhere: no way out" if network.internal else "nowhere: the helper has no uplink"
+    if len(kinds) > 1:
+        return "to the outside, " + ", ".join(f"IPv{f} {_AS[kind]}" for f, kind in sorted(network.ways_out.items()))
+    return f"to the outside, {_AS[kinds.pop()]}"
 
 
 def _place(place: Place) -> Text:
@@ -76,11 +78,19 @@ def _place(place: Place) -> Text:
         parts += [("  also ", "dim"), ", ".join(place.aliases)]
     if place.groups:
         parts += [("  in ", "dim"), (", ".join(place.groups), "magenta")]
+    if place.sent_limit or place.received_limit:
+        parts.append((f"  {limits(place)}", "yellow"))
     if not place.up:
         parts.append((f"  {place.problem}", "red"))
     elif place.rates is not None and place.rates.bits:
         parts.append((f"  ↑ {bits(place.rates.sent_bits)} ↓ {bits(place.rates.received_bits)}", "green"))
     return Text.assemble(*parts)
+
+
+def limits(place: Place) -> str:
+    """What it may carry at most."""
+    ways = (("↑", place.sent_limit), ("↓", place.received_limit))
+    return "at most " + " ".join(f"{arrow} {bits(limit)}" for arrow, limit in ways if limit)
 
 
 def _dot(*, up: bool) -> tuple[str, str]:

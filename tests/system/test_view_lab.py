@@ -78,10 +78,10 @@ def test_the_tree_and_the_files(lab: Fabric, tmp_path: Path) -> None:
     assert lab.run("topology", "-o", "-").startswith("<!doctype html>")
     assert lab.run("topology", "--svg", "-").startswith("<?xml")
     found = lab.json("topology")
-    assert [(n["name"], n["way_out"], len(n["places"])) for n in found["networks"]] == [
-        ("app", "nat", 2),
-        ("back", "", 1),
-        ("bridge", "nat", 0),
+    assert [(n["name"], n["ways_out"], len(n["places"])) for n in found["networks"]] == [
+        ("app", {"4": "nat", "6": "nat"}, 2),
+        ("back", {}, 1),
+        ("bridge", {"4": "nat"}, 0),
     ]
     assert "cannot write /nowhere/x: No such file" in lab.fails("topology", "-o", "/nowhere/x")
     assert "Only one thing can go to standard output" in lab.fails("topology", "--html", "-", "--json")

@@ -106,9 +106,19 @@ def test_put_together() -> None:
             uplink_addresses=["192.0.2.3/24"],
             options={"com.docker.network.bridge.enable_ip_masquerade": "false"},
         ),
+        bridge.Network(
+            id="m" * 64,
+            name="mixed",
+            uplink_addresses=["192.0.2.4/24", "2001:db8::4/64"],
+            options={"com.docker.network.bridge.gateway_mode_ipv6": "routed"},
+        ),
         bridge.Network(id="h" * 64, name="host", driver="host"),
     ]
     networks[0].endpoints[1].link_up = False
+    networks[0].endpoints[1].qos = [
+        bridge.QosRule(direction=bridge.QosDirection.OUT, rate_bits_per_second=1_500_000),
+        bridge.QosRule(direction=bridge.QosDirection.IN, dscp=4),
+    ]
     now, before = status(1, web=(1250, 0, 0), db=(0, 0, 0)), status(0, web=(0, 0, 0))
     now.links[1].problem = "the agent of db does not answer"
     guests = [
@@ -123,10 +133,11 @@ def test_put_together() -> None:
         networks=[bridge.NetworkPolicy(network="back", default=bridge.PolicyDefault.DENY_IN)],
     )
     found = topology(networks, guests, policy, now, before)
-    assert [(n.name, n.way_out, n.isolated, n.internal, n.policy) for n in found.networks] == [
-        ("app", "nat", True, False, "allow"),
-        ("back", "", False, True, "deny-in"),
-        ("routed", "routed", False, False, "allow"),
+    assert [(n.name, n.ways_out, n.isolated, n.internal, n.policy) for n in found.networks] == [
+        ("app", {4: "nat"}, True, False, "allow"),
+        ("back", {}, False, True, "deny-in"),
+        ("mixed", {4: "nat", 6: "routed"}, False, False, "allow"),
+        ("routed", {4: "routed"}, False, False, "allow"),
     ]
     web, db = found.networks[0].places
     assert (web.groups, web.rates, web.problem) == (("front", "all"), Rates(10000, 0, 12, 0, 0), "")
@@ -135,8 +146,9 @@ def test_put_together() -> None:
     text = printed(tree(found), 200)
     assert re.search(r"app  10\.0\.0\.0/24  isolated\n.*gateway  10\.0\.0\.1  to the outside, with the helper's", text)
     assert "● web  eth0 10.0.0.2/24  in front, all  ↑ 10.0 kbit/s ↓ 0 bit/s" in text
-    assert "○ db  eth0 10.0.0.3/24  in all  the agent of db does not answer" in text
+    assert "○ db  eth0 10.0.0.3/24  in all  at most ↑ 1.5 Mbit/s  the agent of db does not answer" in text
     assert "○ late" in text
+    assert "to the outside, IPv4 with the helper's address, IPv6 with the guests' own addresses" in text
 
 
 def fabric(counts: list[int], name: str = "", lines: int = 1) -> Topology:
@@ -154,6 +166,7 @@ def fabric(counts: list[int], name: str = "", lines: int = 1) -> Topology:
                 up=index % 3 > 0,
                 problem="" if index % 3 else "its agent does not answer: connection refused; trying again",
                 groups=(name, "others") if name else (),
+                sent_limit=index * 1_000_000,
                 rates=Rates(10.0**index, 1, 1, 1) if index % 2 else None,
             )
             for index in range(count)
@@ -164,7 +177,7 @@ def fabric(counts: list[int], name: str = "", lines: int = 1) -> Topology:
                 name=name or f"network-{number}",
                 subnets=("10.100.200.0/24", "fd85:c58:48e5:1234::/64")[:lines],
                 gateways=("10.100.200.1", "fd85:c58:48e5:1234::1")[:lines],
-                way_out=("nat", "", "routed")[number % 3],
+                ways_out=({4: "nat", 6: "routed"}, {}, {4: "routed"})[number % 3],
                 internal=number % 2 == 1,
                 isolated=number % 2 == 1,
                 policy=("allow", "deny")[number % 2],
