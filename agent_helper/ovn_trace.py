@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-_PIPELINE = re.compile(r'(ingress|egress)\(dp="([^"]*)", inport="([^"]*)"')
+_PIPELINE = re.compile(r'(ingress|egress)\(dp="([^"]*)", inport="([^"]*)"(?:, outport="([^"]*)")?')
 _FLOW = re.compile(r"\s*\d+\. (\w+)(?: \([^)]*\))?: (.*), priority (\d+), uuid ([0-9a-f]{8})")
 _NO_FLOW = re.compile(r"\s*\d+\. (\w+)(?: \([^)]*\))?: no match")
 _NAT = re.compile(r"ct_([sd])nat\w*\(ip[46]\.(?:src|dst)=([0-9a-f.:]+)\)")
@@ -34,6 +34,7 @@ class Pipeline:
     ingress: bool
     datapath: str
     inport: str
+    outport: str = ""
 
 
 @dataclass
@@ -77,7 +78,7 @@ def parse(text: str) -> list[Event]:
     found: list[Event] = []
     for line in text.splitlines():
         if match := _PIPELINE.match(line):
-            found.append(Pipeline(match[1] == "ingress", match[2], match[3]))
+            found.append(Pipeline(match[1] == "ingress", match[2], match[3], match[4] or ""))
         elif match := _FLOW.match(line):
             found.append(Flow(match[1], match[2], match[4]))
         elif match := _NO_FLOW.match(line):

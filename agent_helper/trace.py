@@ -40,6 +40,7 @@ _TTL = 64
 _ACL_STAGES = frozenset(
     f"ls_{side}_acl{stage}" for side in ("in", "out") for stage in ("", "_eval", "_after_lb", "_after_lb_eval")
 )
+_BALANCING = frozenset({"ls_in_lb", "ls_in_lb_aff_check", "lr_in_dnat"})
 _ACTIONS = {
     "allow": PolicyAction.ALLOW,
     "allow-related": PolicyAction.ALLOW,
@@ -95,6 +96,7 @@ class _Way:
     sender: str = ""  # the port that it comes in by
     inport: str = ""
     datapath: str = ""
+    balanced: list[str] = field(default_factory=list)  # the backends that a load balancer chooses from
     stuck: bool = False  # in the connection tracker of the router that `datapath` is
 
     def hop(self, hop: TraceHop) -> None:
@@ -144,7 +146,13 @@ class Tracer:
             raise UnavailableError(f"waiting for {self._stack.waiting_for}; try again")
         way.sender = inport
         acls = await self._acls()
-        await self._follow(way, packet.microflow(inport, source_mac, destination_mac), acls)
+        microflow = packet.microflow(inport, source_mac, destination_mac)
+        await self._follow(way, microflow, acls)
+        if len(way.balanced) > 1:
+            # To any of them; told is the way to the first.
+            first, source_up = way.balanced[0], way.response.source_up
+            way = _Way(packet, TracePacketResponse(source_up=source_up), sender=inport)
+            await self._follow(way, microflow, acls, f"--lb-dst={first}")
         if way.stuck and not way.ended:
             await self._follow_on(way, acls)
         if not way.ended:
@@ -186,6 +194,13 @@ class Tracer:
         spec = network.spec
         if destination in spec.dns_servers:
             return spec.dns_mac
+        if any(
+            destination in frontend.addresses
+            for balancer in self._fabric.balancers
+            for frontend in balancer.frontends
+            if frontend.network_id == spec.network_id
+        ):
+            return spec.gateway_mac  # the router answers for it
         if destination == spec.gateway(destination.version) or destination not in (
             spec.subnet(destination.version) or ()
         ):
@@ -205,11 +220,12 @@ class Tracer:
             raise UnavailableError(f"OVN's flows cannot be read now ({exc}); try again") from exc
         return {uuid[:8]: acls[hint] for hint, uuids in flows.items() if hint in acls for uuid in uuids}
 
-    async def _follow(self, way: _Way, microflow: str, acls: Mapping[str, _Acl]) -> None:
+    async def _follow(self, way: _Way, microflow: str, acls: Mapping[str, _Acl], *options: str) -> None:
         argv = [
             self._stack.programs["ovn-trace"],
             f"--db=unix:{self._stack.socket}",
             *["--ct=new"] * _TRACKERS,
+            *options,
             microflow,
         ]
         with trio.move_on_after(_TIMEOUT) as scope:
@@ -267,6 +283,8 @@ class Tracer:
             elif kind == "gw":
                 way.hop(TraceHop(router_of=network_id))
         way.inport, way.datapath = event.inport, event.datapath
+        if event.outport.startswith("ep-"):
+            way.response.endpoint_id = event.outport.removeprefix("ep-")
 
     def _translated(self, way: _Way, event: Translation) -> None:
         address = ipaddress.ip_address(event.address)
@@ -281,8 +299,11 @@ class Tracer:
         if flow.stage in _ACL_STAGES and (acl := acls.get(flow.uuid)) is not None:
             self._decided(way, acl)
         elif chosen := backends(flow.actions):
-            # ovn-trace goes on with one of them.
-            way.hop(TraceHop(backend=TraceBackend(virtual_address=_shown(way.packet), backend=", ".join(chosen))))
+            if not way.balanced:  # by the switch; the router takes it for what it has become
+                way.hop(TraceHop(backend=TraceBackend(virtual_address=_shown(way.packet), backend=", ".join(chosen))))
+            way.balanced = chosen
+        elif flow.stage in _BALANCING and "reject {" in actions:
+            way.end(TraceOutcome.REJECTED, f"the load balancer at {_shown(way.packet)} has no backend")
         elif "drop;" in flow.actions:
             if flow.stage == "lr_in_policy" and self._isolates(way.datapath):
                 way.hop(TraceHop(isolated_network_id=way.datapath.partition("-")[2]))
@@ -316,10 +337,10 @@ class Tracer:
             self._in_kernel(way)
         elif event.port.startswith("ep-"):
             if event.port == way.sender:  # the router's answer
+                way.response.endpoint_id = ""
                 way.end(TraceOutcome.ANSWERED)
-                return
-            way.response.endpoint_id = event.port.removeprefix("ep-")
-            way.end(TraceOutcome.DELIVERED)
+            else:
+                way.end(TraceOutcome.DELIVERED)
         elif event.port.startswith("dns-"):
             way.end(TraceOutcome.ANSWERED)
 

@@ -160,8 +160,9 @@ async def serve(
             docker_api = DockerApi(fabric, manager)
             containers.register(docker_api, manager)
             services = [NetworkApi(fabric), GuestApi(fabric), StatusApi(fabric), PolicyApi(fabric), QosApi(fabric)]
-            services.append(TraceApi(ConnectionTracer(fabric, publisher)))
-            services.append(BalancerApi(fabric, _balancer_ports(fabric.desired, publisher)))
+            balancer_ports = _balancer_ports(fabric.desired, publisher)
+            services.append(BalancerApi(fabric, balancer_ports))
+            services.append(TraceApi(ConnectionTracer(fabric, publisher, balancer_ports)))
             server = Server(services)
             async with trio.open_nursery() as nursery:
                 await nursery.start(fabric.run)

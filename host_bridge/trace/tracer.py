@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from host_bridge.addressing import ROUTED
+from host_bridge.balancer.publishing import BalancerPorts
 from host_bridge.describe import published_ports
 from host_bridge.errors import GuestNotFoundError, InvalidError, PreconditionError
 from host_bridge.fabric import Fabric
 from host_bridge.ipam import is_address
 from host_bridge.model import GuestRecord, NetworkRecord
 from host_bridge.policy.model import DENY, DENY_IN, DENY_OUT, IN
-from host_bridge.ports import PortPublisher, PublishedPort
+from host_bridge.ports import PortPublisher
 from host_bridge.trace import ways
 from host_bridge.trace.question import HOST_WORDS, PROTOCOLS, Question, conclude
 from host_bridge.trace.ways import Place
@@ -31,19 +33,35 @@ _TIMEOUT = 15.0
 _MOST_PATHS = 8
 
 
+@dataclass(frozen=True, slots=True)
+class _Published:
+    """A port of the host that leads to a container, or to a load balancer, at one of `targets`."""
+
+    owner: str
+    balanced: bool
+    protocol: str
+    host_ip: str
+    host_port: int
+    port: int
+    targets: tuple[str, ...]
+
+
 class ConnectionTracer:
     """Answers questions about one fabric.
 
     Args:
         fabric: the fabric.
-        publisher: tells what is published.
+        publisher: tells what containers publish.
+        balancer_ports: tells what load balancers publish.
     """
 
-    def __init__(self, fabric: Fabric, publisher: PortPublisher) -> None:
+    def __init__(self, fabric: Fabric, publisher: PortPublisher, balancer_ports: BalancerPorts) -> None:
         self._fabric = fabric
         self._store = fabric.desired.store
         self._policies = fabric.desired.policies
         self._publisher = publisher
+        self._balancer_ports = balancer_ports
+        self._balancers = fabric.desired.balancers
 
     async def trace(self, asked: Question) -> TraceResponse:
         """Whether and why the connection would pass.
@@ -122,13 +140,22 @@ class ConnectionTracer:
         for address in addresses[:_MOST_PATHS]:
             response.paths.append(await self._path(asked, guest, own, address))
 
+    def _balanced(self) -> dict[tuple[str, str], list[str]]:
+        """The addresses of load balancers, by network id and name in lower case."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for name, balancer in self._balancers.balancers.items():
+            for one in self._balancers.addresses(name):
+                network_id = self._store.network_id_of(one.network) or ""
+                found.setdefault((network_id, balancer.known_as.lower()), []).append(one.address)
+        return found
+
     def _addresses(
         self, asked: Question, guest: GuestRecord, own: Sequence[Place], steps: list[TraceStep]
     ) -> list[str]:
         """The addresses that the target has for the guest; none, and a step that says why."""
         if is_address(asked.target):
             return [asked.target]
-        found = ways.resolve(asked.target, guest, own, self._places())
+        found = ways.resolve(asked.target, guest, own, self._places(), self._balanced())
         if found is None and asked.target in HOST_WORDS:
             gateways = self._gateways(own)
             text = f"the host is reached at the gateway: {' '.join(gateways)}"
@@ -225,49 +252,76 @@ class ConnectionTracer:
         if isinstance(found, str):
             response.steps.append(step(TraceTopic.NAT, found, STOPS))
             return
-        for guest, port in found:
-            target = self._publisher.target(guest.id)
+        for one in found:
             # As docker-proxy: over the other family where the container has only that.
-            v6 = ":" in port.host_ip
-            address = next((a for a in target if (":" in a) == v6), target[0] if target else "")
+            v6 = ":" in one.host_ip
+            address = next((a for a in one.targets if (":" in a) == v6), one.targets[0] if one.targets else "")
             known = any(path.destination_address == address for path in response.paths)
             if address and not known and asked.family in (0, ipaddress.ip_address(address).version):
-                response.paths.append(await self._published_path(asked, guest, address, port))
+                response.paths.append(await self._published_path(asked, one, address))
         if not response.paths:
             text = "what is published leads to no address of that kind"
             response.steps.append(step(TraceTopic.NAT, text, STOPS))
 
-    def _published(self, asked: Question) -> list[tuple[GuestRecord, PublishedPort]] | str:
-        """Published ports that the connection may come by, with whose they are; or why there is none."""
-        guests = self._store.guests()
-        everything = [(guest, port) for guest in guests for port in self._publisher.published(guest.id)]
-        of_protocol = [(guest, port) for guest, port in everything if port.protocol == asked.protocol]
-        who = self._target_guest(asked.target)
-        if who is None:
+    def _published(self, asked: Question) -> list[_Published] | str:
+        """Published ports that the connection may come by; or why there is none."""
+        everything = self._everything()
+        found = [one for one in everything if one.protocol == asked.protocol]
+        balancer = self._balancers.balancers.get(asked.target)
+        who = None if balancer is not None else self._target_guest(asked.target)
+        if balancer is None and who is None:
             stopped = self._stopped(asked.target)
             if stopped:
                 return f"container {stopped} does not run"
             if asked.target not in (*HOST_WORDS, "localhost") and not is_address(asked.target):
-                return f"{asked.target} is neither a guest nor an address of the host"
-            found = [
-                (guest, port)
-                for guest, port in of_protocol
-                if port.host_port == asked.port and _listens(port.host_ip, asked.target)
-            ]
+                return f"{asked.target} is no guest, no load balancer and no address of the host"
+            found = [one for one in found if one.host_port == asked.port and _listens(one.host_ip, asked.target)]
             return found or f"the host has not published {asked.service} there"
-        found = [(guest, port) for guest, port in of_protocol if guest.id == who.id]
-        found = [(guest, port) for guest, port in found if port.container_port == asked.port]
+        name = balancer.name if balancer is not None else who.name if who is not None else ""
+        own = [one for one in everything if one.owner == name and one.balanced == (balancer is not None)]
+        found = [one for one in own if one.protocol == asked.protocol and one.port == asked.port]
         if found:
             return found
-        routed = self._routed(who, asked)
+        routed = self._routed(who, asked) if who is not None else ""
         if routed:
             return (
-                f"{asked.service} of {who.name} is open to who has a route to {routed}, whose gateway mode is routed; "
-                "the host itself publishes nothing of it"
+                f"{asked.service} of {name} is open to who has a route to {routed}, whose gateway mode is routed; the "
+                "host itself publishes nothing of it"
             )
-        own = sorted({f"{port.container_port}/{port.protocol}" for guest, port in everything if guest.id == who.id})
-        has = f"it has published {' '.join(own)}" if own else "it has published nothing"
-        return f"{asked.service} of {who.name} is not published ({has}): it is not reached from outside the networks"
+        listed = sorted({f"{one.port}/{one.protocol}" for one in own})
+        has = f"it has published {' '.join(listed)}" if listed else "it has published nothing"
+        return f"{asked.service} of {name} is not published ({has}): it is not reached from outside the networks"
+
+    def _everything(self) -> list[_Published]:
+        """All that is published."""
+        found = [
+            _Published(
+                owner=guest.name,
+                balanced=False,
+                protocol=port.protocol,
+                host_ip=port.host_ip,
+                host_port=port.host_port,
+                port=port.container_port,
+                targets=self._publisher.target(guest.id),
+            )
+            for guest in self._store.guests()
+            for port in self._publisher.published(guest.id)
+        ]
+        for name, balancer in self._balancers.balancers.items():
+            targets = tuple(one.address for one in self._balancers.addresses(name))
+            found += [
+                _Published(
+                    owner=name,
+                    balanced=True,
+                    protocol=one.protocol,
+                    host_ip=one.host_ip or "0.0.0.0",  # noqa: S104 - shown, not bound
+                    host_port=one.host_port,
+                    port=one.port,
+                    targets=targets,
+                )
+                for one in self._balancer_ports.published(balancer)
+            ]
+        return found
 
     def _routed(self, guest: GuestRecord, asked: Question) -> str:
         """The network by which a port of a container is open without being the host's; empty: there is none."""
@@ -289,28 +343,30 @@ class ConnectionTracer:
         except GuestNotFoundError:
             return None
 
-    async def _published_path(
-        self, asked: Question, guest: GuestRecord, address: str, port: PublishedPort
-    ) -> TracePath:
+    async def _published_path(self, asked: Question, one: _Published, address: str) -> TracePath:
         path = TracePath(destination_address=address)
-        host = f"[{port.host_ip}]" if ":" in port.host_ip else port.host_ip
-        target = self._holder(address, None)
-        where = f" on {target.network.name}" if target is not None else ""
-        text = (
-            f"{host}:{port.host_port} of the host is published: it leads to port {port.container_port} of {guest.name}"
-        )
+        host = f"[{one.host_ip}]" if ":" in one.host_ip else one.host_ip
+        holder = self._holder(address, None)
+        network = holder.network if holder is not None else self._network_with(one, address)
+        where = f" on {network.name}" if network is not None else ""
+        text = f"{host}:{one.host_port} of the host is published: it leads to port {one.port} of {one.owner}"
         path.steps.append(step(TraceTopic.NAT, f"{text} at {address}{where}"))
-        if target is None:
+        if network is None:
             path.steps.append(step(TraceTopic.LINK, f"nobody has {address} any more", STOPS))
             return path
         request = helper.TracePacketRequest(
-            network_id=target.network.id,
-            destination=address,
-            protocol=PROTOCOLS[asked.protocol],
-            port=port.container_port,
+            network_id=network.id, destination=address, protocol=PROTOCOLS[asked.protocol], port=one.port
         )
-        await self._follow(asked, path, request, None, target)
+        await self._follow(asked, path, request, None, holder)
         return path
+
+    def _network_with(self, one: _Published, address: str) -> NetworkRecord | None:
+        """The network on which a load balancer has an address."""
+        if not one.balanced:
+            return None
+        places = [place for place in self._balancers.addresses(one.owner) if place.address == address]
+        network_id = self._store.network_id_of(places[0].network) if places else None
+        return self._store.network(network_id) if network_id is not None else None
 
     # The packet
 

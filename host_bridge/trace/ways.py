@@ -7,8 +7,9 @@ are those of the guest's agent.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from host_bridge.describe import endpoint_names, guest_interface, guest_priority
 from host_bridge.model import EndpointRecord, GuestRecord, NetworkRecord
@@ -60,12 +61,19 @@ def name_order(places: Iterable[Place]) -> list[Place]:
     return sorted(places, key=key)
 
 
-def resolve(name: str, guest: GuestRecord, own: Sequence[Place], others: Sequence[Place]) -> Resolved | None:
+def resolve(
+    name: str,
+    guest: GuestRecord,
+    own: Sequence[Place],
+    others: Sequence[Place],
+    balanced: Mapping[tuple[str, str], Sequence[str]] = MappingProxyType({}),
+) -> Resolved | None:
     """What a name is for a guest; None: no network knows it.
 
     Args:
         own: the guest's places.
         others: everybody's places, its own included.
+        balanced: the addresses of load balancers, by network id and name in lower case.
     """
     wanted = name.rstrip(".").lower()
     for host_names, address in guest.settings.extra_hosts:
@@ -84,6 +92,10 @@ def resolve(name: str, guest: GuestRecord, own: Sequence[Place], others: Sequenc
         network = place.network
         if not network.dns_server:
             continue
+        addresses_of = balanced.get((network.id, _bare(wanted, network)))
+        if addresses_of:
+            how = f"network {network.name} knows it as the name of a load balancer"
+            return Resolved(tuple(addresses_of), how, network.name)
         found = _known(wanted, network, others)
         if found is not None:
             addresses, what = found
@@ -92,8 +104,7 @@ def resolve(name: str, guest: GuestRecord, own: Sequence[Place], others: Sequenc
 
 
 def _known(wanted: str, network: NetworkRecord, others: Sequence[Place]) -> tuple[tuple[str, ...], str] | None:
-    suffix = "." + guest_suffix(network)
-    bare = wanted.removesuffix(suffix) if wanted.endswith(suffix) else wanted
+    bare = _bare(wanted, network)
     found = [
         place
         for place in others
@@ -109,9 +120,9 @@ def _known(wanted: str, network: NetworkRecord, others: Sequence[Place]) -> tupl
     return tuple(a for place in found for a in place.endpoint.addresses), text
 
 
-def guest_suffix(network: NetworkRecord) -> str:
-    """What follows a name of the network, in lower case."""
-    return guest_network_name(network).lower()
+def _bare(wanted: str, network: NetworkRecord) -> str:
+    """A name in lower case without the network's."""
+    return wanted.removesuffix("." + guest_network_name(network).lower())
 
 
 def guest_network_name(network: NetworkRecord) -> str:

@@ -83,7 +83,10 @@ class Teller:
             self.add(TraceTopic.NAT, f"its {which} becomes {address}")
         elif hop.backend is not None:
             virtual, backend = clean_text(hop.backend.virtual_address, 60), clean_text(hop.backend.backend, 300)
-            self.add(TraceTopic.LOAD_BALANCER, f"the load balancer at {virtual} hands it to one of {backend}")
+            text = f"the load balancer at {virtual} hands it to {'one of ' if ',' in backend else ''}{backend}"
+            if "," in backend:
+                text += "; followed is the first"
+            self.add(TraceTopic.LOAD_BALANCER, text)
         elif hop.router_of is not None:
             name = self.network_name(hop.router_of)
             self.add(TraceTopic.ROUTE, f"the gateway of {name} routes it", network=name)
@@ -102,6 +105,8 @@ class Teller:
         if why == "no route":
             name = self.source.network.name if self.source is not None else ""
             self.add(TraceTopic.ISOLATION, f"the gateway of {name} leads nowhere: the network has no way out", STOPS)
+        elif "load balancer" in why:
+            self.add(TraceTopic.LOAD_BALANCER, why, STOPS)
         elif why == "port security":
             self.add(TraceTopic.PORT_SECURITY, "the sender may not send from that address", STOPS)
         else:

@@ -9,6 +9,7 @@ import pytest
 from bridge_support import Rig, open_rig
 from test_bridge_fabric import connect, create
 
+from host_bridge.balancer.publishing import BalancerPorts
 from host_bridge.errors import GuestNotFoundError, InvalidError, PreconditionError
 from host_bridge.ports import PortPublisher
 from host_bridge.trace.question import question
@@ -27,7 +28,8 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
 @pytest.fixture
 async def tracer(rig: Rig) -> AsyncIterator[ConnectionTracer]:
     async with open_dataplane() as dataplane:
-        yield ConnectionTracer(rig.fabric, PortPublisher(rig.fabric.helper, dataplane, is_gateway=lambda _: False))
+        publisher = PortPublisher(rig.fabric.helper, dataplane, is_gateway=lambda _: False)
+        yield ConnectionTracer(rig.fabric, publisher, BalancerPorts(publisher, lambda _: ()))
 
 
 async def test_names_routes_and_links(rig: Rig, tracer: ConnectionTracer) -> None:
@@ -85,7 +87,7 @@ async def test_from_outside(rig: Rig, tracer: ConnectionTracer) -> None:
     for target, protocol, why in (
         ("web", "tcp", "tcp 80 of web is not published (it has published nothing)"),
         ("localhost", "udp", "the host has not published udp 80 there"),
-        ("nosuch", "tcp", "nosuch is neither a guest nor an address of the host"),
+        ("nosuch", "tcp", "nosuch is no guest, no load balancer and no address of the host"),
     ):
         found = await tracer.trace(question("host", target, protocol, 80, 0))
         assert (found.verdict, why in found.summary) == (TraceVerdict.STOPS, True), found.summary

@@ -345,3 +345,44 @@ def test_containers_and_published_ports(lab: Fabric) -> None:
 def gateway(lab: Fabric) -> str:
     found: Any = lab.json("network", "inspect", "app")["gateways"][0]
     return str(found)
+
+
+def test_load_balancers(lab: Fabric, probers: dict[str, Prober]) -> None:
+    """By name, by address, published, and as the policy says of the backend; and when there is no backend."""
+    lab.run(
+        *("lb", "create", "shop", "--network", "app", "--port", "80:7001", "--port", "81:7002"),
+        *("--backend", "guest=db", "--publish", "127.0.0.1::80"),
+    )
+    try:
+        shown = lab.json("lb", "show", "shop")["balancer"]
+        addresses = [one["address"] for one in shown["addresses"]]
+        assert len(addresses) == 2
+        published = shown["published"][0]["host_port"]
+        found = told(lab, "web", "shop", "tcp", 80)
+        assert found.steps[0].text.endswith("network app knows it as the name of a load balancer")
+        assert {path.destination_address for path in found.paths} == set(addresses)
+        incoming: list[dict[str, Any]] = [
+            {"name": "some", "protocol": "tcp", "ports": [7001]},
+            {"name": "not-this", "protocol": "tcp", "ports": [7002], "action": "drop"},
+        ]
+        apply(lab, {"groups": {"db": {"members": [{"guest": "db"}], "in": incoming}}})
+        for address in addresses:
+            assert "+" in agrees(lab, probers["web"], "web", address, "tcp", 80)
+            closed = agrees(lab, probers["web"], "web", address, "tcp", 81)
+            assert "into db: rule not-this of group db drops it" in closed
+            hands = [one.text for path in told(lab, "web", address, "tcp", 80).paths for one in path.steps]
+            assert any(text.startswith("the load balancer at ") and ":7001" in text for text in hands)
+        for target, port in (("shop", 80), ("localhost", published)):
+            outside = told(lab, "host", target, "tcp", port)
+            with socket.create_connection(("127.0.0.1", published), 5) as connection:
+                reached = connection.recv(1) == b""  # the probers close what they accept
+            assert (outside.verdict == TraceVerdict.PASSES) is reached, outside.summary
+        lab.run("lb", "rm", "shop")
+        lab.run("lb", "create", "shop", "--network", "app", "--port", "80:7001", "--backend", "guest=nobody")
+        for one in lab.json("lb", "show", "shop")["balancer"]["addresses"]:
+            refused = agrees(lab, probers["db"], "db", one["address"], "tcp", 80)
+            assert "the load balancer at " in refused
+            assert "has no backend" in refused
+    finally:
+        lab.command("lb", "rm", "shop")
+        apply(lab, {"networks": {"back": "allow"}, "groups": {}})

@@ -67,6 +67,7 @@ def test_what_ovn_trace_prints() -> None:
     assert isinstance(acl, Flow)
     assert (acl.stage, acl.uuid) == ("ls_in_acl", "dc337b77")
     assert acl.actions[1].startswith("reject {")
+    assert events[4] == Pipeline(False, "net-a", "ep-1", "to-gw-a")
     assert events[6] == Output("to-gw-a", "l3gateway")
     assert events[7:10] == [
         Translation(False, "169.254.128.3"),
@@ -287,7 +288,7 @@ def test_words() -> None:
     assert told(*hops, outcome=outcomes.DROPPED)[1:] == [
         ("route", "the gateway of app routes it", True),
         ("nat", "its source becomes 192.0.2.1", True),
-        ("load_balancer", "the load balancer at 10.0.0.9:80 hands it to one of 10.0.0.2:80", True),
+        ("load_balancer", "the load balancer at 10.0.0.9:80 hands it to 10.0.0.2:80", True),
         ("isolation", "guests of app do not reach each other (enable_icc=false)", False),
     ]
     assert told(helper.TraceHop(end="no route"), outcome=outcomes.DROPPED)[1] == (

@@ -2595,7 +2595,7 @@ class TracePacketResponse(betterproto2.Message):
 
     endpoint_id: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
     """
-    Who gets it, when an endpoint does.
+    The endpoint that gets it, or would but for what stops it at the end of its way; empty: none.
     """
 
     hops: "list[TraceHop]" = betterproto2.field(3, betterproto2.TYPE_MESSAGE, repeated=True)
