@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from host_bridge.view.canvas import Canvas, cut, rows, text_width
 from host_bridge.view.rates import bits, octets
 from host_bridge.view.topology import Net, Place, Topology
-from host_bridge.view.tree import count, limits, traits, way_out
+from host_bridge.view.tree import count, limits, shares, traits, way_out
 
 _NAMESPACE = "http://www.w3.org/2000/svg"
 
@@ -188,8 +188,8 @@ class _Drawing:
         group = canvas.group("network")
         x = _MARGIN + _RAIL
         card = group.group()
-        gate = self._network_head(group, y, network)
-        bottom = self._tiles(group, gate, colour, network)
+        gate, last = self._network_head(group, y, network)
+        bottom = self._tiles(group, gate, last, colour, network)
         gateway = group.group("head", tabindex="0")
         gateway.title(f"gateway of {network.name}: {' '.join(network.gateways)}\n{way_out(network)}")
         gateway.rect(x - 9, gate - 9, 18, 18, f"f{colour}", radius=5)
@@ -198,8 +198,8 @@ class _Drawing:
             joints.append(gate)
         return bottom + _GAP
 
-    def _network_head(self, group: Canvas, y: float, network: Net) -> float:
-        """Its name, traits and subnets; returns the height at which its gateway is."""
+    def _network_head(self, group: Canvas, y: float, network: Net) -> tuple[float, float]:
+        """Its name, traits, subnets and load balancers; returns the heights of its gateway and of the last line."""
         x, inner = _MARGIN + _RAIL + _PAD, self._card_width - 2 * _PAD
         line = y + 32
         head = group.group("head", tabindex="0")
@@ -218,11 +218,16 @@ class _Drawing:
         for subnet, gateway in zip(network.subnets, network.gateways, strict=False):
             line += _LINE + 2
             self._text(head, x, line, f"{subnet}  gateway {gateway}", "muted", size=12.5, mono=True, width=inner)
-        return line - 4
+        gate = line - 4
+        for balancer in network.balancers:
+            line += _LINE + 2
+            text = f"load balancer {balancer.name}  {shares(balancer)}"
+            self._text(head, x, line, text, "group", size=12.5, width=inner)
+        return gate, line - 4
 
-    def _tiles(self, group: Canvas, gate: float, colour: int, network: Net) -> float:
-        """The bus, from the gateway on, and the guests along it; returns where the card ends."""
-        x, y = _MARGIN + _RAIL + _PAD, gate + 26
+    def _tiles(self, group: Canvas, gate: float, head: float, colour: int, network: Net) -> float:
+        """The bus, from the gateway on, and the guests along it below the head; returns where the card ends."""
+        x, y = _MARGIN + _RAIL + _PAD, head + 26
         spine = x - _PAD / 2
         lines = group.group()
         tiles = [(place, self._tile_lines(network, place)) for place in network.places]
@@ -347,6 +352,7 @@ def _network_title(network: Net) -> str:
                 for subnet, gateway in zip(network.subnets, network.gateways, strict=False)
             ),
             way_out(network),
+            *(f"load balancer {balancer.name}: {shares(balancer)}" for balancer in network.balancers),
             f"guests {'do not reach each other' if network.isolated else 'reach each other'}; policy {network.policy}",
             f"MTU {network.mtu}",
             *(f"label {key}={value}" for key, value in network.labels.items()),

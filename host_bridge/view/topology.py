@@ -13,7 +13,15 @@ from host_bridge.names import clean_text
 from host_bridge.view.rates import Rates, rates_between
 
 if TYPE_CHECKING:
-    from taploom.contracts.taploom.bridge.v1 import Endpoint, Guest, Link, ListPolicyResponse, Network, Status
+    from taploom.contracts.taploom.bridge.v1 import (
+        BalancerStatus,
+        Endpoint,
+        Guest,
+        Link,
+        ListPolicyResponse,
+        Network,
+        Status,
+    )
     from taploom.rpc import Channel
 
 _SWITCHED = "bridge"
@@ -51,6 +59,24 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """A load balancer where it is reached on a network.
+
+    Attributes:
+        ports: such as 80 or 53/udp.
+        backends: the guests that take a share; `down`: those of them that do not answer.
+        published: ports of the host that lead to it, such as 127.0.0.1:8080.
+    """
+
+    name: str
+    addresses: tuple[str, ...]
+    ports: tuple[str, ...]
+    backends: tuple[str, ...]
+    down: tuple[str, ...]
+    published: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Net:
     """A network.
 
@@ -71,6 +97,7 @@ class Net:
     mtu: int
     labels: Mapping[str, str]
     places: tuple[Place, ...]
+    balancers: tuple[Shared, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +148,7 @@ async def gather(channel: Channel, seconds: float) -> Topology:
     """
     from taploom.contracts.taploom.bridge import v1 as bridge
     from taploom.contracts.taploom.bridge.v1.rpc import (
+        BalancerServiceClient,
         GuestServiceClient,
         NetworkServiceClient,
         PolicyServiceClient,
@@ -138,7 +166,9 @@ async def gather(channel: Channel, seconds: float) -> Topology:
     networks = (await NetworkServiceClient(channel).list_networks(bridge.ListNetworksRequest())).networks
     guests = (await GuestServiceClient(channel).list_guests(bridge.ListGuestsRequest())).guests
     policy = await PolicyServiceClient(channel).list_policy(bridge.ListPolicyRequest())
-    return topology(networks, guests, policy, statuses[-1], statuses[0] if len(statuses) > 1 else None)
+    balancers = (await BalancerServiceClient(channel).list_balancers(bridge.ListBalancersRequest())).balancers
+    before = statuses[0] if len(statuses) > 1 else None
+    return topology(networks, guests, policy, statuses[-1], before, balancers=balancers)
 
 
 def topology(
@@ -147,6 +177,8 @@ def topology(
     policy: ListPolicyResponse,
     now: Status,
     before: Status | None = None,
+    *,
+    balancers: Sequence[BalancerStatus] = (),
 ) -> Topology:
     """Puts together what the bridge has answered; with an earlier status, with rates."""
     from taploom.contracts.taploom.bridge.v1 import ComponentState
@@ -192,6 +224,7 @@ def topology(
                 mtu=network.mtu,
                 labels=dict(sorted(network.labels.items())),
                 places=tuple(places),
+                balancers=tuple(_shared(network.name, one) for one in balancers if _is_on(one, network.name)),
             )
         )
     assert now.time is not None
@@ -212,6 +245,28 @@ def topology(
 
 def _problem(link: Link | None) -> str:
     return clean_text(link.problem) if link is not None and link.problem else "its link is down"
+
+
+def _is_on(balancer: BalancerStatus, network: str) -> bool:
+    return any(one.network == network for one in balancer.addresses)
+
+
+def _shared(network: str, status: BalancerStatus) -> Shared:
+    from taploom.contracts.taploom.bridge.v1 import BackendHealth
+
+    assert status.balancer is not None
+    good = (BackendHealth.UP, BackendHealth.UNSPECIFIED)
+    return Shared(
+        name=status.balancer.name,
+        addresses=tuple(one.address for one in status.addresses if one.network == network),
+        ports=tuple(f"{p.port}{'' if p.protocol == 'tcp' else '/' + p.protocol}" for p in status.balancer.ports),
+        backends=tuple(sorted({one.guest_name for one in status.backends})),
+        down=tuple(sorted({one.guest_name for one in status.backends if one.health not in good})),
+        published=tuple(
+            f"[{p.host_ip}]:{p.host_port}" if ":" in p.host_ip else f"{p.host_ip}:{p.host_port}"
+            for p in status.published
+        ),
+    )
 
 
 def _limits(endpoint: Endpoint) -> dict[str, int]:

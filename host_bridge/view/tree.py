@@ -6,7 +6,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from host_bridge.view.rates import bits
-from host_bridge.view.topology import Net, Place, Topology
+from host_bridge.view.topology import Net, Place, Shared, Topology
 
 _USUAL_MTU = 1500
 _AS = {"nat": "with the helper's address", "routed": "with the guests' own addresses"}
@@ -43,6 +43,8 @@ def tree(found: Topology) -> Tree:
 def _network(root: Tree, network: Net) -> None:
     branch = root.add(Text.assemble((network.name, "bold cyan"), f"  {' '.join(network.subnets)}", *_traits(network)))
     branch.add(Text.assemble(("gateway", "dim"), f"  {' '.join(network.gateways)}  ", (way_out(network), "dim")))
+    for balancer in network.balancers:
+        branch.add(Text.assemble(("load balancer", "dim"), "  ", (balancer.name, "bold"), f"  {shares(balancer)}"))
     for place in network.places:
         branch.add(_place(place))
 
@@ -85,6 +87,13 @@ def _place(place: Place) -> Text:
     elif place.rates is not None and place.rates.bits:
         parts.append((f"  ↑ {bits(place.rates.sent_bits)} ↓ {bits(place.rates.received_bits)}", "green"))
     return Text.assemble(*parts)
+
+
+def shares(balancer: Shared) -> str:
+    """Where a load balancer is reached, and who takes a share."""
+    who = [f"{name} (down)" if name in balancer.down else name for name in balancer.backends]
+    published = f", from the host at {' '.join(balancer.published)}" if balancer.published else ""
+    return f"{' '.join(balancer.addresses)} port {' '.join(balancer.ports)}{published}, to {', '.join(who) or 'nobody'}"
 
 
 def limits(place: Place) -> str:

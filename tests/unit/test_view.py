@@ -20,7 +20,7 @@ from host_bridge.view.page import to_page
 from host_bridge.view.rates import Rates, bits, octets, rates_between
 from host_bridge.view.table import ORDERS, render
 from host_bridge.view.table import rows as table_rows
-from host_bridge.view.topology import Net, Place, Topology, topology
+from host_bridge.view.topology import Net, Place, Shared, Topology, topology
 from host_bridge.view.tree import tree
 from taploom.contracts.taploom.bridge import v1 as bridge
 
@@ -132,7 +132,22 @@ def test_put_together() -> None:
         ],
         networks=[bridge.NetworkPolicy(network="back", default=bridge.PolicyDefault.DENY_IN)],
     )
-    found = topology(networks, guests, policy, now, before)
+    balancer = bridge.BalancerStatus(
+        balancer=bridge.Balancer(
+            name="shop",
+            ports=[bridge.BalancerPort(port=80, protocol="tcp"), bridge.BalancerPort(port=53, protocol="udp")],
+        ),
+        addresses=[
+            bridge.BalancerAddress(network="app", address="10.0.0.254"),
+            bridge.BalancerAddress(network="back", address="10.1.0.254"),
+        ],
+        backends=[
+            bridge.BackendState(guest_name="web", health=bridge.BackendHealth.UP),
+            bridge.BackendState(guest_name="db", health=bridge.BackendHealth.DOWN),
+        ],
+        published=[bridge.BalancerPublish(host_ip="::1", host_port=8080)],
+    )
+    found = topology(networks, guests, policy, now, before, balancers=[balancer])
     assert [(n.name, n.ways_out, n.isolated, n.internal, n.policy) for n in found.networks] == [
         ("app", {4: "nat"}, True, False, "allow"),
         ("back", {}, False, True, "deny-in"),
@@ -148,6 +163,9 @@ def test_put_together() -> None:
     assert "● web  eth0 10.0.0.2/24  in front, all  ↑ 10.0 kbit/s ↓ 0 bit/s" in text
     assert "○ db  eth0 10.0.0.3/24  in all  at most ↑ 1.5 Mbit/s  the agent of db does not answer" in text
     assert "○ late" in text
+    shop = "load balancer  shop  10.0.0.254 port 80 53/udp, from the host at [::1]:8080, to db (down), web"
+    assert shop in text
+    assert "shop  10.1.0.254 port 80" in text
     assert "to the outside, IPv4 with the helper's address, IPv6 with the guests' own addresses" in text
 
 
@@ -184,6 +202,10 @@ def fabric(counts: list[int], name: str = "", lines: int = 1) -> Topology:
                 mtu=1500 + number,
                 labels={name: name} if name else {},
                 places=tuple(places),
+                balancers=tuple(
+                    Shared(name or f"lb{n}", ("10.100.200.254",), ("80", "53/udp"), ("web", name or "db"), ("web",), ())
+                    for n in range(number % 3)
+                ),
             )
         )
     pending = ((name, name),) if name else ()
