@@ -194,19 +194,12 @@ class Tracer:
         spec = network.spec
         if destination in spec.dns_servers:
             return spec.dns_mac
-        if any(
-            destination in frontend.addresses
-            for balancer in self._fabric.balancers
-            for frontend in balancer.frontends
-            if frontend.network_id == spec.network_id
-        ):
-            return spec.gateway_mac  # the router answers for it
         if destination == spec.gateway(destination.version) or destination not in (
             spec.subnet(destination.version) or ()
         ):
             return spec.gateway_mac
         if self._fabric.is_balanced(spec.network_id, destination):
-            return spec.gateway_mac
+            return spec.gateway_mac  # the router answers for it
         holder = network.holders.get(str(destination))
         return self._fabric.endpoints[holder].spec.mac_address if holder in self._fabric.endpoints else ""
 
