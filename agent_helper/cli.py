@@ -19,6 +19,7 @@ import trio
 from agent_helper import links
 from agent_helper.balancer_health import backend_changed
 from agent_helper.balancer_service import BalancerService
+from agent_helper.capture import CaptureService
 from agent_helper.door import Door
 from agent_helper.errors import SetupError
 from agent_helper.events import Events
@@ -174,6 +175,7 @@ async def _serve(control: Address, data: Address, state_dir: Path, outside: Outs
             fabric, stack, link_server, events, streams, link_features=features, instance_id=instance_id
         )
         services = [QosService(fabric), BalancerService(fabric), TraceService(Tracer(fabric, stack))]
+        services.append(CaptureService(fabric))
         server = Server([service, *services])
         for name in _SERVICES:
             server.health.set(name, False)

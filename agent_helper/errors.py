@@ -31,6 +31,12 @@ class NotFoundError(HelperError):
     status = "NOT_FOUND"
 
 
+class ExhaustedError(HelperError):
+    """There is no room for more of it."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+
 class UnavailableError(HelperError):
     """OVS or OVN does not answer now; try again."""
 

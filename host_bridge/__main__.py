@@ -17,6 +17,7 @@ import trio
 from host_bridge.api import GuestApi, NetworkApi, StatusApi
 from host_bridge.balancer.api import BalancerApi
 from host_bridge.balancer.publishing import BalancerPorts
+from host_bridge.capture.api import CaptureApi
 from host_bridge.containers import ContainerManager, RuntimeClient
 from host_bridge.desired import DesiredState
 from host_bridge.docker_api import containers
@@ -163,6 +164,7 @@ async def serve(
             balancer_ports = _balancer_ports(fabric.desired, publisher)
             services.append(BalancerApi(fabric, balancer_ports))
             services.append(TraceApi(ConnectionTracer(fabric, publisher, balancer_ports)))
+            services.append(CaptureApi(fabric))
             server = Server(services)
             async with trio.open_nursery() as nursery:
                 await nursery.start(fabric.run)

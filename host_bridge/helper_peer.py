@@ -205,16 +205,24 @@ class HelperPeer(Peer[HelperObject]):
         version = self.info.version if self.info is not None else "unknown"
         return f"{self.subject} (version {version}) is too old to enforce policies: update it"
 
+    def lacks(self, feature: HelperFeature) -> bool:
+        """Whether the agent answers and cannot do that."""
+        return self.connected and self.info is not None and not self._can(feature)
+
+    def too_old(self, what: str) -> str:
+        """What to do about an agent that lacks something: `what` it is too old for."""
+        version = self.info.version if self.info is not None else "unknown"
+        return f"{self.subject} (version {version}) is too old {what}: update it"
+
     @property
     def lacks_qos(self) -> bool:
         """Whether the agent answers and can neither limit nor mark."""
-        return self.connected and self.info is not None and not self._can(HelperFeature.QOS)
+        return self.lacks(HelperFeature.QOS)
 
     @property
     def too_old_for_qos(self) -> str:
         """What to do about such an agent."""
-        version = self.info.version if self.info is not None else "unknown"
-        return f"{self.subject} (version {version}) is too old to limit rates: update it"
+        return self.too_old("to limit rates")
 
     @property
     def lacks_trace(self) -> bool:

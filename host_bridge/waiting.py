@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import trio
 
@@ -86,3 +87,15 @@ class Backoff:
         delay = min(self._delay, self._early_cap if early else self._cap)
         self._delay = min(self._delay * 1.7, self._early_cap if early else self._cap)
         return delay * random.uniform(0.8, 1.2)  # noqa: S311 - spread, not secrecy
+
+
+@contextlib.contextmanager
+def raised_alone() -> Iterator[None]:
+    """Raises an exception that is alone in its groups as it is, without a nursery's group around it."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        raise error from None
