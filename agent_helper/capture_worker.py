@@ -9,6 +9,7 @@ line.
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import json
 import os
@@ -62,8 +63,10 @@ class _Source:
     number: int
     sock: socket.socket
     incoming_only: bool
-    accepted: int = 0
+    accepted: int = 0  # by the filter, dropped ones included
     dropped: int = 0
+    taken: int = 0  # from the kernel's queue
+    delivered: int = 0
     told: int = 0  # of `dropped`
 
     def count(self) -> None:
@@ -72,13 +75,17 @@ class _Source:
             packets, drops = _STATISTICS.unpack(self.sock.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, _STATISTICS.size))
         except OSError:
             return
-        self.accepted += packets  # those dropped included
+        self.accepted += packets
         self.dropped += drops
 
     def statistics(self, started_ns: int) -> bytes:
         self.told = self.dropped
         return pcapng.statistics_block(
-            self.number, time.time_ns(), started_ns=started_ns, accepted=self.accepted, dropped=self.dropped
+            self.number,
+            time.time_ns(),
+            started_ns=started_ns,
+            accepted=self.delivered + self.dropped,
+            dropped=self.dropped,
         )
 
 
@@ -141,9 +148,17 @@ class _Worker:
                 reason = reason or GONE
         for source in self._sources.values():
             source.count()
+            self._finish(source)
             last[source.number] = source.statistics(self._started_ns)
         _write([last[number] for number in sorted(last)])
         return reason
+
+    def _finish(self, source: _Source) -> None:
+        """Write what the kernel had for us when it was over, and no more: there may be no end to it."""
+        with contextlib.suppress(_GoneError):
+            while self._left > 0 and (waiting := source.accepted - source.dropped - source.taken) > 0:
+                if not self._drain(source, min(waiting, _BATCH_FRAMES)):
+                    return
 
     def _tell_drops(self) -> None:
         blocks = []
@@ -154,12 +169,13 @@ class _Worker:
         if blocks:
             _write(blocks)
 
-    def _drain(self, source: _Source) -> None:
-        """Write what is there, up to a bound."""
+    def _drain(self, source: _Source, most: int = _BATCH_FRAMES) -> int:
+        """Write what is there, up to a bound; returns how many frames were there."""
+        before = source.taken
         blocks: list[bytes] = []
         size = 0
         buffer, receive, number = self._buffer, source.sock.recvmsg_into, source.number
-        for _ in range(_BATCH_FRAMES):
+        for _ in range(most):
             if self._left <= 0 or size >= _BATCH_BYTES:
                 break
             try:
@@ -171,6 +187,7 @@ class _Worker:
                     continue
                 _write(blocks)
                 raise _GoneError from error
+            source.taken += 1
             outgoing = address[2] == _PACKET_OUTGOING
             if source.incoming_only and not outgoing:
                 continue
@@ -189,8 +206,10 @@ class _Worker:
             direction = pcapng.INBOUND if outgoing else pcapng.OUTBOUND
             blocks.append(pcapng.packet_block(number, time_ns or time.time_ns(), data, length, direction))
             size += kept
+            source.delivered += 1
             self._left -= 1
         _write(blocks)
+        return source.taken - before
 
 
 def _open(tap: str, program: list[tuple[int, int, int, int]], direction: str) -> socket.socket:
