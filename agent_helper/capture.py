@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -109,32 +110,25 @@ async def _run(
     config: dict[str, Any], requests: ReceiveStream[CaptureRequest], responses: SendStream[CaptureResponse]
 ) -> CaptureEnd:
     """Passes a worker's output on until it ends; returns why it did."""
-    process = await trio.lowlevel.open_process(
-        [sys.executable, "-S", "-c", _PROGRAM],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    stdin, stdout, stderr = process.stdin, process.stdout, process.stderr
-    assert stdin is not None and stdout is not None and stderr is not None
+    (stdin, child_in), (stdout, child_out) = socket.socketpair(), socket.socketpair()
+    with child_in, child_out:
+        process = await trio.to_thread.run_sync(_start, child_in, child_out)
+    orders = trio.SocketStream(trio.socket.from_stdlib_socket(stdin))
+    packets = trio.SocketStream(trio.socket.from_stdlib_socket(stdout))
     logger.info("capture of %s: begins", ", ".join(one["name"] for one in config["interfaces"]))
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_at_end, requests, stdin, json.dumps(config).encode() + b"\n")
-            while data := await stdout.receive_some(_CHUNK):
+            nursery.start_soon(_stop_at_end, requests, orders, json.dumps(config).encode() + b"\n")
+            while data := await packets.receive_some(_CHUNK):
                 await responses.send(CaptureResponse(data=bytes(data)))
             nursery.cancel_scope.cancel()
-        said = b""
-        while data := await stderr.receive_some(_CHUNK):
-            said += data
-        await process.wait()
+        _, said = await trio.to_thread.run_sync(process.communicate)
     finally:
         with trio.CancelScope(shield=True):
             if process.poll() is None:
                 process.kill()
-                await process.wait()
-            for stream in (stdin, stdout, stderr):
+                await trio.to_thread.run_sync(process.communicate)
+            for stream in (orders, packets):
                 await stream.aclose()
     text = said.decode(errors="replace").strip().rpartition("\n")[2]
     logger.info("capture of %s: ended: %s", ", ".join(one["name"] for one in config["interfaces"]), text)
@@ -152,3 +146,14 @@ async def _stop_at_end(requests: ReceiveStream[CaptureRequest], stdin: trio.abc.
         while await requests.receive() is not None:
             pass
         await stdin.aclose()
+
+
+def _start(stdin: socket.socket, stdout: socket.socket) -> subprocess.Popen[bytes]:
+    # trio's own processes are not there in an agent (taploom.lean).
+    return subprocess.Popen(
+        [sys.executable, "-S", "-c", _PROGRAM],
+        stdin=stdin,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
