@@ -7,6 +7,7 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -221,20 +222,25 @@ class Tracer:
             *options,
             microflow,
         ]
-        with trio.move_on_after(_TIMEOUT) as scope:
-            async with self._limiter:
-                done = await trio.run_process(
-                    argv,
-                    capture_stdout=True,
-                    capture_stderr=True,
-                    check=False,
-                    stdin=subprocess.DEVNULL,
-                    env=self._stack.env,
-                )
-        if scope.cancelled_caught or done.returncode:
-            why = "it did not end" if scope.cancelled_caught else done.stderr.decode(errors="replace").strip()[:200]
+        run = partial(
+            subprocess.run,
+            argv,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env=self._stack.env,
+            timeout=_TIMEOUT,
+        )
+        try:
+            done = await trio.to_thread.run_sync(run, limiter=self._limiter)
+        except subprocess.TimeoutExpired as exc:
+            raise UnavailableError("OVN's trace did not end; try again") from exc
+        if done.returncode:
+            why = done.stderr.strip()[:200]
             raise UnavailableError(f"OVN's trace failed ({why}); try again")
-        text = done.stdout.decode(errors="replace")
+        text = done.stdout
         way.response.text += ("\n" if way.response.text else "") + text
         way.stuck = False
         for event in parse(text):
