@@ -152,8 +152,8 @@ def _start(stdin: socket.socket, stdout: socket.socket) -> subprocess.Popen[byte
     # trio's own processes are not there in an agent (taploom.lean).
     return subprocess.Popen(
         [sys.executable, "-S", "-c", _PROGRAM],
-        stdin=stdin,
-        stdout=stdout,
+        stdin=stdin.fileno(),
+        stdout=stdout.fileno(),
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
