@@ -46,7 +46,8 @@ def test_qemu_is_given_no_network_of_its_own_and_memory_that_the_vsock_shares(pr
     assert options(command, "-m") == ["300M"] and options(command, "-smp") == ["2"]
     assert options(command, "-initrd") == ["/i"]
     assert options(command, "-append") == [
-        "console=ttyS0 panic=-1 no_timer_check clocksource=hpet noreplace-smp initcall_blacklist=jent_mod_init quiet"
+        "console=ttyS0 panic=-1 no_timer_check clocksource=hpet noreplace-smp initcall_blacklist=jent_mod_init "
+        "mitigations=off sysctl.net.ipv4.tcp_tso_rtt_log=14 quiet"
     ]
     assert "vhost-user-vsock-pci,id=vsockdev0,chardev=vsock0,bus=vsockport" in options(command, "-device")
 
