@@ -477,7 +477,7 @@ async def test_restarted_bridge_keeps_state_and_interfaces(tmp_path: Path) -> No
         assert web.resolver is not None and web.resolver.upstreams == ["192.0.2.53"]
         before = rig.store.dump()
         guest_state, helper_state = dict(web.interfaces), (dict(rig.helper.networks), dict(rig.helper.endpoints))
-    async with open_rig(tmp_path) as rig:
+    async with open_rig(tmp_path, upstreams=("192.0.2.53",)) as rig:
         assert rig.store.dump() == before
         web = await rig.guest("web", register=False, run=False)
         web.interfaces = dict(guest_state)

@@ -354,6 +354,8 @@ BAD_ENDPOINTS = {
 async def test_bad_requests_are_refused_and_change_nothing() -> None:
     async with helper() as rig:
         await rig.apply(network(1), endpoint(1, 3, "db"))
+        # The endpoint's TAP and the spare one, which is opened afterwards.
+        await eventually(lambda: len([name for name in interfaces(rig) if re.fullmatch(r"tl\d+", name)]) == 2)
         before = rig.count()
 
         async def network_status(message: Network | None) -> str:

@@ -24,6 +24,7 @@ from taploom.contracts.taploom.helper.v1 import (
     RefuseStreamRequest,
     WatchEventsRequest,
 )
+from taploom.contracts.taploom.link.v1 import StreamProtocol
 from taploom.link import new_secret
 
 pytestmark = pytest.mark.system
@@ -39,6 +40,10 @@ class Peer:
     @property
     def data_address(self) -> Address:
         return self._rig.data
+
+    @property
+    def tcp_protocol(self) -> StreamProtocol:
+        return StreamProtocol.TCP
 
     async def streams_ready(self) -> None:
         while self.stream_secret is None:
