@@ -137,7 +137,7 @@ async def test_the_kernel_makes_the_endpoints_address() -> None:
         assert "pref high" in route
         assert "fe80::" in route
         assert vm.ping("fd00:77:1::2")
-        # From the address that is web's: its kernel may have made one of the advertisement, too, from which nothing passes.
+        # From the address that is web's: its kernel may have made another of the advertisement, which does not pass.
         assert " 0% packet loss" in web.run("ping", "-n", "-c1", "-W10", "-I", "fd00:77:1::2", SLAAC)
         assert "mtu 1500" in vm.run("ip", "-6", "route", "show", "default") or "1500" in vm.run("ip", "link")
         # Another address of the prefix does not pass.
