@@ -25,6 +25,7 @@ from agent_helper.errors import SetupError
 from agent_helper.events import Events
 from agent_helper.fabric import Fabric
 from agent_helper.firewall import Redirect
+from agent_helper.mirror_service import MirrorService
 from agent_helper.outside import Outside, keep_outside, parse_outside
 from agent_helper.ovsdb import Values
 from agent_helper.qos_service import QosService
@@ -175,7 +176,7 @@ async def _serve(control: Address, data: Address, state_dir: Path, outside: Outs
             fabric, stack, link_server, events, streams, link_features=features, instance_id=instance_id
         )
         services = [QosService(fabric), BalancerService(fabric), TraceService(Tracer(fabric, stack))]
-        services.append(CaptureService(fabric))
+        services += [CaptureService(fabric), MirrorService(fabric)]
         server = Server([service, *services])
         for name in _SERVICES:
             server.health.set(name, False)
@@ -190,7 +191,7 @@ async def _serve(control: Address, data: Address, state_dir: Path, outside: Outs
         door = Door(fabric.kernel.origin, streams.knock)
         await nursery.start(door.run)
         fabric.kernel.set_redirect(Redirect(streams.redirect_ports.tcp, streams.redirect_ports.udp), door)
-        await fabric.kernel.clear()  # what a run that was killed has left
+        await fabric.clear()  # what a run that was killed has left
         await nursery.start(stack.run)
         await nursery.start(fabric.run)
         for name in _SERVICES:

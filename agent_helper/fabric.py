@@ -17,12 +17,13 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from agent_helper import balancer_rows, links, northbound, policy_rows, qos_counters, qos_rows, vswitch
+from agent_helper import balancer_rows, links, mirrors, northbound, policy_rows, qos_counters, qos_rows, vswitch
 from agent_helper.balancer import Around, BalancerSpec, parse_balancers
 from agent_helper.balancer_health import backend_statuses
 from agent_helper.dns import DnsServer, NameSpec
 from agent_helper.errors import HelperError, InvalidSpecError, NotFoundError, PreconditionError, UnavailableError
 from agent_helper.locks import KeyedLocks, SharedLock
+from agent_helper.mirrors import MirrorSpec, parse_mirrors
 from agent_helper.ovsdb import Row, Txn
 from agent_helper.policy import MemberSpec, PolicySpec, parse_member, parse_policy
 from agent_helper.policy_counters import read_counters
@@ -44,6 +45,7 @@ from taploom.contracts.taploom.helper.v1 import (
     Balancers,
     Endpoint,
     EndpointPolicy,
+    Mirrors,
     Network,
     Policy,
     SyncRequest,
@@ -61,7 +63,7 @@ _UP_TIMEOUT = 10.0  # s that a port may take to be programmed, daemons' restarts
 _NAMES_TIMEOUT = 2.0  # s that dnsmasq may take to know a name
 _UNPLUG_TIMEOUT = 3.0  # s that vswitchd may take to let go of a port
 _SPARE_MTU = 1500
-_POLICY, _BALANCERS = "policy", "balancers"  # what a failure of a Sync calls them
+_POLICY, _BALANCERS, _MIRRORS = "policy", "balancers", "mirrors"  # what a failure of a Sync calls them
 _MAX_TAP_MTU = 65521  # the kernel's for TAPs: 65535 less the Ethernet header
 
 
@@ -143,6 +145,9 @@ class Fabric:
         self.balancers: tuple[BalancerSpec, ...] = ()
         self._backends: frozenset[str] = frozenset()
         self._balancer_changes = Changes()
+        self.mirrors: tuple[MirrorSpec, ...] = ()
+        self._mirror_rules = mirrors.NONE  # those that the kernel has
+        self._mirror_lock = trio.Lock()
         self._uplink_changes = Changes()
         self._policy_changes = Changes()
         self.kernel = KernelEnd(stack.programs["nft"], self._numbers)
@@ -155,6 +160,20 @@ class Fabric:
         # A TAP that the next endpoint will have: to make one takes longer than anything else here that it waits for.
         self._spare: Tap | None = None
         self._spare_wanted = trio.Event()
+
+    async def clear(self) -> None:
+        """Removes what a run before has left in the kernel; to be called before `run`.
+
+        Its mirrors would come back to life with TAPs that have the names of those of then.
+        """
+
+        async def clear_mirrors() -> None:
+            try:
+                await trio.to_thread.run_sync(mirrors.load, self._stack.programs["nft"], mirrors.NONE)
+            except HelperError as exc:  # a kernel that cannot have any; who applies one is told
+                logger.debug("mirrors: %s", exc)
+
+        await _together(self.kernel.clear, clear_mirrors)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Runs what keeps the fabric as described, until cancelled. Nothing of it is left then."""
@@ -170,6 +189,8 @@ class Fabric:
                 await self._end()
 
     async def _end(self) -> None:
+        self.mirrors = ()
+        await self._keep_mirrors()
         for endpoint_id in self.endpoints:
             await self._ports.remove(endpoint_id)
         taps = [e.tap for e in self.endpoints.values()] + [self._spare]
@@ -475,6 +496,7 @@ class Fabric:
                     dns.set_names(e.spec for e in group)
                 self.kernel.set_endpoints(e.spec for e in wanted)
                 await _together(partial(self._stack.nb.transact, in_nb), plug, self.kernel.open_ports)
+                await self._keep_mirrors()  # before anything passes
             for endpoint in wanted:
                 if not endpoint.linked and endpoint.tap is not None:
                     self._ports.add(endpoint.spec.endpoint_id, endpoint.tap)
@@ -564,6 +586,7 @@ class Fabric:
         await _together(partial(self._stack.nb.transact, in_nb), unplug, self.kernel.open_ports)
         for endpoint in endpoints:
             endpoint.tap = None
+        await self._keep_mirrors()
 
         async def clear_away() -> None:
             try:
@@ -791,6 +814,38 @@ class Fabric:
             self.uplink,
         )
 
+    # Mirrors
+
+    async def apply_mirrors(self, message: Mirrors) -> None:
+        """Makes the mirrors be as described; returns once they are in force.
+
+        Raises:
+            InvalidSpecError: nothing was changed.
+            HelperError: the kernel refused; the next attempt completes it.
+        """
+        specs = parse_mirrors(message)
+        with trio.CancelScope(shield=True):
+            self.mirrors = specs
+            await self._load_mirrors()
+
+    async def _load_mirrors(self) -> None:
+        """Has the kernel make the mirrors in the books between the endpoints that have TAPs now."""
+        async with self._mirror_lock:
+            taps = {key: endpoint.tap.name for key, endpoint in self.endpoints.items() if endpoint.tap is not None}
+            rules = mirrors.ruleset(self.mirrors, taps)
+            if rules != self._mirror_rules:
+                await trio.to_thread.run_sync(mirrors.load, self._stack.programs["nft"], rules)
+                self._mirror_rules = rules
+
+    async def _keep_mirrors(self) -> None:
+        """As `_load_mirrors`, where TAPs come or go: these must not fail because of a mirror."""
+        if not self.mirrors and self._mirror_rules == mirrors.NONE:
+            return
+        try:
+            await self._load_mirrors()
+        except HelperError as exc:
+            logger.warning("mirrors are not as they should be: %s", exc)
+
     async def _come_into_force(self, *changes: Changes) -> None:
         """Returns once no packet is treated any more as it was before the changes. Nothing that is new waits here: it
         is told by `ovn-installed`."""
@@ -828,6 +883,11 @@ class Fabric:
         except InvalidSpecError as exc:
             balancers = self.balancers
             failures.append((_BALANCERS, exc))
+        try:
+            copied = parse_mirrors(request.mirrors)
+        except InvalidSpecError as exc:
+            copied = self.mirrors
+            failures.append((_MIRRORS, exc))
 
         async def apply_network(spec: NetworkSpec, network: Network) -> None:
             try:
@@ -837,6 +897,8 @@ class Fabric:
 
         async with self._gate.exclusive():
             with trio.CancelScope(shield=True):
+                # Before endpoints come: nothing of theirs passes uncopied.
+                self.mirrors = copied
                 removed = await self._remove_others(request)
                 await self._apply_uplink(uplink)
                 async with trio.open_nursery() as nursery:
@@ -852,6 +914,10 @@ class Fabric:
                 self._enter_balancers(balancers)
                 await self._stack.nb.transact(self._balancer_rows())
                 endpoints = await self._apply_all(request.endpoints, failures)
+                try:
+                    await self._load_mirrors()
+                except HelperError as exc:
+                    failures.append((_MIRRORS, exc))
 
         async def settle(endpoint: EndpointState) -> None:
             try:

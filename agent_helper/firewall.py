@@ -222,15 +222,18 @@ def _block(head: str, *lines: str) -> list[str]:
     return [f"  {head} {{", *(f"    {line}" for line in lines), "  }"]
 
 
-def load(nft: str, text: str) -> None:
+def load(nft: str, text: str, *, needs: str = "nf_tables, nf_nat, tproxy") -> None:
     """Has nft(8) take the ruleset, in the calling thread's network namespace. Blocks for some milliseconds.
+
+    Args:
+        needs: what of the kernel the ruleset uses, for the error.
 
     Raises:
         HelperError: it refused; nothing was changed.
     """
     done = subprocess.run([nft, "-f", "-"], input=text, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise HelperError(f"nft refused the rules (does the kernel have nf_tables, nf_nat, tproxy?): {done.stderr}")
+        raise HelperError(f"nft refused the rules (does the kernel have {needs}?): {done.stderr}")
 
 
 def remove(nft: str) -> None:

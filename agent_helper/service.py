@@ -117,7 +117,7 @@ class HelperService(HelperServiceBase):
         if TRACE_PROGRAM in self._stack.programs:
             features.append(HelperFeature.TRACE)
         features.append(HelperFeature.BALANCERS)
-        features.append(HelperFeature.CAPTURE)
+        features += [HelperFeature.CAPTURE, HelperFeature.MIRRORS]
         if self._stack.kernel_datapath:
             features.append(HelperFeature.KERNEL_DATAPATH)
         return GetInfoResponse(
