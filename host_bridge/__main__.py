@@ -27,6 +27,7 @@ from host_bridge.errors import InvalidError, StateError
 from host_bridge.fabric import Fabric
 from host_bridge.host_addresses import HostAddresses, host_networks
 from host_bridge.ipam import parse_address as parse_ip
+from host_bridge.mirror.api import MirrorApi
 from host_bridge.policy.api import PolicyApi
 from host_bridge.ports import PortPublisher
 from host_bridge.qos.api import QosApi
@@ -164,7 +165,7 @@ async def serve(
             balancer_ports = _balancer_ports(fabric.desired, publisher)
             services.append(BalancerApi(fabric, balancer_ports))
             services.append(TraceApi(ConnectionTracer(fabric, publisher, balancer_ports)))
-            services.append(CaptureApi(fabric))
+            services += [CaptureApi(fabric), MirrorApi(fabric)]
             server = Server(services)
             async with trio.open_nursery() as nursery:
                 await nursery.start(fabric.run)

@@ -24,6 +24,7 @@ _COMMANDS = {
     "policy": ("host_bridge.commands.policy", "policy", "Which connections may pass."),
     "qos": ("host_bridge.commands.qos", "qos", "How much guests may send and receive."),
     "capture": ("host_bridge.commands.capture", "capture", "The packets of a guest, live."),
+    "mirror": ("host_bridge.commands.mirror", "mirror", "Copies of a guest's packets for another guest."),
     "status": ("host_bridge.commands.status", "status", "How every component and link is."),
     "trace": ("host_bridge.commands.trace", "trace", "Whether and why a connection would pass."),
     "topology": ("host_bridge.commands.topology", "topology", "The fabric as a tree, a page or a drawing."),

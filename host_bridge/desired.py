@@ -43,6 +43,7 @@ from host_bridge.errors import (
     TakenError,
     UnsupportedDriverError,
 )
+from host_bridge.mirror.state import MirrorState
 from host_bridge.model import (
     BRIDGE_DRIVER,
     DEFAULT_NETWORK,
@@ -132,6 +133,7 @@ class DesiredState:
         policies: which connections may pass.
         qos: how much guests may send and receive.
         balancers: the load balancers.
+        mirrors: copies of what guests send and receive.
     """
 
     def __init__(self, store: Store, *, host_networks: Callable[[], Iterable[ipam.Subnet]] = _no_networks) -> None:
@@ -139,6 +141,7 @@ class DesiredState:
         self.policies = PolicyState(store)
         self.qos = QosState(store)
         self.balancers = BalancerState(store)
+        self.mirrors = MirrorState(store)
         self._host_networks = host_networks
         # The next number of a guest's interfaces, by prefix.
         self._interfaces: dict[str, dict[str, int]] = {}
@@ -495,6 +498,7 @@ class DesiredState:
             self._store.delete_guest(guest.id)
             if not self._store.is_container(guest.id):  # which only stops, and comes back with what is said of it
                 self._store.delete_qos(guest_id=guest.id)
+                self._store.delete_mirrors_of(guest.id)
         self._interfaces.pop(guest.id, None)
         return guest, endpoints
 
@@ -665,12 +669,14 @@ class DesiredState:
                 raise NotConnectedError(guest.name, network.name, guest.id)
             self._store.delete_endpoint(endpoint.id)
             self._store.delete_qos(network_id=network.id, guest_id=guest.id)
+            self._store.delete_mirrors_of(guest.id, network.id)
         return endpoint
 
     def forget_connection(self, network_id: str, guest_id: str) -> None:
         """Forgets what is said of a container on a network that it was taken off while it did not run."""
         with self._store.change():
             self._store.delete_qos(network_id=network_id, guest_id=guest_id)
+            self._store.delete_mirrors_of(guest_id, network_id)
 
     def remove_pending(self) -> int:
         """Removes networks and endpoints that a bridge that was killed had not finished; returns how many."""

@@ -30,9 +30,10 @@ from host_bridge.errors import (
 )
 from host_bridge.events import EventBus, EventKind
 from host_bridge.guest_peer import RESOLVER_KEY, GuestPeer
-from host_bridge.helper_peer import BALANCERS_KEY, POLICY_KEY, UPLINK_KEY, HelperPeer, network_key
+from host_bridge.helper_peer import BALANCERS_KEY, MIRRORS_KEY, POLICY_KEY, UPLINK_KEY, HelperPeer, network_key
 from host_bridge.host_addresses import HostAddresses
 from host_bridge.links import AnyGuest, CardLink, DataLink
+from host_bridge.mirror.tables import MirrorRecord
 from host_bridge.model import (
     EndpointOptions,
     EndpointRecord,
@@ -126,6 +127,7 @@ class Fabric:
             on_policy_logged=self.policy_log.add,
             upstreams=upstreams,
             balancers=desired.balancers,
+            mirrors=desired.mirrors,
             **self._callbacks(lambda: self.helper),
         )
         self.guests: dict[str, AnyGuest] = {}
@@ -356,6 +358,42 @@ class Fabric:
             return self.helper.too_old_for_balancers
         return "" if self.helper.has(BALANCERS_KEY) else self.helper.waits_for(BALANCERS_KEY)
 
+    # Mirrors
+
+    async def add_mirror(self, mirror: MirrorRecord, source_label: str, target_label: str) -> str:
+        """Adds a mirror, as `MirrorState.add`; returns why it is not in force yet, for people.
+
+        Raises:
+            InvalidError, PreconditionError: nothing was changed.
+        """
+        if self.helper.lacks_mirrors:
+            raise PreconditionError(self.helper.too_old_for_mirrors)
+        self.desired.mirrors.add(mirror, source_label, target_label)
+        logger.info("mirror of %s to %s: %s", source_label, target_label, mirror.direction)
+        return await self._until_mirrored()
+
+    async def remove_mirror(self, mirror: MirrorRecord, label: str) -> str:
+        """Removes a mirror, as `MirrorState.remove`; returns why that is not so yet at the helper, for people.
+
+        Raises:
+            MirrorNotFoundError: there is none.
+        """
+        self.desired.mirrors.remove(mirror.source, mirror.target, label)
+        logger.info("mirror %s: removed", label)
+        return "" if self.helper.lacks_mirrors else await self._until_mirrored()
+
+    async def _until_mirrored(self) -> str:
+        self.helper.touch(MIRRORS_KEY)
+        return await self._until_helper_has(MIRRORS_KEY)
+
+    def mirrors_pending(self) -> str:
+        """Why the mirrors are not in force, for people; empty when they are."""
+        if not self.desired.mirrors.records():
+            return ""
+        if self.helper.lacks_mirrors:
+            return self.helper.too_old_for_mirrors
+        return "" if self.helper.has(MIRRORS_KEY) else self.helper.waits_for(MIRRORS_KEY)
+
     # Guests
 
     async def register_guest(
@@ -467,6 +505,7 @@ class Fabric:
         assert connected is not None
         self._emit("endpoint-connect", connected)
         await self._rebalance()
+        await self._mirror_again()
         return connected
 
     async def disconnect(self, network: str, guest: str) -> EndpointRecord:
@@ -486,6 +525,12 @@ class Fabric:
             self.helper.touch(BALANCERS_KEY)
             with trio.move_on_after(self.timing.settle):
                 await self.helper.changes.until(BALANCERS_KEY, lambda: self.helper.settled(BALANCERS_KEY))
+
+    async def _mirror_again(self) -> None:
+        """Has who is there now be copied from and to; waits a little for it."""
+        if self.desired.mirrors.records():
+            with trio.move_on_after(self.timing.settle):
+                await self.helper.changes.until(MIRRORS_KEY, lambda: self.helper.settled(MIRRORS_KEY))
 
     def _stream_wanted(self, wanted: StreamWanted) -> None:
         if self.on_stream_wanted is not None:
@@ -685,9 +730,10 @@ class Fabric:
         return link
 
     def _touch_others(self, endpoint: EndpointRecord) -> None:
-        """Tells who goes by this endpoint: load balancers, and the guests that have a link to it on the default bridge,
-        whose /etc/hosts has its address."""
+        """Tells who goes by this endpoint: load balancers, mirrors, and the guests that have a link to it on the
+        default bridge, whose /etc/hosts has its address."""
         self.helper.touch(BALANCERS_KEY)
+        self.helper.touch(MIRRORS_KEY)
         network = self.desired.store.network(endpoint.network_id)
         if network is None or not network.default_bridge:
             return

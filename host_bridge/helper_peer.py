@@ -15,6 +15,7 @@ from host_bridge.describe import (
     needs_of_network,
     published_ports,
 )
+from host_bridge.mirror.state import MirrorState
 from host_bridge.model import EndpointRecord
 from host_bridge.names import clean_text
 from host_bridge.peer import (
@@ -35,6 +36,7 @@ from taploom.address import Address, HybridAddress
 from taploom.contracts.taploom.helper.v1 import (
     ApplyBalancersRequest,
     ApplyEndpointRequest,
+    ApplyMirrorsRequest,
     ApplyNetworkRequest,
     ApplyPolicyRequest,
     ApplyUplinkRequest,
@@ -72,6 +74,7 @@ from taploom.contracts.taploom.helper.v1 import (
 from taploom.contracts.taploom.helper.v1.rpc import (
     BalancerServiceClient,
     HelperServiceClient,
+    MirrorServiceClient,
     QosServiceClient,
     TraceServiceClient,
 )
@@ -89,6 +92,7 @@ UPLINK_KEY = "uplink"
 STREAMS_KEY = "streams"
 POLICY_KEY = "policy"
 BALANCERS_KEY = "balancers"
+MIRRORS_KEY = "mirrors"
 
 # Objects that are wanted for as long as the agent can do them.
 _LABELS = {
@@ -96,9 +100,18 @@ _LABELS = {
     STREAMS_KEY: "the secret of streams",
     POLICY_KEY: "the policy",
     BALANCERS_KEY: "the load balancers",
+    MIRRORS_KEY: "the mirrors",
 }
 
-HelperObject = Network | Endpoint | Uplink | AuthorizeStreamsRequest | ApplyPolicyRequest | ApplyBalancersRequest
+HelperObject = (
+    Network
+    | Endpoint
+    | Uplink
+    | AuthorizeStreamsRequest
+    | ApplyPolicyRequest
+    | ApplyBalancersRequest
+    | ApplyMirrorsRequest
+)
 
 
 def network_key(network_id: str) -> str:
@@ -120,6 +133,7 @@ class HelperPeer(Peer[HelperObject]):
         qos: how much guests may send and receive.
         on_policy_logged: called when a rule that is to be told of has matched.
         balancers: the load balancers.
+        mirrors: copies of what guests send and receive.
         upstreams: DNS servers for names that no network knows, as DHCP tells them.
         options: see `Peer`.
 
@@ -145,6 +159,7 @@ class HelperPeer(Peer[HelperObject]):
         qos: QosState,
         on_policy_logged: Callable[[PolicyLogged], None],
         balancers: BalancerState,
+        mirrors: MirrorState,
         upstreams: Sequence[str] = (),
         **options: Any,
     ) -> None:
@@ -161,6 +176,7 @@ class HelperPeer(Peer[HelperObject]):
         self._qos = qos
         self._on_policy_logged = on_policy_logged
         self._balancers = balancers
+        self._mirrors = mirrors
         self._client: HelperServiceClient | None = None
         self._channel: Channel | None = None
 
@@ -225,6 +241,16 @@ class HelperPeer(Peer[HelperObject]):
         return self.too_old("to limit rates")
 
     @property
+    def lacks_mirrors(self) -> bool:
+        """Whether the agent answers and copies nothing."""
+        return self.lacks(HelperFeature.MIRRORS)
+
+    @property
+    def too_old_for_mirrors(self) -> str:
+        """What to do about such an agent."""
+        return self.too_old("to copy what guests send and receive")
+
+    @property
     def lacks_trace(self) -> bool:
         """Whether the agent answers and cannot follow packets."""
         return self.connected and self.info is not None and not self._can(HelperFeature.TRACE)
@@ -272,6 +298,8 @@ class HelperPeer(Peer[HelperObject]):
             if not self._can(HelperFeature.BALANCERS):
                 return None
             return ApplyBalancersRequest(balancers=self._balancers.message)
+        if key == MIRRORS_KEY:
+            return self._mirrors.message() if self._can(HelperFeature.MIRRORS) else None
         if key.startswith(_NETWORK):
             network = self._store.network(key.removeprefix(_NETWORK))
             if network is None or not network.switched or self._lacking(key):
@@ -339,7 +367,7 @@ class HelperPeer(Peer[HelperObject]):
     def wanted_keys(self) -> Iterable[str]:
         networks = [network_key(network.id) for network in self._store.networks()]
         endpoints = [endpoint.id for endpoint in self._store.endpoints()]
-        return [STREAMS_KEY, UPLINK_KEY, POLICY_KEY, BALANCERS_KEY, *networks, *endpoints]
+        return [STREAMS_KEY, UPLINK_KEY, POLICY_KEY, BALANCERS_KEY, MIRRORS_KEY, *networks, *endpoints]
 
     def in_snapshot(self, key: str) -> bool:
         return key != STREAMS_KEY
@@ -368,10 +396,12 @@ class HelperPeer(Peer[HelperObject]):
         uplink = snapshot.get(UPLINK_KEY)
         policy = snapshot.get(POLICY_KEY)
         balancers = snapshot.get(BALANCERS_KEY)
+        mirrors = snapshot.get(MIRRORS_KEY)
         request = SyncRequest(
             uplink=uplink if isinstance(uplink, Uplink) else None,
             policy=policy.policy if isinstance(policy, ApplyPolicyRequest) else None,
             balancers=balancers.balancers if isinstance(balancers, ApplyBalancersRequest) else None,
+            mirrors=mirrors.mirrors if isinstance(mirrors, ApplyMirrorsRequest) else None,
             networks=[one for one in snapshot.values() if isinstance(one, Network)],
             endpoints=[one for one in snapshot.values() if isinstance(one, Endpoint)],
         )
@@ -397,6 +427,8 @@ class HelperPeer(Peer[HelperObject]):
             await self._apply_policy(description, within)
         elif isinstance(description, ApplyBalancersRequest):
             await self.balancer_client.apply_balancers(description, timeout=within)
+        elif isinstance(description, ApplyMirrorsRequest):
+            await self._apply_mirrors(description, within)
         else:
             request = ApplyEndpointRequest(endpoint=description, link_secret=secret or b"")
             await self.client.apply_endpoint(request, timeout=within)
@@ -413,6 +445,11 @@ class HelperPeer(Peer[HelperObject]):
             endpoint = Endpoint.parse(was)
             endpoint.policy = member if bytes(member) else None
             self._applied[key] = bytes(endpoint)
+
+    async def _apply_mirrors(self, request: ApplyMirrorsRequest, within: float) -> None:
+        if self._channel is None:
+            raise RpcError(StatusCode.UNAVAILABLE, self.problem or "the helper is not connected")
+        await MirrorServiceClient(self._channel).apply_mirrors(request, timeout=within)
 
     async def policy_counters(self, rule_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
         """Packets and bytes of rules."""

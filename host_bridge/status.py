@@ -15,7 +15,7 @@ import trio
 from host_bridge.card import CardGuest
 from host_bridge.fabric import Fabric
 from host_bridge.guest_peer import RESOLVER_KEY, GuestPeer
-from host_bridge.helper_peer import BALANCERS_KEY, POLICY_KEY, STREAMS_KEY, UPLINK_KEY, network_key
+from host_bridge.helper_peer import BALANCERS_KEY, MIRRORS_KEY, POLICY_KEY, STREAMS_KEY, UPLINK_KEY, network_key
 from host_bridge.links import AnyGuest, DataLink
 from host_bridge.model import EndpointRecord
 from host_bridge.names import clean_text
@@ -46,7 +46,7 @@ _DAEMON_STATES = {
 }
 
 # What a peer is given besides networks and endpoints.
-_OF_THE_WHOLE = frozenset({RESOLVER_KEY, UPLINK_KEY, STREAMS_KEY, POLICY_KEY, BALANCERS_KEY})
+_OF_THE_WHOLE = frozenset({RESOLVER_KEY, UPLINK_KEY, STREAMS_KEY, POLICY_KEY, BALANCERS_KEY, MIRRORS_KEY})
 
 T = TypeVar("T")
 
@@ -258,6 +258,9 @@ class StatusReader:
         if fabric.helper.lacks_balancers and fabric.desired.balancers.balancers:
             reason = fabric.helper.too_old_for_balancers
             pending.append(Pending(subject="the load balancers", reason=reason, since=fabric.helper.since))
+        if fabric.helper.lacks_mirrors and fabric.desired.mirrors.records():
+            reason = fabric.helper.too_old_for_mirrors
+            pending.append(Pending(subject="the mirrors", reason=reason, since=fabric.helper.since))
         limited = fabric.qos_pending()
         if limited:
             pending.append(Pending(subject="the limits", reason=limited, since=fabric.helper.since))

@@ -27,6 +27,7 @@ from typing import Any
 from host_bridge import ipam
 from host_bridge.balancer import tables as balancer_tables
 from host_bridge.errors import GuestNotFoundError, NameInUseError, StateError
+from host_bridge.mirror import tables as mirror_tables
 from host_bridge.model import (
     ContainerRecord,
     EndpointRecord,
@@ -214,10 +215,11 @@ MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (
     create_tables,
     create_qos,
     balancer_tables.create_tables,
+    mirror_tables.create_table,
 )
 
 
-class Store(PolicyTables, QosTable, balancer_tables.BalancerTables):
+class Store(PolicyTables, QosTable, balancer_tables.BalancerTables, mirror_tables.MirrorTable):
     """The database and the lock on its directory.
 
     All methods are synchronous and for one thread: a commit takes well under a millisecond plus one fsync.
@@ -689,6 +691,7 @@ class Store(PolicyTables, QosTable, balancer_tables.BalancerTables):
         with self._within():
             self._run("DELETE FROM containers WHERE id = ?", container_id)
             self.delete_qos(guest_id=container_id)
+            self.delete_mirrors_of(container_id)
 
     def containers(self) -> list[ContainerRecord]:
         """All containers in order of their names."""

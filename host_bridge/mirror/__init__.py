@@ -1,0 +1,1 @@
+"""Copies of what guests send and receive, for other guests."""
