@@ -122,6 +122,7 @@ CONSUMERS: tuple[Consumer, ...] = (
             useful("NET_SCH_HTB NET_SCH_INGRESS NET_CLS_ACT NET_ACT_POLICE", "bandwidth limits"),
             useful("NF_CONNTRACK_TIMEOUT", "idle times per kind of connection"),
             useful("IPV6_MULTIPLE_TABLES IP_MULTIPLE_TABLES", "policy routing"),
+            useful("NF_TABLES_NETDEV NETFILTER_EGRESS NFT_DUP_NETDEV", "mirrors"),
         ),
     ),
     Consumer(

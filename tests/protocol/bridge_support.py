@@ -19,6 +19,7 @@ from host_bridge.balancer.publishing import BalancerPorts
 from host_bridge.desired import DesiredState
 from host_bridge.fabric import Fabric, Timing
 from host_bridge.host_addresses import HostAddresses
+from host_bridge.mirror.api import MirrorApi
 from host_bridge.policy.api import PolicyApi
 from host_bridge.ports import PortPublisher
 from host_bridge.qos.api import QosApi
@@ -26,6 +27,7 @@ from host_bridge.store import Store
 from taploom.address import UnixAddress, connect, open_listener
 from taploom.contracts.taploom.bridge.v1.rpc import (
     BalancerServiceClient,
+    MirrorServiceClient,
     NetworkServiceClient,
     PolicyServiceClient,
     QosServiceClient,
@@ -37,6 +39,7 @@ from taploom.contracts.taploom.guest.v1.rpc import GuestServiceBase
 from taploom.contracts.taploom.helper import v1 as helper
 from taploom.contracts.taploom.helper.v1.rpc import BalancerServiceBase as HelperBalancerServiceBase
 from taploom.contracts.taploom.helper.v1.rpc import HelperServiceBase
+from taploom.contracts.taploom.helper.v1.rpc import MirrorServiceBase as HelperMirrorServiceBase
 from taploom.contracts.taploom.link.v1 import LinkCounters, LinkFeature, LinkHello, LinkRefusal, StreamTarget
 from taploom.link import open_dataplane
 from taploom.link.handshake import HandshakeError, negotiate, ready, receive_message, refused
@@ -338,6 +341,22 @@ class FakeBalancers(HelperBalancerServiceBase):
         return helper.ListBackendsResponse(backends=statuses)
 
 
+class FakeMirrors(HelperMirrorServiceBase):
+    """The helper's mirrors."""
+
+    def __init__(self, agent: FakeHelper) -> None:
+        self._agent = agent
+
+    async def apply_mirrors(
+        self, request: helper.ApplyMirrorsRequest, context: ServerContext
+    ) -> helper.ApplyMirrorsResponse:
+        await self._agent._called("ApplyMirrors")
+        assert request.mirrors is not None
+        self._agent.mirrors = request.mirrors
+        self._agent.changed.unpark_all()
+        return helper.ApplyMirrorsResponse()
+
+
 class FakeHelper(FakeAgent, HelperServiceBase):
     """The helper's agent: networks and endpoints in dictionaries."""
 
@@ -354,7 +373,8 @@ class FakeHelper(FakeAgent, HelperServiceBase):
         self.policy = helper.Policy()
         self.counters: dict[str, tuple[int, int]] = {}
         self.balancers = helper.Balancers()
-        self.services = [FakeBalancers(self)]
+        self.mirrors = helper.Mirrors()
+        self.services = [FakeBalancers(self), FakeMirrors(self)]
 
     @property
     def created(self) -> dict[str, helper.Network]:
@@ -521,6 +541,7 @@ class FakeHelper(FakeAgent, HelperServiceBase):
         self.endpoints, self.networks, self.uplink = wanted, networks, request.uplink
         self.policy = request.policy or helper.Policy()
         self.balancers = request.balancers or helper.Balancers()
+        self.mirrors = request.mirrors or helper.Mirrors()
         self.close_links_of_removed()
         self.changed.unpark_all()
         return helper.SyncResponse(
@@ -553,6 +574,7 @@ class Rig:
         self.policies: PolicyServiceClient
         self.balancers: BalancerServiceClient
         self.qos: QosServiceClient
+        self.mirrors: MirrorServiceClient
 
     async def guest(self, name: str, *, register: bool = True, run: bool = True) -> FakeGuest:
         """Another guest; registered, and connected when this returns, unless said otherwise."""
@@ -605,7 +627,7 @@ async def open_rig(
                     host_addresses=host_addresses,
                 )
                 socket = UnixAddress(f"{directory}/bridge/api.sock")
-                apis = (NetworkApi, GuestApi, StatusApi, PolicyApi, QosApi)
+                apis = (NetworkApi, GuestApi, StatusApi, PolicyApi, QosApi, MirrorApi)
                 publisher = PortPublisher(rig.fabric.helper, dataplane, is_gateway=lambda _address: False)
                 balancers = BalancerApi(rig.fabric, BalancerPorts(publisher, lambda _name: ()))
                 server = Server([*(api(rig.fabric) for api in apis), balancers])
@@ -618,6 +640,7 @@ async def open_rig(
                     rig.policies = PolicyServiceClient(channel)
                     rig.balancers = BalancerServiceClient(channel)
                     rig.qos = QosServiceClient(channel)
+                    rig.mirrors = MirrorServiceClient(channel)
                     if run_helper:
                         await rig.until(lambda: rig.fabric.helper.connected and "Sync" in rig.helper.calls)
                     yield rig
