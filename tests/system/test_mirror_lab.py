@@ -18,6 +18,7 @@ from test_policy_lab import rows
 
 pytestmark = pytest.mark.system
 
+WEB, DB, IDS, GATEWAY = "10.77.0.2", "10.77.0.3", "10.77.1.2", "10.77.1.1"  # the gateway is that of watch
 PORT, END = "5001", "5002"
 SNIFFER = str(Path(__file__).with_name("sniff_frames.py"))
 # Sends what it is sent back, for one connection.
@@ -50,10 +51,11 @@ with socket.socket(sock.family, socket.SOCK_DGRAM) as marker:
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Fabric]:
     with fabric("web", "db", "ids") as lab:
-        for network, *guests in (("app", "web", "db"), ("watch", "ids")):
-            lab.run("network", "create", network, "--ipv6")
+        for number, (network, *guests) in enumerate((("app", "web", "db"), ("watch", "ids"))):
+            lab.run("network", "create", network, "--subnet", f"10.77.{number}.0/24", "--ipv6")
             for guest in guests:
                 lab.run("network", "connect", network, guest)
+        assert (lab.address("web", "app"), lab.address("db", "app"), lab.address("ids", "watch")) == (WEB, DB, IDS)
         yield lab
 
 
@@ -71,12 +73,11 @@ def echoes(lab: Fabric, count: int, pings: int = 3) -> list[str]:
     assert sniffing.stdout is not None
     try:
         until(lambda: "listening" in (sniffing.stdout.readline() if sniffing.stdout else ""), "tcpdump listens")
-        lab.in_guest("web", "ping", "-n", f"-c{pings}", "-i0.1", lab.address("db", "app"))
+        lab.in_guest("web", "ping", "-n", f"-c{pings}", "-i0.1", DB)
         # One that nobody copies: when it is there, all before it are.
-        lab.in_guest("ids", "ping", "-n", "-c1", lab.json("network", "inspect", "watch")["gateways"][0])
-        own = lab.address("ids", "watch")
+        lab.in_guest("ids", "ping", "-n", "-c1", GATEWAY)
         found: list[str] = []
-        while (line := sniffing.stdout.readline()) and f"IP {own} >" not in line:
+        while (line := sniffing.stdout.readline()) and f"IP {IDS} > {GATEWAY}:" not in line:
             found.append(line)
     finally:
         sniffing.kill()
@@ -107,9 +108,8 @@ def test_exact_copies(lab: Fabric) -> None:
     assert "taploom_mirrors" not in ruleset(lab)
     echoes(lab, 0)
     lab.run("mirror", "add", "web", "--to", "ids")
-    web, db = lab.address("web", "app"), lab.address("db", "app")
     lines = echoes(lab, 6)
-    requests = [line for line in lines if f"IP {web} > {db}: ICMP echo request" in line]
+    requests = [line for line in lines if f"IP {WEB} > {DB}: ICMP echo request" in line]
     assert len(requests) == 3
     assert rows(lab) == before, "OVN knows of nothing"
     assert lab.json("mirror", "ls")["mirrors"] == [
@@ -182,7 +182,6 @@ def test_refusals(lab: Fabric) -> None:
 
 def test_kill_everything(lab: Fabric) -> None:
     lab.run("mirror", "add", "web", "--to", "ids")
-    db = lab.address("db", "app")
     for victim in ("bridge", "ovs-vswitchd", "ovsdb-server", "ovn-controller", "disk"):
         if victim in ("bridge", "disk"):
             pid = lab.processes()["helper" if victim == "disk" else victim]["pid"]
@@ -192,7 +191,7 @@ def test_kill_everything(lab: Fabric) -> None:
         if victim == "disk":
             shutil.rmtree(lab.path / "helper" / "state", ignore_errors=True)
         lab.until_converged()
-        lab.until_answers("web", db)
+        lab.until_answers("web", DB)
         echoes(lab, 4, pings=2)
     # A helper that nobody tells anything copies nothing: what a run before has left is not there any more.
     bridge, helper = (lab.processes()[name]["pid"] for name in ("bridge", "helper"))
@@ -205,7 +204,7 @@ def test_kill_everything(lab: Fabric) -> None:
     finally:
         os.kill(bridge, signal.SIGCONT)
     lab.until_converged()
-    lab.until_answers("web", db)
+    lab.until_answers("web", DB)
     echoes(lab, 4, pings=2)
     lab.run("mirror", "rm", "web", "--to", "ids")
     assert "taploom_mirrors" not in ruleset(lab)

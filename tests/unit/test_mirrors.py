@@ -14,6 +14,7 @@ from host_bridge.desired import DesiredState
 from host_bridge.errors import InvalidError, PreconditionError
 from host_bridge.mirror.state import BOTH, IN, MirrorNotFoundError
 from host_bridge.mirror.tables import MirrorRecord, Place
+from host_bridge.model import ContainerRecord
 from host_bridge.store import Store
 from taploom.contracts.taploom.helper.v1 import Mirror, MirrorDirection, Mirrors
 
@@ -129,3 +130,24 @@ def test_what_goes_with_what(desired: DesiredState) -> None:
         desired.disconnect("app", name)
     assert mirrors.records() == []
     assert mirrors.message().mirrors is not None
+
+
+def test_a_container_that_stops_keeps_them(desired: DesiredState) -> None:
+    web, ids = place(desired, "app", "web"), place(desired, "app", "ids")
+    guest = desired.find_guest("web")
+    desired.store.insert_container(ContainerRecord(guest.id, "web", guest.created_at, {}, {}))
+    desired.mirrors.add(MirrorRecord(web, ids, BOTH), "web", "ids")
+    desired.remove_guest("web")
+    assert len(desired.mirrors.records()) == 1
+    told = desired.mirrors.message().mirrors
+    assert told is not None
+    assert told.mirrors == []
+    with pytest.raises(PreconditionError, match="ids receives copies"):
+        desired.mirrors.add(MirrorRecord(ids, place(desired, "app", "db"), BOTH), "ids", "db")
+    desired.store.delete_container(guest.id)
+    assert desired.mirrors.records() == []
+    # Taken off the network while it does not run.
+    desired.store.insert_container(ContainerRecord(guest.id, "web", guest.created_at, {}, {}))
+    desired.mirrors.add(MirrorRecord(web, ids, BOTH), "web", "ids")
+    desired.forget_connection(*web)
+    assert desired.mirrors.records() == []
