@@ -170,7 +170,7 @@ class Fabric:
         async def clear_mirrors() -> None:
             try:
                 await trio.to_thread.run_sync(mirrors.load, self._stack.programs["nft"], mirrors.NONE)
-            except HelperError as exc:  # a kernel that cannot have any; who applies one is told
+            except (HelperError, OSError) as exc:  # a kernel that cannot have any; who applies one is told
                 logger.debug("mirrors: %s", exc)
 
         await _together(self.kernel.clear, clear_mirrors)
@@ -843,7 +843,7 @@ class Fabric:
             return
         try:
             await self._load_mirrors()
-        except HelperError as exc:
+        except (HelperError, OSError) as exc:
             logger.warning("mirrors are not as they should be: %s", exc)
 
     async def _come_into_force(self, *changes: Changes) -> None:
@@ -916,8 +916,8 @@ class Fabric:
                 endpoints = await self._apply_all(request.endpoints, failures)
                 try:
                     await self._load_mirrors()
-                except HelperError as exc:
-                    failures.append((_MIRRORS, exc))
+                except (HelperError, OSError) as exc:
+                    failures.append((_MIRRORS, exc if isinstance(exc, HelperError) else HelperError(str(exc))))
 
         async def settle(endpoint: EndpointState) -> None:
             try:

@@ -37,7 +37,7 @@ from taploom.contracts.taploom.helper.v1 import (
     Network,
     Uplink,
 )
-from taploom.contracts.taploom.helper.v1.rpc import BalancerServiceClient, HelperServiceClient
+from taploom.contracts.taploom.helper.v1.rpc import BalancerServiceClient, HelperServiceClient, MirrorServiceClient
 from taploom.contracts.taploom.link.v1 import LinkFeature
 from taploom.link import Dataplane, Tap, dial_link, new_secret, open_dataplane
 from taploom.rpc import RpcError, open_channel
@@ -199,6 +199,7 @@ class Rig:
     process: subprocess.Popen[bytes] | None = None
     client: HelperServiceClient = field(init=False)
     balancers: BalancerServiceClient = field(init=False)
+    mirrors: MirrorServiceClient = field(init=False)
     guests: list[Guest] = field(default_factory=list)
     _channel_scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
@@ -238,6 +239,7 @@ class Rig:
             async with open_channel(stream) as channel:
                 self.client = HelperServiceClient(channel)
                 self.balancers = BalancerServiceClient(channel)
+                self.mirrors = MirrorServiceClient(channel)
                 task_status.started()
                 await channel.wait_closed()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,10 +23,13 @@ from system import test_helper_rig as rig
 from images.common.cache import file_sha256
 from lab.vm.machine import Drive, Machine, running
 from taploom.contracts.taploom.helper.v1 import (
+    ApplyMirrorsRequest,
     ApplyUplinkRequest,
     GetInfoRequest,
     HelperFeature,
     ListEndpointsRequest,
+    Mirror,
+    Mirrors,
 )
 
 MEMORY = 1024  # MiB
@@ -147,6 +152,50 @@ def test_tcp_passes_whole_with_offloads_and_large_frames(helper: HelperVm, porta
     portal.call(body)
 
 
+def test_mirrors_copy_what_passes(helper: HelperVm, portal: Portal) -> None:
+    """By the image's kernel and nft, beside the kernel's data path: what the receiver has is what the source has."""
+
+    async def body() -> None:
+        await helper.apply(rig.network(7), rig.network(8))
+        web = await helper.guest(rig.endpoint(7, 2, "web"))
+        db = await helper.guest(rig.endpoint(7, 3, "db"))
+        ids = await helper.guest(rig.endpoint(8, 2, "ids"))
+        mirror = Mirror(source_endpoint_id="e7-2", target_endpoint_id="e8-2")
+        await helper.mirrors.apply_mirrors(ApplyMirrorsRequest(mirrors=Mirrors(mirrors=[mirror])), timeout=PATIENCE)
+
+        def traffic() -> None:
+            with web.raw() as own, ids.raw() as copied:
+                assert web.ping("10.77.7.3", count=3)
+                # What nobody copies comes last, and large frames are among the copies.
+                assert send_and_receive(web, db, "10.77.7.3", LITTLE) == "same"
+                assert ids.ping("10.77.8.1")
+                here, there = frames(own, "10.77.7.3"), frames(copied, "10.77.7.3")
+            assert len([frame for frame in here if frame[23] == socket.IPPROTO_ICMP]) == 6
+            assert max(map(len, here)) > 1514
+            assert sorted(there) == sorted(here)
+
+        await trio.to_thread.run_sync(traffic)
+        await helper.mirrors.apply_mirrors(ApplyMirrorsRequest(mirrors=Mirrors()), timeout=PATIENCE)
+        with ids.raw() as copied:
+            await trio.to_thread.run_sync(lambda: web.ping("10.77.7.3") and ids.ping("10.77.8.1"))
+            assert frames(copied, "10.77.7.3") == []
+        for guest in (web, db, ids):
+            await helper.drop(guest)
+
+    portal.call(body)
+
+
+def frames(sock: socket.socket, address: str) -> list[bytes]:
+    """The IPv4 frames that wait in a packet socket and are from or to an address."""
+    found = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            frame = sock.recv(1 << 17)
+            if frame[12:14] == b"\x08\x00" and socket.inet_aton(address) in (frame[26:30], frame[30:34]):
+                found.append(frame)
+    return found
+
+
 def test_the_way_out_is_asked_for_by_dhcp(helper: HelperVm, portal: Portal, outside: Outside) -> None:
     """What leaves the networks has the address that the DHCP server gave the helper."""
 
@@ -176,20 +225,20 @@ def test_the_way_out_is_asked_for_by_dhcp(helper: HelperVm, portal: Portal, outs
     portal.call(body)
 
 
-SIZE = 20_000_000  # bytes
-SERVER = f"""
-import hashlib, socket, sys
+SIZE, LITTLE = 20_000_000, 100_000  # bytes; the little fits into a packet socket's queue
+SERVER = """
+import hashlib, socket, sys; size = int(sys.argv[2])
 s = socket.create_server((sys.argv[1], 5000)); print("listening", flush=True)
 c, _ = s.accept(); h = hashlib.sha256(); n = 0
-while n < {SIZE}:
+while n < size:
     d = c.recv(1 << 20)
     if not d: break
     h.update(d); n += len(d)
 c.sendall(h.digest()); c.close()
 """
-CLIENT = f"""
+CLIENT = """
 import hashlib, random, socket, sys
-d = random.Random(1).randbytes({SIZE})
+d = random.Random(1).randbytes(int(sys.argv[2]))
 s = socket.create_connection((sys.argv[1], 5000), 60); s.settimeout(120); s.sendall(d)
 a = b""
 while len(a) < 32:
@@ -200,14 +249,14 @@ print("same" if a == hashlib.sha256(d).digest() else "different")
 """
 
 
-def send_and_receive(client: rig.Guest, server: rig.Guest, address: str) -> str:
+def send_and_receive(client: rig.Guest, server: rig.Guest, address: str, size: int = SIZE) -> str:
     """What the client says of the digest that the server has sent back of what it got."""
-    argv = ["ip", "netns", "exec", server.netns, sys.executable, "-c", SERVER, address]
+    argv = ["ip", "netns", "exec", server.netns, sys.executable, "-c", SERVER, address, str(size)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline().strip() == "listening"
-            return client.run(sys.executable, "-c", CLIENT, address).strip()
+            return client.run(sys.executable, "-c", CLIENT, address, str(size)).strip()
         finally:
             process.kill()
 
