@@ -34,6 +34,7 @@ from taploom.contracts.taploom.helper.v1 import (
 
 MEMORY = 1024  # MiB
 PATIENCE = 60.0  # s
+SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 TAP, GATEWAY, LEASED, INSIDE = "card", "192.0.2.1", "192.0.2.77", "198.51.100.1"
 
 
@@ -165,6 +166,8 @@ def test_mirrors_copy_what_passes(helper: HelperVm, portal: Portal) -> None:
 
         def traffic() -> None:
             with web.raw() as own, ids.raw() as copied:
+                for one in (own, copied):
+                    one.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 16 << 20)
                 assert web.ping("10.77.7.3", count=3)
                 # What nobody copies comes last, and large frames are among the copies.
                 assert send_and_receive(web, db, "10.77.7.3", LITTLE) == "same"
@@ -225,7 +228,7 @@ def test_the_way_out_is_asked_for_by_dhcp(helper: HelperVm, portal: Portal, outs
     portal.call(body)
 
 
-SIZE, LITTLE = 20_000_000, 100_000  # bytes; the little fits into a packet socket's queue
+SIZE, LITTLE = 20_000_000, 100_000  # bytes
 SERVER = """
 import hashlib, socket, sys; size = int(sys.argv[2])
 s = socket.create_server((sys.argv[1], 5000)); print("listening", flush=True)
