@@ -51,7 +51,7 @@ from host_bridge.qos.model import Said
 from host_bridge.qos.state import Entry
 from taploom.address import Address
 from taploom.contracts.taploom.bridge import v1 as bridge
-from taploom.contracts.taploom.helper.v1 import StreamWanted
+from taploom.contracts.taploom.helper.v1 import HelperFeature, StreamWanted
 from taploom.link import Dataplane, new_secret
 from taploom.rpc import StatusCode
 
@@ -222,8 +222,7 @@ class Fabric:
         Raises:
             InvalidError, PreconditionError: nothing was changed.
         """
-        if self.helper.lacks_policy:
-            raise PreconditionError(self.helper.too_old_for_policy)
+        self._check_helper_can(HelperFeature.POLICY)
         changes = self.desired.policies.apply(source, groups, defaults, prune=prune)
         logger.info(
             "policy: %d groups created, %d updated, %d removed, %d networks' defaults given",
@@ -258,11 +257,18 @@ class Fabric:
             return str(error)
         return ""
 
+    def _check_helper_can(self, feature: HelperFeature) -> None:
+        lack = self.helper.lack_of(feature)
+        if lack:
+            raise PreconditionError(lack)
+
+    def _pending(self, key: str, feature: HelperFeature) -> str:
+        """Why the helper does not have an object as it is wanted, for people; empty when it has."""
+        return self.helper.lack_of(feature) or ("" if self.helper.has(key) else self.helper.waits_for(key))
+
     def policy_pending(self) -> str:
         """Why the policies are not enforced yet, for people; empty when they are."""
-        if self.helper.lacks_policy:
-            return self.helper.too_old_for_policy
-        return "" if self.helper.has(POLICY_KEY) else self.helper.waits_for(POLICY_KEY)
+        return self._pending(POLICY_KEY, HelperFeature.POLICY)
 
     # Limits
 
@@ -281,8 +287,7 @@ class Fabric:
         Raises:
             InvalidError, NotFoundError, PreconditionError: nothing was changed.
         """
-        if self.helper.lacks_qos:
-            raise PreconditionError(self.helper.too_old_for_qos)
+        self._check_helper_can(HelperFeature.QOS)
         record, guest_id, label = self.desired.find_place(network, guest)
         entry = self.desired.qos.set(record.id, guest_id, said)
         logger.info("limits of %s: changed", label)
@@ -313,9 +318,7 @@ class Fabric:
 
     def qos_pending(self) -> str:
         """Why limits are not in force, for people; empty when they are."""
-        if not self.helper.lacks_qos or not self.desired.qos.entries():
-            return ""
-        return self.helper.too_old_for_qos
+        return self.helper.lack_of(HelperFeature.QOS) if self.desired.qos.entries() else ""
 
     # Load balancers
 
@@ -330,8 +333,7 @@ class Fabric:
         Raises:
             InvalidError, TakenError, PreconditionError, ExhaustedError: nothing was changed.
         """
-        if self.helper.lacks_balancers:
-            raise PreconditionError(self.helper.too_old_for_balancers)
+        self._check_helper_can(HelperFeature.BALANCERS)
         changes = self.desired.balancers.apply(source, balancers, prune=prune, create_only=create_only)
         logger.info(
             "load balancers: %d created, %d updated, %d removed",
@@ -354,9 +356,7 @@ class Fabric:
 
     def balancers_pending(self) -> str:
         """Why the load balancers are not in force yet, for people; empty when they are."""
-        if self.helper.lacks_balancers:
-            return self.helper.too_old_for_balancers
-        return "" if self.helper.has(BALANCERS_KEY) else self.helper.waits_for(BALANCERS_KEY)
+        return self._pending(BALANCERS_KEY, HelperFeature.BALANCERS)
 
     # Mirrors
 
@@ -366,8 +366,7 @@ class Fabric:
         Raises:
             InvalidError, PreconditionError: nothing was changed.
         """
-        if self.helper.lacks_mirrors:
-            raise PreconditionError(self.helper.too_old_for_mirrors)
+        self._check_helper_can(HelperFeature.MIRRORS)
         self.desired.mirrors.add(mirror, source_label, target_label)
         logger.info("mirror of %s to %s: %s", source_label, target_label, mirror.direction)
         return await self._until_mirrored()
@@ -380,7 +379,7 @@ class Fabric:
         """
         self.desired.mirrors.remove(mirror.source, mirror.target, label)
         logger.info("mirror %s: removed", label)
-        return "" if self.helper.lacks_mirrors else await self._until_mirrored()
+        return "" if self.helper.lacks(HelperFeature.MIRRORS) else await self._until_mirrored()
 
     async def _until_mirrored(self) -> str:
         self.helper.touch(MIRRORS_KEY)
@@ -388,11 +387,7 @@ class Fabric:
 
     def mirrors_pending(self) -> str:
         """Why the mirrors are not in force, for people; empty when they are."""
-        if not self.desired.mirrors.records():
-            return ""
-        if self.helper.lacks_mirrors:
-            return self.helper.too_old_for_mirrors
-        return "" if self.helper.has(MIRRORS_KEY) else self.helper.waits_for(MIRRORS_KEY)
+        return self._pending(MIRRORS_KEY, HelperFeature.MIRRORS) if self.desired.mirrors.records() else ""
 
     # Guests
 

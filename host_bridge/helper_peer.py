@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from host_bridge.balancer.state import BalancerState
 from host_bridge.describe import (
@@ -94,6 +94,15 @@ POLICY_KEY = "policy"
 BALANCERS_KEY = "balancers"
 MIRRORS_KEY = "mirrors"
 
+# What an agent that lacks a feature is too old for.
+_TOO_OLD = {
+    HelperFeature.POLICY: "to enforce policies",
+    HelperFeature.BALANCERS: "for load balancers",
+    HelperFeature.QOS: "to limit rates",
+    HelperFeature.MIRRORS: "to copy what guests send and receive",
+    HelperFeature.CAPTURE: "to capture packets",
+}
+
 # Objects that are wanted for as long as the agent can do them.
 _LABELS = {
     UPLINK_KEY: "the uplink",
@@ -102,6 +111,8 @@ _LABELS = {
     BALANCERS_KEY: "the load balancers",
     MIRRORS_KEY: "the mirrors",
 }
+
+C = TypeVar("C")
 
 HelperObject = (
     Network
@@ -210,70 +221,32 @@ class HelperPeer(Peer[HelperObject]):
         """Whether a link may be dialled before the helper has its endpoint."""
         return self._can(HelperFeature.EARLY_LINKS)
 
-    @property
-    def lacks_policy(self) -> bool:
-        """Whether the agent answers and cannot enforce policies: everything would pass."""
-        return self.connected and self.info is not None and not self._can(HelperFeature.POLICY)
-
-    @property
-    def too_old_for_policy(self) -> str:
-        """What to do about such an agent."""
-        version = self.info.version if self.info is not None else "unknown"
-        return f"{self.subject} (version {version}) is too old to enforce policies: update it"
-
     def lacks(self, feature: HelperFeature) -> bool:
         """Whether the agent answers and cannot do that."""
         return self.connected and self.info is not None and not self._can(feature)
 
-    def too_old(self, what: str) -> str:
-        """What to do about an agent that lacks something: `what` it is too old for."""
+    def lack_of(self, feature: HelperFeature) -> str:
+        """What to do about an agent that answers and lacks a feature of `_TOO_OLD`; empty when it does not."""
+        return self._too_old(_TOO_OLD[feature]) if self.lacks(feature) else ""
+
+    def _too_old(self, what: str) -> str:
         version = self.info.version if self.info is not None else "unknown"
         return f"{self.subject} (version {version}) is too old {what}: update it"
 
-    @property
-    def lacks_qos(self) -> bool:
-        """Whether the agent answers and can neither limit nor mark."""
-        return self.lacks(HelperFeature.QOS)
-
-    @property
-    def too_old_for_qos(self) -> str:
-        """What to do about such an agent."""
-        return self.too_old("to limit rates")
-
-    @property
-    def lacks_mirrors(self) -> bool:
-        """Whether the agent answers and copies nothing."""
-        return self.lacks(HelperFeature.MIRRORS)
-
-    @property
-    def too_old_for_mirrors(self) -> str:
-        """What to do about such an agent."""
-        return self.too_old("to copy what guests send and receive")
-
-    @property
-    def lacks_trace(self) -> bool:
-        """Whether the agent answers and cannot follow packets."""
-        return self.connected and self.info is not None and not self._can(HelperFeature.TRACE)
-
-    @property
-    def lacks_balancers(self) -> bool:
-        """Whether the agent answers and has no load balancers."""
-        return self.connected and self.info is not None and not self._can(HelperFeature.BALANCERS)
-
-    @property
-    def too_old_for_balancers(self) -> str:
-        """What to do about such an agent."""
-        version = self.info.version if self.info is not None else "unknown"
-        return f"{self.subject} (version {version}) is too old for load balancers: update it"
+    def _stub(self, kind: Callable[[Channel], C]) -> C:
+        """The stub of a service of its own. RpcError when there is no connection."""
+        if self._channel is None:
+            raise RpcError(StatusCode.UNAVAILABLE, self.problem or "the helper is not connected")
+        return kind(self._channel)
 
     @property
     def balancer_client(self) -> BalancerServiceClient:
         """The stub of what load balancers need. RpcError when there is no connection, or no such service."""
-        if self._channel is None:
-            raise RpcError(StatusCode.UNAVAILABLE, self.problem or "the helper is not connected")
-        if self.lacks_balancers:
-            raise RpcError(StatusCode.UNIMPLEMENTED, self.too_old_for_balancers)
-        return BalancerServiceClient(self._channel)
+        stub = self._stub(BalancerServiceClient)
+        lack = self.lack_of(HelperFeature.BALANCERS)
+        if lack:
+            raise RpcError(StatusCode.UNIMPLEMENTED, lack)
+        return stub
 
     @property
     def tcp_protocol(self) -> StreamProtocol:
@@ -312,7 +285,7 @@ class HelperPeer(Peer[HelperObject]):
         network = self._store.network(endpoint.network_id)
         assert guest is not None and network is not None, "foreign keys"
         policy = self._policies.endpoint_policy(endpoint, guest, network)
-        if policy is not None and (policy.deny_in or policy.deny_out) and self.lacks_policy:
+        if policy is not None and (policy.deny_in or policy.deny_out) and self.lacks(HelperFeature.POLICY):
             return None  # it would be open: see `waits_for`
         if self._lacking(key):
             return None
@@ -332,16 +305,15 @@ class HelperPeer(Peer[HelperObject]):
         """What a helper that answers is too old for, of a network or an endpoint; empty: nothing."""
         if not self.connected or self.info is None:
             return ""
-        version = f"{self.subject} (version {self.info.version}) is too old"
         endpoint = None if key.startswith(_NETWORK) else self._store.endpoint(key)
         network = self._store.network(key.removeprefix(_NETWORK) if endpoint is None else endpoint.network_id)
         if network is None:
             return ""
         if not needs_of_network(network) <= self._features:
-            return f"{version} for what network {network.name} is to do with IPv6 and its gateway: update it"
+            return self._too_old(f"for what network {network.name} is to do with IPv6 and its gateway")
         guest = None if endpoint is None else self._store.guest(endpoint.guest_id)
         if guest is not None and has_dhcp(guest, network) and not self._can(HelperFeature.DHCP):
-            return f"{version} to give addresses by DHCP: update it"
+            return self._too_old("to give addresses by DHCP")
         return ""
 
     @property
@@ -360,8 +332,9 @@ class HelperPeer(Peer[HelperObject]):
         return ApplyPolicyRequest(policy=self._policies.message, endpoints=dict(sorted(members.items())))
 
     def waits_for(self, key: str) -> str:
-        if self.lacks_policy and self.wanted(key) is None and self._store.endpoint(key) is not None:
-            return self.too_old_for_policy
+        lack = self.lack_of(HelperFeature.POLICY)
+        if lack and self.wanted(key) is None and self._store.endpoint(key) is not None:
+            return lack
         return self._lacking(key) or super().waits_for(key)
 
     def wanted_keys(self) -> Iterable[str]:
@@ -447,9 +420,7 @@ class HelperPeer(Peer[HelperObject]):
             self._applied[key] = bytes(endpoint)
 
     async def _apply_mirrors(self, request: ApplyMirrorsRequest, within: float) -> None:
-        if self._channel is None:
-            raise RpcError(StatusCode.UNAVAILABLE, self.problem or "the helper is not connected")
-        await MirrorServiceClient(self._channel).apply_mirrors(request, timeout=within)
+        await self._stub(MirrorServiceClient).apply_mirrors(request, timeout=within)
 
     async def policy_counters(self, rule_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
         """Packets and bytes of rules."""
@@ -470,9 +441,7 @@ class HelperPeer(Peer[HelperObject]):
         Raises:
             RpcError: it cannot be said.
         """
-        if self._channel is None:
-            raise RpcError(StatusCode.UNAVAILABLE, self.problem or "the helper is not connected")
-        return await TraceServiceClient(self._channel).trace_packet(request, timeout=within)
+        return await self._stub(TraceServiceClient).trace_packet(request, timeout=within)
 
     async def backends(self, balancers: Sequence[str]) -> list[BackendStatus]:
         """The backends that the agent has, of these load balancers or of all."""

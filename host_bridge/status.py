@@ -24,7 +24,7 @@ from host_bridge.qos.rates import Measured, QosRates
 from taploom import __version__
 from taploom.contracts.taploom.bridge.v1 import Component, ComponentState, Link, LinkQos, Pending, QosRule, Status
 from taploom.contracts.taploom.guest.v1 import InterfaceStatus
-from taploom.contracts.taploom.helper.v1 import DaemonState, EndpointStatus, GetHealthResponse
+from taploom.contracts.taploom.helper.v1 import DaemonState, EndpointStatus, GetHealthResponse, HelperFeature
 from taploom.contracts.taploom.link.v1 import LinkCounters
 from taploom.rpc import RpcError
 
@@ -252,18 +252,16 @@ class StatusReader:
                 continue
             since = link.since if endpoint.active else endpoint.created_at
             pending.append(Pending(subject=f"endpoint {link.label}", reason=link.waits_for(), since=since))
-        if fabric.helper.lacks_policy and fabric.desired.policies.groups:
-            reason = fabric.helper.too_old_for_policy
-            pending.append(Pending(subject="the policy", reason=reason, since=fabric.helper.since))
-        if fabric.helper.lacks_balancers and fabric.desired.balancers.balancers:
-            reason = fabric.helper.too_old_for_balancers
-            pending.append(Pending(subject="the load balancers", reason=reason, since=fabric.helper.since))
-        if fabric.helper.lacks_mirrors and fabric.desired.mirrors.records():
-            reason = fabric.helper.too_old_for_mirrors
-            pending.append(Pending(subject="the mirrors", reason=reason, since=fabric.helper.since))
-        limited = fabric.qos_pending()
-        if limited:
-            pending.append(Pending(subject="the limits", reason=limited, since=fabric.helper.since))
+        desired = fabric.desired
+        for subject, feature, found in (
+            ("the policy", HelperFeature.POLICY, lambda: desired.policies.groups),
+            ("the load balancers", HelperFeature.BALANCERS, lambda: desired.balancers.balancers),
+            ("the mirrors", HelperFeature.MIRRORS, desired.mirrors.records),
+            ("the limits", HelperFeature.QOS, desired.qos.entries),
+        ):
+            lack = fabric.helper.lack_of(feature)
+            if lack and found():
+                pending.append(Pending(subject=subject, reason=lack, since=fabric.helper.since))
         agents = (peer for peer in fabric.guests.values() if isinstance(peer, GuestPeer))
         peers: list[Peer[Any]] = [fabric.helper, *agents]
         for peer in peers:

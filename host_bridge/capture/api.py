@@ -70,8 +70,9 @@ class CaptureApi(CaptureServiceBase):
         fabric = self._fabric
         if not fabric.helper.connected:
             raise UnavailableError(fabric.helper.problem)
-        if fabric.helper.lacks(helper.HelperFeature.CAPTURE):
-            raise PreconditionError(fabric.helper.too_old("to capture packets"))
+        lack = fabric.helper.lack_of(helper.HelperFeature.CAPTURE)
+        if lack:
+            raise PreconditionError(lack)
         if request.direction not in _DIRECTIONS:
             raise InvalidError("this direction is not known: update the bridge")
         endpoints = self._endpoints(request)

@@ -70,7 +70,7 @@ class ConnectionTracer:
             NotFoundError: there is no such source.
             InvalidError, PreconditionError: it cannot be asked.
         """
-        if self._fabric.helper.lacks_trace:
+        if self._fabric.helper.lacks(helper.HelperFeature.TRACE):
             raise PreconditionError(
                 "the helper is too old to follow packets, or has no ovn-trace: update it (Debian: ovn-common)"
             )

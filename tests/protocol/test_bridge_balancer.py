@@ -75,7 +75,7 @@ async def test_refusals_and_an_old_helper(rig: Rig) -> None:
     rig.helper.features.remove(helper.HelperFeature.BALANCERS)
     rig.helper.version = "0.0.9"
     await rig.nursery.start(rig.helper.run)
-    await rig.until(lambda: rig.fabric.helper.lacks_balancers)
+    await rig.until(lambda: rig.fabric.helper.lacks(helper.HelperFeature.BALANCERS))
     text = "the helper (version 0.0.9) is too old for load balancers: update it"
     await rig.until(lambda: rig.fabric.helper.connected)
     assert [one.reason for one in (await status(rig)).pending if one.subject == "the load balancers"] == [text]

@@ -134,7 +134,7 @@ async def test_an_old_helper(rig: Rig) -> None:
     rig.helper.mirrors = helper.Mirrors()
     rig.helper.version = "0.0.9"
     await rig.nursery.start(rig.helper.run)
-    await rig.until(lambda: rig.fabric.helper.lacks_mirrors)
+    await rig.until(lambda: rig.fabric.helper.lacks(helper.HelperFeature.MIRRORS))
     text = "the helper (version 0.0.9) is too old to copy what guests send and receive: update it"
     with unchanged(rig), refused(StatusCode.FAILED_PRECONDITION, text):
         await add(rig, "db")

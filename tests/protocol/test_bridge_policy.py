@@ -142,7 +142,7 @@ async def test_an_older_helper_is_told_apart(rig: Rig) -> None:
     rig.helper.features.remove(helper.HelperFeature.POLICY)
     rig.helper.version = "0.0.9"
     await rig.nursery.start(rig.helper.run)
-    await rig.until(lambda: rig.fabric.helper.lacks_policy and rig.link("web", "free").up)
+    await rig.until(lambda: rig.fabric.helper.lacks(helper.HelperFeature.POLICY) and rig.link("web", "free").up)
     # Open it would be wrong, so it has no link.
     await rig.until(lambda: endpoint.id not in rig.helper.endpoints and not rig.link("web", "app").up)
     text = "the helper (version 0.0.9) is too old to enforce policies: update it"

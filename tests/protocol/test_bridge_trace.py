@@ -75,7 +75,7 @@ async def test_refusals(rig: Rig, tracer: ConnectionTracer) -> None:
     rig.helper.features.remove(helper.HelperFeature.TRACE)
     await rig.helper.stop()
     await rig.nursery.start(rig.helper.run)
-    await rig.until(lambda: rig.fabric.helper.lacks_trace)
+    await rig.until(lambda: rig.fabric.helper.lacks(helper.HelperFeature.TRACE))
     with pytest.raises(PreconditionError, match="too old to follow packets"):
         await tracer.trace(question("host", "db", "", 80, 0))
 
