@@ -1,27 +1,19 @@
-"""Load balancers as values: what a file says, checked, and what the database holds.
-
-`line` is where something stands in its source, from 1; 0 when that is not known. It is for messages only: the database
-does not keep it, and values that differ in it are equal.
-"""
+"""Load balancers as values: what a file says, checked, and what the database holds."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from host_bridge.policy.model import Selector
+from host_bridge.values import line_field
 
 TCP, UDP = "tcp", "udp"
 PROTOCOLS = (TCP, UDP)
 
 # The label of a container that makes it a backend: this and the load balancer's name.
 LABEL = "taploom.lb."
-
-
-def _line() -> Any:
-    return field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +23,7 @@ class Port:
     port: int
     target: int
     protocol: str = TCP
-    line: int = _line()
+    line: int = line_field()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +32,7 @@ class Backend:
 
     selector: Selector
     target: int = 0
-    line: int = _line()
+    line: int = line_field()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +43,7 @@ class HealthCheck:
     timeout: int = 2
     failures: int = 3
     successes: int = 1
-    line: int = _line()
+    line: int = line_field()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +54,7 @@ class Publish:
     port: int
     protocol: str = TCP
     host_ip: str = ""
-    line: int = _line()
+    line: int = line_field()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +63,7 @@ class Place:
 
     network: str
     address: str = ""
-    line: int = _line()
+    line: int = line_field()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +80,7 @@ class Balancer:
     health: HealthCheck | None = None
     publish: tuple[Publish, ...] = ()
     also: tuple[Place, ...] = ()
-    line: int = _line()
+    line: int = line_field()
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -101,22 +93,8 @@ class Balancer:
         return self.dns_name or self.name
 
 
-def to_json(balancer: Balancer) -> str:
-    """A load balancer without its name, as the database keeps it."""
-    value = _plain(balancer)
-    del value["name"]
-    return json.dumps(value, separators=(",", ":"))
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [one for one in dataclasses.fields(value) if one.name != "line"]
-        return {one.name: _plain(getattr(value, one.name)) for one in fields if getattr(value, one.name) != one.default}
-    return [_plain(one) for one in value] if isinstance(value, tuple) else value
-
-
 def from_json(name: str, text: str) -> Balancer:
-    """A load balancer that `to_json` wrote."""
+    """A load balancer that `values.to_json` wrote."""
     value = json.loads(text)
 
     def each(key: str, kind: Any) -> tuple[Any, ...]:

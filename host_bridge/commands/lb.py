@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from host_bridge.client import CommandError, unary
+from host_bridge.commands.documents import check_in_force, read_document
 from host_bridge.commands.options import Pairs, bridge_options, complete_network, json_option
 from host_bridge.output import plain, print_fields, print_json, print_table
 
@@ -63,13 +62,8 @@ def apply(bridge: str, path: str, prune: bool, as_json: bool) -> None:
         END
     """
     from host_bridge.balancer.document import read
-    from host_bridge.documents import DocumentError
 
-    name, text = read_document(path)
-    try:
-        found = read(text)
-    except DocumentError as error:
-        raise CommandError(f"{name}:{error.line}: {error}") from error
+    name, found = read_document(path, read)
     done = _apply(bridge, name, found, prune=prune)
     if as_json:
         print_json(done)
@@ -77,21 +71,7 @@ def apply(bridge: str, path: str, prune: bool, as_json: bool) -> None:
         for what in ("created", "updated", "unchanged", "removed"):
             for balancer in getattr(done, what):
                 click.echo(f"balancer {balancer} {what}")
-    _check_in_force(done.pending)
-
-
-def read_document(path: str) -> tuple[str, str]:
-    """What messages call a file, and its text; raises CommandError."""
-    name = "standard input" if path == "-" else path
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise CommandError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        return name, data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise CommandError(f"{name}:{line}: this is not UTF-8: save it as UTF-8") from error
+    check_in_force(done.pending)
 
 
 def _apply(
@@ -104,11 +84,6 @@ def _apply(
         source=source, balancers=[to_message(one) for one in balancers], prune=prune, create_only=create_only
     )
     return unary(bridge, "BalancerService/ApplyBalancers", request, ApplyBalancersResponse)
-
-
-def _check_in_force(pending: str) -> None:
-    if pending:
-        raise CommandError(f"recorded, but not in force yet: {pending}")
 
 
 @lb.command()
@@ -197,7 +172,7 @@ def create(
     else:
         for one in status.addresses:
             click.echo(one.address)
-    _check_in_force(done.pending)
+    check_in_force(done.pending)
 
 
 def _part(option: str, parse: Callable[[str], T], text: str) -> T:
@@ -375,4 +350,4 @@ def rm(bridge: str, names: Sequence[str]) -> None:
     done = unary(bridge, "BalancerService/RemoveBalancers", request, RemoveBalancersResponse)
     for name in names:
         click.echo(name)
-    _check_in_force(done.pending)
+    check_in_force(done.pending)

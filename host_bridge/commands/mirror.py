@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from host_bridge.client import CommandError, unary
+from host_bridge.client import unary
+from host_bridge.commands.documents import check_in_force
 from host_bridge.commands.options import bridge_options, complete_guest, complete_network, json_option
 from host_bridge.output import print_json, print_table
 
@@ -90,7 +91,7 @@ def add(*, bridge: str, guest: str, target: str, network: str, to_network: str, 
     done = unary(bridge, "MirrorService/AddMirror", AddMirrorRequest(mirror=wanted), AddMirrorResponse)
     assert done.mirror is not None
     print_json(done) if as_json else _print([done.mirror])
-    _check_in_force(done.pending)
+    check_in_force(done.pending)
 
 
 @mirror.command("ls")
@@ -129,12 +130,7 @@ def rm(*, bridge: str, guest: str, target: str, network: str, to_network: str) -
     request = RemoveMirrorRequest(
         source=MirrorEnd(guest=guest, network=network), target=MirrorEnd(guest=target, network=to_network)
     )
-    _check_in_force(unary(bridge, "MirrorService/RemoveMirror", request, RemoveMirrorResponse).pending)
-
-
-def _check_in_force(pending: str) -> None:
-    if pending:
-        raise CommandError(f"recorded, but not in force yet: {pending}")
+    check_in_force(unary(bridge, "MirrorService/RemoveMirror", request, RemoveMirrorResponse).pending)
 
 
 def _print(mirrors: list[Mirror]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from host_bridge.client import CommandError, call, unary
+from host_bridge.commands.documents import read_document
 from host_bridge.commands.options import bridge_options, json_option
 from host_bridge.output import plain, print_fields, print_json, print_table
 
@@ -60,25 +60,11 @@ def apply(bridge: str, path: str, prune: bool, as_json: bool) -> None:
               - {name: from-web, from: {guest: web}, protocol: tcp, ports: 5432}
         END
     """
-    from host_bridge.documents import DocumentError
     from host_bridge.policy.document import read
     from host_bridge.policy.messages import default_message, to_message
     from taploom.contracts.taploom.bridge.v1 import ApplyPolicyRequest, ApplyPolicyResponse
 
-    name = "standard input" if path == "-" else path
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise CommandError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise CommandError(f"{name}:{line}: this is not UTF-8: save it as UTF-8") from error
-    try:
-        found = read(text)
-    except DocumentError as error:
-        raise CommandError(f"{name}:{error.line}: {error}") from error
+    name, found = read_document(path, read)
     request = ApplyPolicyRequest(
         source=name,
         groups=[to_message(group) for group in found.groups],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from host_bridge.client import CommandError, unary
+from host_bridge.commands.documents import check_in_force
 from host_bridge.commands.options import bridge_options, complete_guest, complete_network, json_option
 from host_bridge.output import print_json, print_table
 
@@ -82,7 +83,7 @@ def set_(
         print_json(done)
     else:
         _print([done.entry])
-    _check_in_force(done.pending)
+    check_in_force(done.pending)
 
 
 @qos.command("ls")
@@ -123,7 +124,7 @@ def rm(bridge: str, guest: str, network: str, direction: str) -> None:
 
     _check_place(guest, network)
     request = RemoveQosRequest(network=network, guest=guest, direction=_direction(direction))
-    _check_in_force(unary(bridge, "QosService/RemoveQos", request, RemoveQosResponse).pending)
+    check_in_force(unary(bridge, "QosService/RemoveQos", request, RemoveQosResponse).pending)
 
 
 def _check_place(guest: str, network: str) -> None:
@@ -135,11 +136,6 @@ def _direction(text: str) -> QosDirection:
     from taploom.contracts.taploom.bridge.v1 import QosDirection
 
     return {"in": QosDirection.IN, "out": QosDirection.OUT}.get(text, QosDirection.UNSPECIFIED)
-
-
-def _check_in_force(pending: str) -> None:
-    if pending:
-        raise CommandError(f"recorded, but not in force yet: {pending}")
 
 
 def _print(entries: list[QosEntry]) -> None:

@@ -1,16 +1,13 @@
-"""Policies as values: what a file says, checked, and what the database holds.
-
-`line` is where something stands in its source, from 1; 0 when that is not known. It is for messages only: the database
-does not keep it, and values that differ in it are equal.
-"""
+"""Policies as values: what a file says, checked, and what the database holds."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from host_bridge.values import line_field
 
 IN, OUT = "in", "out"
 DIRECTIONS = (IN, OUT)
@@ -29,10 +26,6 @@ OPTION_POLICY = "taploom.policy"
 LABEL_GROUPS = "taploom.groups"
 
 
-def _line() -> Any:
-    return field(default=0, compare=False)
-
-
 @dataclass(frozen=True, slots=True)
 class Selector:
     """Guests' places on networks: those that fit all that is given; or the members of a group."""
@@ -42,7 +35,7 @@ class Selector:
     label: str = ""
     network: str = ""
     group: str = ""
-    line: int = _line()
+    line: int = line_field()
 
     def given(self) -> dict[str, str]:
         """What is given, by name."""
@@ -57,7 +50,7 @@ class Peer:
     selector: Selector | None = None
     cidr: str = ""
     host: bool = False
-    line: int = _line()
+    line: int = line_field()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +59,7 @@ class Ports:
 
     first: int
     last: int
-    line: int = _line()
+    line: int = line_field()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +73,7 @@ class Rule:
     peers: tuple[Peer, ...] = ()
     priority: int = DEFAULT_PRIORITY
     log: bool = False
-    line: int = _line()
+    line: int = line_field()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +84,7 @@ class Group:
     members: tuple[Selector, ...] = ()
     incoming: tuple[Rule, ...] | None = None
     outgoing: tuple[Rule, ...] | None = None
-    line: int = _line()
+    line: int = line_field()
 
     def rules(self, direction: str) -> tuple[Rule, ...] | None:
         """The list of a direction."""
@@ -110,25 +103,11 @@ class NetworkDefault:
 
     network: str
     default: str
-    line: int = _line()
-
-
-def to_json(group: Group) -> str:
-    """A group without its name, as the database keeps it."""
-    value = _plain(group)
-    del value["name"]
-    return json.dumps(value, separators=(",", ":"))
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [one for one in dataclasses.fields(value) if one.name != "line"]
-        return {one.name: _plain(getattr(value, one.name)) for one in fields if getattr(value, one.name) != one.default}
-    return [_plain(one) for one in value] if isinstance(value, tuple) else value
+    line: int = line_field()
 
 
 def from_json(name: str, text: str) -> Group:
-    """A group that `to_json` wrote."""
+    """A group that `values.to_json` wrote."""
     value = json.loads(text)
 
     def rules(key: str) -> tuple[Rule, ...] | None:

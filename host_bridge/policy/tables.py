@@ -5,7 +5,8 @@ from __future__ import annotations
 import sqlite3
 from typing import Any
 
-from host_bridge.policy.model import Group, from_json, to_json
+from host_bridge.policy.model import Group, from_json
+from host_bridge.values import to_json
 
 _SCHEMA = """
 CREATE TABLE policy_groups (

@@ -19,7 +19,7 @@ from agent_helper.spec import parse_endpoint, parse_network, parse_uplink
 from host_bridge.balancer.check import checked_balancers
 from host_bridge.balancer.document import read
 from host_bridge.balancer.messages import from_message, to_message
-from host_bridge.balancer.model import Balancer, from_json, to_json
+from host_bridge.balancer.model import Balancer, from_json
 from host_bridge.balancer.parts import parse_port, parse_publish, parse_seconds
 from host_bridge.balancer.publishing import BalancerPorts
 from host_bridge.describe import helper_endpoint, helper_network, helper_uplink
@@ -31,6 +31,7 @@ from host_bridge.model import ContainerRecord, EndpointOptions, EndpointRecord, 
 from host_bridge.policy.check import Source
 from host_bridge.ports import PortBinding, PublishedPort
 from host_bridge.store import Store
+from host_bridge.values import to_json
 from taploom.contracts.taploom.bridge import v1 as bridge
 from taploom.contracts.taploom.helper import v1 as helper
 

@@ -15,7 +15,8 @@ from host_bridge.errors import InvalidError
 from host_bridge.policy.check import MAX_ITEMS, Source, check_defaults, check_together, checked_groups
 from host_bridge.policy.document import read
 from host_bridge.policy.messages import default_message, from_default, from_message, to_message
-from host_bridge.policy.model import Group, Peer, Ports, Rule, Selector, from_json, to_json
+from host_bridge.policy.model import Group, Peer, Ports, Rule, Selector, from_json
+from host_bridge.values import to_json
 from taploom.contracts.taploom.bridge import v1 as bridge
 
 EXAMPLE = """\
