@@ -25,13 +25,14 @@ test: setup lint ## every test that needs no virtual machine; root
 test-vm: setup ## build kernel and images, verify the kernel, and run the tests over virtual machines; root; ARCH=arm64
 	@scripts/test-vm$(if $(ARCH),-arch.sh $(ARCH),.sh)
 
-lint: setup ## formatting, lint, types, and the contracts: lint, breaking changes, generated code
+lint: setup ## formatting, lint, types, the contracts (lint, breaking changes, generated code), generated documents
 	ruff format --check .
 	ruff check .
 	mypy
 	cd protos && buf lint && buf format --diff --exit-code
 	@scripts/buf-breaking.sh
 	$(PYTHON) tools/gen_protos.py --check
+	PYTHONPATH=tests $(PYTHON) tests/conformance/differences.py --check
 
 protos: setup ## generate taploom/contracts from protos/
 	$(PYTHON) tools/gen_protos.py

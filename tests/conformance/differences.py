@@ -7,6 +7,7 @@ dockerd itself varies.
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -306,12 +307,17 @@ def page(kind: Kind) -> str:
     return "".join(f"- {reason}.\n" for reason in reasons)
 
 
-if __name__ == "__main__":  # writes them into the page; needs PYTHONPATH=tests
+if (
+    __name__ == "__main__"
+):  # writes them into the page, or with --check says whether they are in it; needs PYTHONPATH=tests
     document = Path(__file__).parents[2] / "docs/docker.md"
-    text = document.read_text()
+    present = text = document.read_text()
     for which in get_args(Kind):
         mark = f"<!-- {which}: from tests/conformance/differences.py -->\n"
         before, after = text.split(mark)
         _, heading, rest = after.partition("\n## ")
         text = f"{before}{mark}\n{page(which)}{heading}{rest}"
-    document.write_text(text)
+    if "--check" not in sys.argv:
+        document.write_text(text)
+    elif text != present:
+        sys.exit("docs/docker.md lacks differences: run PYTHONPATH=tests python tests/conformance/differences.py")

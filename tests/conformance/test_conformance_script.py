@@ -3,12 +3,8 @@ taploom in one run. Whatever differs and is not listed in differences.py fails."
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import get_args
-
 import pytest
 from comparison import Pair
-from differences import Kind, page
 from script import Scenario
 from steps import SCENARIOS
 
@@ -26,10 +22,3 @@ def test_every_listed_difference_is_there(pair: Pair) -> None:
     if pair.tally.scenarios != {scenario.name for scenario in SCENARIOS}:
         return  # only some scenarios were asked for
     assert not [f"{entry.reason}: {entry}" for entry in pair.unused()]
-
-
-def test_the_page_names_every_difference() -> None:
-    """docs/docker.md is what people read."""
-    text = (Path(__file__).parents[2] / "docs/docker.md").read_text()
-    for kind in get_args(Kind):
-        assert page(kind) in text, "run: python tests/conformance/differences.py"
