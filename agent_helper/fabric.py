@@ -873,27 +873,27 @@ class Fabric:
         uplink = parse_uplink(request.uplink or Uplink())
         self._check_ready()
         failures: list[tuple[str, HelperError]] = []
-        try:
-            policy = parse_policy(request.policy)
-        except InvalidSpecError as exc:  # of two that are not as described, the one with rules is the safer
-            policy = self.policy
-            failures.append((_POLICY, exc))
-        try:
-            balancers = parse_balancers(request.balancers)
-        except InvalidSpecError as exc:
-            balancers = self.balancers
-            failures.append((_BALANCERS, exc))
-        try:
-            copied = parse_mirrors(request.mirrors)
-        except InvalidSpecError as exc:
-            copied = self.mirrors
-            failures.append((_MIRRORS, exc))
+
+        def failed(key: str, exc: HelperError | OSError) -> None:
+            failures.append((key, exc if isinstance(exc, HelperError) else HelperError(str(exc))))
+
+        def parsed_or(present: S, key: str, parse: Callable[[], S]) -> S:
+            # Of two that are not as described, the one that is there is the safer: it may have rules.
+            try:
+                return parse()
+            except InvalidSpecError as exc:
+                failed(key, exc)
+                return present
+
+        policy = parsed_or(self.policy, _POLICY, partial(parse_policy, request.policy))
+        balancers = parsed_or(self.balancers, _BALANCERS, partial(parse_balancers, request.balancers))
+        copied = parsed_or(self.mirrors, _MIRRORS, partial(parse_mirrors, request.mirrors))
 
         async def apply_network(spec: NetworkSpec, network: Network) -> None:
             try:
                 await self._apply_network(spec, network)
             except (HelperError, OSError) as exc:
-                failures.append((network.network_id, exc if isinstance(exc, HelperError) else HelperError(str(exc))))
+                failed(network.network_id, exc)
 
         async with self._gate.exclusive():
             with trio.CancelScope(shield=True):
@@ -917,13 +917,13 @@ class Fabric:
                 try:
                     await self._load_mirrors()
                 except (HelperError, OSError) as exc:
-                    failures.append((_MIRRORS, exc if isinstance(exc, HelperError) else HelperError(str(exc))))
+                    failed(_MIRRORS, exc)
 
         async def settle(endpoint: EndpointState) -> None:
             try:
                 await self._settle(endpoint)
             except HelperError as exc:
-                failures.append((endpoint.spec.endpoint_id, exc))
+                failed(endpoint.spec.endpoint_id, exc)
 
         async with trio.open_nursery() as nursery:
             for endpoint in endpoints:

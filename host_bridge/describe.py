@@ -211,6 +211,11 @@ def has_dhcp(guest_record: GuestRecord, network: NetworkRecord) -> bool:
     return choice == DHCP_ON or (choice == DHCP_AUTO and guest_record.card is not None)
 
 
+def is_routed(network: NetworkRecord) -> bool:
+    """Whether a network's containers are reached at their own addresses from outside, at ports that they publish."""
+    return any(network.addressing.mode(subnet.family) == ROUTED for subnet in network.subnets)
+
+
 def published_ports(config: Mapping[str, Any]) -> list[tuple[str, int]]:
     """What a container publishes, by its record's configuration: (tcp or udp, port)."""
     host, docker = config.get("HostConfig") or {}, config.get("Config") or {}
@@ -260,9 +265,8 @@ def helper_endpoint(
     """What the helper is to make of an endpoint.
 
     Args:
-        open_ports: what the guest publishes: (tcp or udp, port).
+        open_ports: what the guest publishes, on a network that is routed: (tcp or udp, port).
     """
-    routed = any(network.addressing.mode(subnet.family) == ROUTED for subnet in network.subnets)
     return helper.Endpoint(
         endpoint_id=endpoint.id,
         network_id=endpoint.network_id,
@@ -272,8 +276,7 @@ def helper_endpoint(
         policy=policy,
         dhcp=has_dhcp(guest_record, network),
         open_ports=[
-            helper.OpenPort(protocol=helper.PortProtocol[protocol.upper()], port=port)
-            for protocol, port in (open_ports if routed else ())
+            helper.OpenPort(protocol=helper.PortProtocol[protocol.upper()], port=port) for protocol, port in open_ports
         ],
         qos=qos,
     )

@@ -12,11 +12,12 @@ from host_bridge.describe import (
     helper_endpoint,
     helper_network,
     helper_uplink,
+    is_routed,
     needs_of_network,
     published_ports,
 )
 from host_bridge.mirror.state import MirrorState
-from host_bridge.model import EndpointRecord
+from host_bridge.model import EndpointRecord, NetworkRecord
 from host_bridge.names import clean_text
 from host_bridge.peer import (
     SYNC_TIME_PER_OBJECT,
@@ -290,15 +291,17 @@ class HelperPeer(Peer[HelperObject]):
         if self._lacking(key):
             return None
         qos = self._qos.message(endpoint, network) if self._can(HelperFeature.QOS) else None
-        described = helper_endpoint(endpoint, guest, network, policy, open_ports=self._open_ports(endpoint), qos=qos)
+        described = helper_endpoint(
+            endpoint, guest, network, policy, open_ports=self._open_ports(endpoint, network), qos=qos
+        )
         taken = self._balancers.names_on(network.id)
         if taken:
             described.names = [name for name in described.names if name.lower() not in taken]
         return described
 
-    def _open_ports(self, endpoint: EndpointRecord) -> list[tuple[str, int]]:
-        """What the endpoint's container publishes, if it is one."""
-        container = self._store.container(endpoint.guest_id)
+    def _open_ports(self, endpoint: EndpointRecord, network: NetworkRecord) -> list[tuple[str, int]]:
+        """What the endpoint's container publishes, if it is one and the network is routed."""
+        container = self._store.container(endpoint.guest_id) if is_routed(network) else None
         return [] if container is None else published_ports(container.config)
 
     def _lacking(self, key: str) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -117,6 +118,17 @@ class Fabric:
             except OSError:
                 continue
         return found
+
+    def kill(self, victim: str) -> None:
+        """kill -9 of the bridge, the helper, one of its daemons that there is one of, or `disk`: of the helper together
+        with all that it keeps."""
+        if victim in ("bridge", "helper", "disk"):
+            pid = self.processes()["helper" if victim == "disk" else victim]["pid"]
+        else:
+            (pid,) = self.daemons()[victim]
+        os.kill(pid, signal.SIGKILL)
+        if victim == "disk":
+            shutil.rmtree(self.path / "helper" / "state", ignore_errors=True)
 
     def status(self) -> dict[str, Any]:
         return self.json("status")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -393,13 +390,7 @@ def test_kill_everything(balanced: Balanced) -> None:
 
     until(as_described, "the balancer works")
     for victim in ("bridge", "ovsdb-server", "ovs-vswitchd", "ovn-northd", "ovn-controller", "helper", "disk"):
-        if victim in ("bridge", "helper", "disk"):
-            pid: Any = lab.processes()["helper" if victim == "disk" else victim]["pid"]
-        else:
-            (pid,) = lab.daemons()[victim]
-        os.kill(pid, signal.SIGKILL)
-        if victim == "disk":
-            shutil.rmtree(lab.path / "helper" / "state", ignore_errors=True)
+        lab.kill(victim)
         lab.until_converged()
         until(as_described, f"the balancer works after {victim} was killed", 60)
         assert balanced.addresses("shop") == addresses

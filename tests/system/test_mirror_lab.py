@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -183,13 +182,7 @@ def test_refusals(lab: Fabric) -> None:
 def test_kill_everything(lab: Fabric) -> None:
     lab.run("mirror", "add", "web", "--to", "ids")
     for victim in ("bridge", "ovs-vswitchd", "ovsdb-server", "ovn-controller", "disk"):
-        if victim in ("bridge", "disk"):
-            pid = lab.processes()["helper" if victim == "disk" else victim]["pid"]
-        else:
-            (pid,) = lab.daemons()[victim]
-        os.kill(pid, signal.SIGKILL)
-        if victim == "disk":
-            shutil.rmtree(lab.path / "helper" / "state", ignore_errors=True)
+        lab.kill(victim)
         lab.until_converged()
         lab.until_answers("web", DB)
         echoes(lab, 4, pings=2)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
 import subprocess
 import sys
 import urllib.request
@@ -217,13 +214,7 @@ def test_kill_everything(lab: Fabric, policy: Path) -> None:
     try:
         assert as_described()
         for victim in ("bridge", "ovsdb-server", "ovs-vswitchd", "ovn-northd", "ovn-controller", "helper", "disk"):
-            if victim in ("bridge", "helper", "disk"):
-                pid = lab.processes()["helper" if victim == "disk" else victim]["pid"]
-            else:
-                (pid,) = lab.daemons()[victim]
-            os.kill(pid, signal.SIGKILL)
-            if victim == "disk":
-                shutil.rmtree(lab.path / "helper" / "state", ignore_errors=True)
+            lab.kill(victim)
             # At no time may anybody in whom the rules keep out: also not while things are put back.
             for _ in range(3):
                 assert outcome(lab, "mal", db, 5432) != "connected", victim

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
 from collections.abc import Iterator
 
 import pytest
@@ -139,13 +136,7 @@ def test_kill_everything(lab: Fabric) -> None:
     assert limited()
     assert 8 < udp(lab, "-R", seconds=1) < 12
     for victim in ("bridge", "ovsdb-server", "ovs-vswitchd", "ovn-northd", "ovn-controller", "helper", "disk"):
-        if victim in ("bridge", "helper", "disk"):
-            pid = lab.processes()["helper" if victim == "disk" else victim]["pid"]
-        else:
-            (pid,) = lab.daemons()[victim]
-        os.kill(pid, signal.SIGKILL)
-        if victim == "disk":
-            shutil.rmtree(lab.path / "helper" / "state", ignore_errors=True)
+        lab.kill(victim)
         lab.until_converged()
         lab.until_answers("web", lab.address("db", "app"))
         until(limited, f"limited after {victim} was killed")
