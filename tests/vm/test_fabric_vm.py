@@ -331,17 +331,44 @@ def test_a_guest_whose_agent_is_hostile(lab: VmFabric) -> None:
     lab.until_answers("web", "postgres")
 
 
+START = "/usr/lib/taploom/start.pyc"
+COMPILE = """
+import marshal, sys, _frozen_importlib_external as importing
+source, path = sys.argv[1:]
+with open(source) as file:
+    code = compile(file.read(), path, "exec")
+with open(path, "wb") as file:
+    file.write(importing.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
+"""
+
+
+def _changed(module: str, *changes: tuple[str, str]) -> str:
+    """A module's source, with each old text changed to a new one."""
+    source = (Path(__file__).parents[2] / module).read_text()
+    for old, new in changes:
+        assert old in source, f"{old} is not in {module} any more"
+        source = source.replace(old, new)
+    return source
+
+
 @pytest.mark.parametrize(
     ("versions", "problem"), [("[1, 2]", ""), ("[2]", "speaks contract versions 2, this bridge speaks 1")]
 )
 def test_an_agent_that_is_one_contract_version_newer(lab: VmFabric, versions: str, problem: str) -> None:
     """One that speaks ours too is as good as ours; with another the bridge says what to do, and nobody else suffers."""
-    module = "/usr/lib/taploom/agent_guest/service.py"
-    source = (Path(__file__).parents[2] / "agent_guest/service.py").read_text()
-    assert "CONTRACT_VERSIONS = [1]" in source
-    newer = source.replace("CONTRACT_VERSIONS = [1]", f"CONTRACT_VERSIONS = {versions}")
-    newer = newer.replace("features=sorted(self._features)", "features=[*sorted(self._features), 4000]")
-    lab.write("cache", module, newer)
+    front = _changed(
+        "agent_guest/front.py",
+        ("CONTRACT_VERSIONS = [1]", f"CONTRACT_VERSIONS = {versions}"),
+        ("features=sorted(self._features)", "features=[*sorted(self._features), 4000]"),
+    )
+    modules = 'self.modules = index["modules"]'
+    start = _changed("images/common/start.py", (modules, f'{modules}; self.modules.pop("agent_guest.front", None)'))
+    lab.in_guest("cache", "mkdir", "-p", "/usr/lib/taploom/agent_guest")
+    lab.write("cache", "/usr/lib/taploom/agent_guest/front.py", front)
+    lab.in_guest("cache", "cp", START, f"{START}.was")
+    lab.write("cache", "/run/compile.py", COMPILE)  # a file: for -c Python wants modules that the image lacks
+    lab.write("cache", "/run/start.py", start)
+    lab.in_guest("cache", "/usr/bin/python3", "-I", "-S", "/run/compile.py", "/run/start.py", START)
     try:
         _restart_agent(lab, "cache")
         if problem:
@@ -353,7 +380,7 @@ def test_an_agent_that_is_one_contract_version_newer(lab: VmFabric, versions: st
             lab.run("network", "disconnect", "app", "cache")
         lab.until_answers("web", "postgres")
     finally:
-        lab.in_guest("cache", "rm", module)
+        lab.in_guest("cache", "mv", f"{START}.was", START)
         _restart_agent(lab, "cache")
     lab.until_whole()
     lab.until_answers("cache", next(g for g in lab.json("network", "inspect", "lone")["gateways"] if "." in g))

@@ -25,9 +25,9 @@ AGENT = """
 import os, pathlib, signal, socket, sys, time
 pathlib.Path("/mark").open("a").write(f"{os.getpid()}\\n")
 print("agent", *sys.argv[1:], flush=True)
+signal.signal(signal.SIGTERM, lambda *_: (print("agent ends", flush=True), sys.exit(0)))
 with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
     notify.sendto(b"STATUS=here\\nREADY=1", os.environ["NOTIFY_SOCKET"])
-signal.signal(signal.SIGTERM, lambda *_: (print("agent ends", flush=True), sys.exit(0)))
 while True:
     signal.pause()
 """
