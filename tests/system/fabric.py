@@ -15,6 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import command_server
+
+from lab.state import Lab, enter_guest
+
 TAPLOOM = str(Path(sys.executable).with_name("taploom"))
 
 
@@ -42,6 +46,9 @@ class Fabric:
 
     def command(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Runs a `taploom` command, whatever it exits with."""
+        if arguments[:2] not in (("lab", "up"), ("lab", "down")):
+            return command_server.run(arguments, self.environment, timeout)
+        # These two start as people start them.
         return subprocess.run(
             [TAPLOOM, *arguments],
             capture_output=True,
@@ -74,18 +81,31 @@ class Fabric:
 
     def guest(self, name: str, *command: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """Runs a command in a guest, whatever it exits with."""
-        return self.command("lab", "exec", name, "--", *command, timeout=timeout)
+        return subprocess.run(
+            self.entering(name, *command),
+            capture_output=True,
+            text=True,
+            env=self.environment,
+            timeout=timeout,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
 
     def in_guest(self, name: str, *command: str, timeout: float = 60) -> str:
         """Runs a command in a guest that must succeed; returns its standard output."""
-        return self.run("lab", "exec", name, "--", *command, timeout=timeout)
+        result = self.guest(name, *command, timeout=timeout)
+        assert result.returncode == 0, f"in {name}: {' '.join(command)}: {result.stdout}{result.stderr}{self.logs()}"
+        return result.stdout
 
     def start_in_guest(self, name: str, *command: str, **options: Any) -> subprocess.Popen[str]:
         """Starts a command in a guest (its pid is the command's)."""
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
-        return subprocess.Popen(
-            [TAPLOOM, "lab", "exec", name, "--", *command], text=True, env=self.environment, **options
-        )
+        return subprocess.Popen(self.entering(name, *command), text=True, env=self.environment, **options)
+
+    def entering(self, name: str, *command: str) -> list[str]:
+        """What runs a command in a guest: for a namespace, what `taploom lab exec` becomes."""
+        lab = Lab(self.name)
+        return [TAPLOOM, "lab", "exec", name, "--", *command] if lab.on_vms() else [*enter_guest(lab, name), *command]
 
     def answers(self, guest: str, target: str, *options: str) -> bool:
         """True when one ping is answered."""
