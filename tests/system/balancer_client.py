@@ -2,7 +2,7 @@
 
     python balancer_client.py ADDRESS PORT tcp|udp COUNT
 
-Prints a JSON object: for each answer, or the name of the error instead, how often.
+Asks eight times at once. Prints a JSON object: for each answer, or the name of the error instead, how often.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import collections
 import json
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 TIMEOUT = 3.0
 
@@ -30,5 +31,6 @@ def ask(address: str, port: int, protocol: str) -> str:
 
 
 if __name__ == "__main__":
-    counted = collections.Counter(ask(sys.argv[1], int(sys.argv[2]), sys.argv[3]) for _ in range(int(sys.argv[4])))
-    print(json.dumps(counted))
+    with ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(ask, sys.argv[1], int(sys.argv[2]), sys.argv[3]) for _ in range(int(sys.argv[4]))]
+    print(json.dumps(collections.Counter(one.result() for one in asked)))

@@ -11,14 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import command_server
 
 from lab.state import Lab, enter_guest
 
+T = TypeVar("T")
 TAPLOOM = str(Path(sys.executable).with_name("taploom"))
 
 
@@ -33,6 +35,12 @@ def until(condition: Callable[[], Any], what: str | Callable[[], str], timeout: 
         if time.monotonic() > deadline:
             raise AssertionError(f"still waiting after {timeout:.0f} s: {what if isinstance(what, str) else what()}")
         time.sleep(pause)
+
+
+def at_once(*actions: Callable[[], T]) -> list[T]:
+    """Does things at once, each in a thread, and returns what they return: what goes unanswered is waited for once."""
+    with ThreadPoolExecutor(len(actions)) as threads:
+        return [running.result() for running in [threads.submit(action) for action in actions]]
 
 
 class Fabric:
@@ -150,10 +158,26 @@ class Fabric:
         if victim == "disk":
             shutil.rmtree(self.path / "helper" / "state", ignore_errors=True)
 
+    def kill_and_wait(self, victim: str) -> None:
+        """As `kill`; returns when another process has its place and the fabric has converged."""
+        before = self._incarnation(victim)
+        self.kill(victim)
+        until(
+            lambda: self._incarnation(victim) not in ([], before), f"{victim} is there again\n{self.logs()}", pause=0.05
+        )
+        self.until_converged()
+
+    def _incarnation(self, victim: str) -> list[int]:
+        """The pids of what `kill` kills; none while there is none."""
+        if victim in ("bridge", "helper", "disk"):
+            pid = self.processes()["helper" if victim == "disk" else victim]["pid"]
+            return [pid] if pid else []
+        return self.daemons().get(victim, [])
+
     def status(self) -> dict[str, Any]:
         return self.json("status")
 
-    def until_converged(self, timeout: float = 60, pause: float = 0.02) -> None:
+    def until_converged(self, timeout: float = 60, pause: float = 0.1) -> None:
         def converged() -> bool:
             result = self.command("status", "--json")
             return result.returncode == 0 and json.loads(result.stdout).get("converged", False)

@@ -73,11 +73,12 @@ def echoes(lab: Fabric, count: int, pings: int = 3) -> list[str]:
     try:
         until(lambda: "listening" in (sniffing.stdout.readline() if sniffing.stdout else ""), "tcpdump listens")
         lab.in_guest("web", "ping", "-n", f"-c{pings}", "-i0.1", DB)
-        # One that nobody copies: when it is there, all before it are.
+        # One that nobody copies: when its answer is there, which comes by the same way as copies, all before it are.
         lab.in_guest("ids", "ping", "-n", "-c1", GATEWAY)
         found: list[str] = []
-        while (line := sniffing.stdout.readline()) and f"IP {IDS} > {GATEWAY}:" not in line:
-            found.append(line)
+        while (line := sniffing.stdout.readline()) and f"IP {GATEWAY} > {IDS}:" not in line:
+            if f"IP {IDS} > {GATEWAY}:" not in line:
+                found.append(line)
     finally:
         sniffing.kill()
         sniffing.wait()
@@ -182,8 +183,7 @@ def test_refusals(lab: Fabric) -> None:
 def test_kill_everything(lab: Fabric) -> None:
     lab.run("mirror", "add", "web", "--to", "ids")
     for victim in ("bridge", "ovs-vswitchd", "ovsdb-server", "ovn-controller", "disk"):
-        lab.kill(victim)
-        lab.until_converged()
+        lab.kill_and_wait(victim)
         lab.until_answers("web", DB)
         echoes(lab, 4, pings=2)
     # A helper that nobody tells anything copies nothing: what a run before has left is not there any more.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -63,6 +64,70 @@ for line in sys.stdin:
     except OSError:
         print("no", flush=True)
 """
+
+
+# Connects again and again, twenty times a second, and waits three seconds for each; answers a line of input by what
+# came of those that were not left alone, and how many have been begun.
+KNOCKER = """
+import collections, json, os, selectors, socket, sys, time
+address, port, outcomes, begun, waiting = sys.argv[1], int(sys.argv[2]), collections.Counter(), 0, collections.deque()
+selector = selectors.DefaultSelector()
+selector.register(0, selectors.EVENT_READ)
+due = time.monotonic()
+while True:
+    while time.monotonic() >= due:
+        due += 0.05
+        sock = socket.socket()
+        sock.setblocking(False)
+        try: sock.connect((address, port))
+        except BlockingIOError: pass
+        except OSError as error: outcomes[type(error).__name__] += 1
+        selector.register(sock, selectors.EVENT_WRITE)
+        waiting.append((time.monotonic() + 3, sock))
+        begun += 1
+    while waiting and waiting[0][0] < time.monotonic():
+        sock = waiting.popleft()[1]
+        if sock.fileno() >= 0:
+            selector.unregister(sock)
+            sock.close()
+    for key, _ in selector.select(max(0, due - time.monotonic())):
+        if key.fd == 0:
+            if not os.read(0, 100): sys.exit()
+            print(json.dumps([outcomes, begun]), flush=True)
+            continue
+        error = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        outcomes[os.strerror(error) if error else "connected"] += 1
+        selector.unregister(key.fileobj)
+        key.fileobj.close()
+"""
+
+
+class Knocker:
+    """A guest that never stops trying to connect."""
+
+    def __init__(self, lab: Fabric, guest: str, address: str, port: int) -> None:
+        self._process = lab.start_in_guest(
+            guest, sys.executable, "-c", KNOCKER, address, str(port), stdin=subprocess.PIPE, stderr=None
+        )
+
+    def result(self) -> tuple[dict[str, int], int]:
+        """What came of the attempts that were not left alone, and how many have been begun."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        outcomes, begun = json.loads(self._process.stdout.readline())
+        return outcomes, begun
+
+    def until_more(self, count: int) -> None:
+        """Waits until so many more attempts have been begun; none may have been answered."""
+        enough = self.result()[1] + count
+        until(lambda: self.result()[1] >= enough, "more attempts")
+        assert self.result()[0] == {}
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
 
 class Connection:
@@ -202,27 +267,24 @@ def test_refusals(lab: Fabric) -> None:
 def test_kill_everything(lab: Fabric, policy: Path) -> None:
     lab.run("policy", "apply", "-f", str(policy))
     db = lab.address("db", "app")
-    kept = Connection(lab, "web", db, 5432)
-
-    def as_described() -> bool:
-        return (
-            outcome(lab, "web", db, 5432) == "connected"
-            and outcome(lab, "mal", db, 5432) == "TimeoutError"
-            and not lab.answers("web", db)
-        )
-
+    kept, knocker = Connection(lab, "web", db, 5432), Knocker(lab, "mal", db, 5432)
+    pings = lab.start_in_guest("web", "ping", "-n", "-i0.1", db)
     try:
-        assert as_described()
         for victim in ("bridge", "ovsdb-server", "ovs-vswitchd", "ovn-northd", "ovn-controller", "helper", "disk"):
-            lab.kill(victim)
+            lab.kill_and_wait(victim)
+            until(lambda: outcome(lab, "web", db, 5432) == "connected", f"as it was after {victim} was killed", 60)
             # At no time may anybody in whom the rules keep out: also not while things are put back.
-            for _ in range(3):
-                assert outcome(lab, "mal", db, 5432) != "connected", victim
-            lab.until_converged()
-            until(as_described, f"as it was after {victim} was killed", 60)
+            knocker.until_more(20)
             assert kept.lives(20.0), victim
+        pings.send_signal(signal.SIGINT)
+        assert " 0 received" in pings.communicate(timeout=20)[0]
+        assert outcome(lab, "mal", db, 5432) == "TimeoutError"
+        assert knocker.result()[0] == {}
     finally:
-        kept.close()
+        for one in (kept, knocker):
+            one.close()
+        pings.kill()
+        pings.wait()
 
 
 def http(url: str) -> bool:

@@ -136,8 +136,7 @@ def test_kill_everything(lab: Fabric) -> None:
     assert limited()
     assert 8 < udp(lab, "-R", seconds=1) < 12
     for victim in ("bridge", "ovsdb-server", "ovs-vswitchd", "ovn-northd", "ovn-controller", "helper", "disk"):
-        lab.kill(victim)
-        lab.until_converged()
+        lab.kill_and_wait(victim)
         lab.until_answers("web", lab.address("db", "app"))
         until(limited, f"limited after {victim} was killed")
     assert 8 < udp(lab, "-R", seconds=1) < 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 
 import pytest
 from hypothesis import given, settings
@@ -196,7 +197,8 @@ def test_lowest_free_of_a_range_is_in_the_range(prefix: int, base: int, offsets:
     subnet = ipaddress.ip_network("10.1.0.0/24")
     within = ipaddress.ip_network(f"10.1.0.{base}/{prefix}", strict=False)
     taken = [subnet[offset] for offset in offsets]
-    usable = [address for address in within if address in list(subnet.hosts()) and address not in taken]
+    free = set(subnet.hosts()) - set(taken)
+    usable = [address for address in within if address in free]
     if usable:
         assert ipam.lowest_free(subnet, taken, within) == usable[0]
     else:
@@ -207,16 +209,16 @@ def test_lowest_free_of_a_range_is_in_the_range(prefix: int, base: int, offsets:
 def test_uplink_addresses() -> None:
     prefix = ipam.ula_prefix("host")
     ula = ipam.uplink_ula(prefix)
-    assert ula == list(prefix.subnets(new_prefix=64))[0xFFFF]
+    subnets = list(prefix.subnets(new_prefix=64))
+    assert ula == subnets[0xFFFF]
     assert ipam.uplink_kernel(prefix) == ("169.254.128.1/18", f"{ula[1]}/64")
     first = ipam.next_uplink(ipam.UPLINK_RANGE, [])
     assert first == "169.254.128.2/18"
     assert ipam.next_uplink(ipam.UPLINK_RANGE, [first, f"{ula[2]}/64", "169.254.128.4/18"]) == "169.254.128.3/18"
     assert ipam.next_uplink(ula, [first]) == f"{ula[2]}/64"
     # No network is given the uplink's own subnet.
-    everything = [subnet for subnet in prefix.subnets(new_prefix=64) if subnet != ula]
     with pytest.raises(NoPoolLeftError):
-        ipam.next_ula(prefix, everything)
+        ipam.next_ula(prefix, [subnet for subnet in subnets if subnet != ula])
 
 
 def test_smallest_subnets_hold_a_gateway_and_a_guest() -> None:
@@ -245,7 +247,7 @@ def test_ula_subnets_are_cut_in_order(count: int) -> None:
     taken: list[ipam.Subnet] = []
     for _ in range(count):
         taken.append(ipam.next_ula(prefix, taken))
-    assert taken == list(prefix.subnets(new_prefix=64))[:count] if count else not taken
+    assert taken == list(itertools.islice(prefix.subnets(new_prefix=64), count))
 
 
 def test_dns_servers_are_lowest_free() -> None:
