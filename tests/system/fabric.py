@@ -93,7 +93,7 @@ class Fabric:
             self.entering(name, *command),
             capture_output=True,
             text=True,
-            env=self.environment,
+            env=self.guest_environment(),
             timeout=timeout,
             check=False,
             stdin=subprocess.DEVNULL,
@@ -108,7 +108,10 @@ class Fabric:
     def start_in_guest(self, name: str, *command: str, **options: Any) -> subprocess.Popen[str]:
         """Starts a command in a guest (its pid is the command's)."""
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
-        return subprocess.Popen(self.entering(name, *command), text=True, env=self.environment, **options)
+        return subprocess.Popen(self.entering(name, *command), text=True, env=self.guest_environment(), **options)
+
+    def guest_environment(self) -> dict[str, str]:
+        return {**Lab(self.name).environment(), **self.environment}
 
     def entering(self, name: str, *command: str) -> list[str]:
         """What runs a command in a guest: for a namespace, what `taploom lab exec` becomes."""

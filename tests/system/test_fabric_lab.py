@@ -49,9 +49,10 @@ def test_up_again_adds_guests(lab: Fabric) -> None:
 
 
 def test_exec_is_like_a_shell(lab: Fabric) -> None:
-    assert lab.guest("web", "sh", "-c", "exit 7").returncode == 7
-    assert lab.guest("web", "nonexistent-program").returncode == 127
-    assert lab.in_guest("web", "printf", "%s|", "a b", "--flag", "$HOME") == "a b|--flag|$HOME|"
+    run = ("lab", "exec", "web", "--")
+    assert lab.command(*run, "sh", "-c", "exit 7").returncode == 7
+    assert lab.command(*run, "nonexistent-program").returncode == 127
+    assert lab.run(*run, "printf", "%s|", "a b", "--flag", "$HOME") == "a b|--flag|$HOME|"
 
 
 def test_two_labs_side_by_side(lab: Fabric) -> None:
