@@ -18,9 +18,9 @@ import sys
 import threading
 import time
 
-TIMEOUT = 1.0
-# An answer that was not there is asked for again: a datagram may be lost where the machine is busy.
-ATTEMPTS = 3
+# How long each attempt waits, in seconds. An answer that was not there is asked for again, with more patience: a
+# datagram may be lost where the machine is busy.
+ATTEMPTS = (0.3, 0.6, 1.2)
 
 
 def serve(ports: list[int]) -> None:
@@ -88,16 +88,16 @@ class Pings:
 
 def probe(probes: list[tuple[str, str, int]]) -> list[bool]:
     answers = [False] * len(probes)
-    for _ in range(ATTEMPTS):
+    for timeout in ATTEMPTS:
         todo = [number for number, answer in enumerate(answers) if not answer]
         if not todo:
             break
-        for number in attempt(probes, todo):
+        for number in attempt(probes, todo, timeout):
             answers[number] = True
     return answers
 
 
-def attempt(probes: list[tuple[str, str, int]], todo: list[int]) -> set[int]:
+def attempt(probes: list[tuple[str, str, int]], todo: list[int], timeout: float) -> set[int]:
     answered: set[int] = set()
     poll = select.poll()
     sockets: dict[int, tuple[int, socket.socket]] = {}
@@ -121,7 +121,7 @@ def attempt(probes: list[tuple[str, str, int]], todo: list[int]) -> set[int]:
             sock.send(b"probe")
         sockets[sock.fileno()] = number, sock
         poll.register(sock, select.POLLIN if protocol == "udp" else select.POLLOUT)
-    deadline = time.monotonic() + TIMEOUT
+    deadline = time.monotonic() + timeout
     while (sockets or pending) and (left := deadline - time.monotonic()) > 0:
         for fd, _ in poll.poll(left * 1000):
             if fd not in sockets:

@@ -110,7 +110,8 @@ def test_a_card_is_plugged_in_and_configures_itself(lab: Fabric, how: str) -> No
         assert [v4, v6] == [lab.address("vm1", "app", family) for family in (4, 6)]
         web4, web6 = (lab.address("web", "app", family) for family in (4, 6))
         assert vm.answers(web4)
-        assert vm.answers(web6)
+        # Its route comes with a router's advertisement, for which its kernel asks every few seconds.
+        until(lambda: vm.answers(web6), f"{web6} answers")
         for name in ("vm1", "plain", "vm1.app"):
             assert lab.answers("web", name, "-4")
             assert lab.answers("web", name, "-6")

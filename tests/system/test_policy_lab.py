@@ -67,9 +67,9 @@ for line in sys.stdin:
 
 
 # Connects again and again, twenty times a second, and waits three seconds for each; answers a line of input by what
-# came of those that were not left alone, and how many have been begun.
+# came of those that were not left alone, and how many have been begun. That nobody is there (ARP) is no answer.
 KNOCKER = """
-import collections, json, os, selectors, socket, sys, time
+import collections, errno, json, os, selectors, socket, sys, time
 address, port, outcomes, begun, waiting = sys.argv[1], int(sys.argv[2]), collections.Counter(), 0, collections.deque()
 selector = selectors.DefaultSelector()
 selector.register(0, selectors.EVENT_READ)
@@ -96,7 +96,7 @@ while True:
             print(json.dumps([outcomes, begun]), flush=True)
             continue
         error = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        outcomes[os.strerror(error) if error else "connected"] += 1
+        if error != errno.EHOSTUNREACH: outcomes[os.strerror(error) if error else "connected"] += 1
         selector.unregister(key.fileobj)
         key.fileobj.close()
 """

@@ -21,7 +21,6 @@ pytestmark = pytest.mark.system
 GUESTS = {"ann": ("red",), "bob": ("red", "blue"), "cat": ("red", "blue"), "dan": ("red",), "eve": ("blue",)}
 ALIASES = {"bob": ("www", "shared"), "cat": ("db", "shared"), "dan": ("db",)}
 ENOUGH = 2000
-SECONDS = 60.0
 
 
 class Prober:
@@ -98,14 +97,9 @@ def test_random_policies_against_the_reference(lab: Fabric) -> None:
         for protocol, port in [("icmp", 0), *((p, n) for p in ("tcp", "udp") for n in PORTS)]
     ]
     checked = passed = rounds = 0
-    deadline = time.monotonic() + SECONDS
     try:
         # Policies at random may allow little: until both answers have been had often.
-        while (
-            checked < ENOUGH
-            or not 0.05 * ENOUGH <= passed <= checked - 0.05 * ENOUGH
-            or time.monotonic() < deadline - 40
-        ):
+        while checked < ENOUGH or not 0.05 * ENOUGH <= passed <= checked - 0.05 * ENOUGH:
             assert rounds < 20 or checked >= ENOUGH
             policy = random_policy(rng, places)
             apply(lab, policy)
