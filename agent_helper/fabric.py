@@ -17,9 +17,20 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from agent_helper import balancer_rows, links, mirrors, northbound, policy_rows, qos_counters, qos_rows, vswitch
+from agent_helper import (
+    balancer_rows,
+    links,
+    mirrors,
+    northbound,
+    physical,
+    policy_rows,
+    qos_counters,
+    qos_rows,
+    vswitch,
+)
 from agent_helper.balancer import Around, BalancerSpec, parse_balancers
 from agent_helper.balancer_health import backend_statuses
+from agent_helper.cards import choose_card
 from agent_helper.dns import DnsServer, NameSpec
 from agent_helper.errors import HelperError, InvalidSpecError, NotFoundError, PreconditionError, UnavailableError
 from agent_helper.locks import KeyedLocks, SharedLock
@@ -64,6 +75,7 @@ _NAMES_TIMEOUT = 2.0  # s that dnsmasq may take to know a name
 _UNPLUG_TIMEOUT = 3.0  # s that vswitchd may take to let go of a port
 _SPARE_MTU = 1500
 _POLICY, _BALANCERS, _MIRRORS = "policy", "balancers", "mirrors"  # what a failure of a Sync calls them
+_OK: Mapping[str, Sequence[str]] = {"error": ()}
 _MAX_TAP_MTU = 65521  # the kernel's for TAPs: 65535 less the Ethernet header
 
 
@@ -93,6 +105,7 @@ class NetworkState:
     dns: DnsServer | None = None
     endpoints: dict[str, EndpointState] = field(default_factory=dict)
     holders: dict[str, str] = field(default_factory=dict)  # address or MAC -> endpoint_id
+    joined: tuple[int, ...] = ()  # of a VLAN: the port of the integration bridge that leads to its card
 
 
 @dataclass
@@ -157,6 +170,9 @@ class Fabric:
         self._nursery: trio.Nursery | None = None
         self._reread = trio.Event()
         self._to_unplug: set[str] = set()
+        self._cards: frozenset[str] = frozenset()  # that VLANs have
+        self._cards_lock = trio.Lock()
+        self._tags: dict[tuple[str, int], str] = {}  # card and tag of VLANs -> network_id
         # A TAP that the next endpoint will have: to make one takes longer than anything else here that it waits for.
         self._spare: Tap | None = None
         self._spare_wanted = trio.Event()
@@ -266,6 +282,7 @@ class Fabric:
 
     async def _apply_network(self, spec: NetworkSpec, message: Network) -> None:
         network = self.networks.get(spec.network_id)
+        spec = await self._on_card(spec)
         ensure = partial(northbound.ensure_network, spec=spec, uplink=self.uplink)
         if network is None:
             self.kernel.set_network(spec)
@@ -301,6 +318,9 @@ class Fabric:
         if spec.mtu != old.mtu:
             await trio.to_thread.run_sync(_set_mtus, [e.tap for e in network.endpoints.values()], spec.mtu)
         network.spec, network.message = spec, message
+        if spec.vlan != old.vlan:
+            network.joined = ()
+            await self._free_card(spec.network_id)
         await self._rebalance(spec.network_id)
 
     async def delete_network(self, network_id: str) -> None:
@@ -329,7 +349,65 @@ class Fabric:
             self.kernel.converge,
         )
         self.networks.pop(network_id, None)
+        await self._free_card(network_id)
         await self._rebalance(network_id)
+
+    # Cards that VLANs have
+
+    async def _on_card(self, spec: NetworkSpec) -> NetworkSpec:
+        """The network with the card that its VLAN is behind, which is Open vSwitch's then."""
+        vlan, present = spec.vlan, self.networks.get(spec.network_id)
+        if vlan is None:
+            return spec
+        async with self._cards_lock:
+            before = present.spec.vlan if present is not None else None
+            wanted = vlan.uplink or (before.uplink if before is not None else "")
+            card = await trio.to_thread.run_sync(choose_card, wanted, self._cards, spec.mtu)
+            holder = self._tags.get((card, vlan.tag), spec.network_id)
+            if holder != spec.network_id:
+                raise PreconditionError(f"vlan: tag {vlan.tag} of network card {card} is network {holder}'s")
+            await self._use_cards(self._cards | {card})
+            self._tags[card, vlan.tag] = spec.network_id
+        return replace(spec, vlan=replace(vlan, uplink=card))
+
+    async def _free_card(self, network_id: str) -> None:
+        """Gives back what a network's VLAN has had and has no more."""
+        network = self.networks.get(network_id)
+        vlan = network.spec.vlan if network is not None else None
+        async with self._cards_lock:
+            for place in [place for place, holder in self._tags.items() if holder == network_id]:
+                if vlan is None or (vlan.uplink, vlan.tag) != place:
+                    del self._tags[place]
+            await self._use_cards(frozenset(card for card, _ in self._tags))
+
+    async def _use_cards(self, cards: frozenset[str]) -> None:
+        """Makes these cards, and no others, be Open vSwitch's; returns once they are."""
+        if cards == self._cards:
+            return
+        more = sorted(cards - self._cards)
+        await trio.to_thread.run_sync(_harden_cards, more)
+        ensure = partial(physical.ensure_cards, kernel_datapath=self._stack.kernel_datapath)
+        _, wanted = await self._stack.conf.transact_counted(partial(ensure, cards=cards))
+        await self._let_go(more, wanted)
+        interfaces = self._stack.conf.mirrors["Interface"].rows
+        errors = [error for card in more for error in interfaces.get(card, _OK)["error"]]
+        if errors:
+            await self._stack.conf.transact(partial(ensure, cards=self._cards))
+            raise PreconditionError(f"vlan: Open vSwitch cannot use network card {' '.join(more)}: {'; '.join(errors)}")
+        self._cards = self.kernel.cards = cards
+        await trio.to_thread.run_sync(_mark_all, [physical.bridge_name(card) for card in more])
+        await self.kernel.converge()
+
+    async def _until_joined(self, network: NetworkState) -> None:
+        """Returns once what a VLAN's guests send gets to its card. OVN joins the two when the first guest comes."""
+        if network.spec.vlan is None:
+            return
+        name = physical.patch_name(northbound.vlan_port(network.spec.network_id))
+        row = await self._stack.conf.mirrors["Interface"].wait(name, physical.is_joined)
+        ports = tuple(row["ofport"]) if row is not None else ()
+        if ports != network.joined:
+            await self._stack.wait_in_force()
+            network.joined = ports
 
     async def _open_dns(self, network: NetworkState, spec: NetworkSpec) -> None:
         if not spec.dns_servers:
@@ -642,6 +720,7 @@ class Fabric:
 
                     nursery.start_soon(until_gone)
                     await self._stack.conf.mirrors["Interface"].wait(tap.name, vswitch.is_installed)
+                    await self._until_joined(endpoint.network)
                     nursery.cancel_scope.cancel()
             if endpoint.gone.is_set():
                 raise PreconditionError(f"endpoint {endpoint.spec.endpoint_id} was removed meanwhile")
@@ -999,7 +1078,7 @@ class Fabric:
     async def _restore(self) -> None:
         networks = list(self.networks.values())
         endpoints = [e for e in self.endpoints.values() if e.tap is not None]
-        uplink, policy = self.uplink, self.policy
+        uplink, policy, cards = self.uplink, self.policy, self._cards
 
         def in_nb(txn: Txn) -> None:
             there = [(e.spec.network_id, e.spec.endpoint_id) for e in endpoints]
@@ -1026,6 +1105,10 @@ class Fabric:
 
         async def in_conf() -> None:
             await self._stack.ensure_conf()
+            if cards:
+                await self._stack.conf.transact(
+                    partial(physical.ensure_cards, cards=cards, kernel_datapath=self._stack.kernel_datapath)
+                )
             await self._stack.conf.transact(plug)
 
         await _together(partial(self._stack.nb.transact, in_nb), in_conf)
@@ -1093,6 +1176,17 @@ def _set_mtus(taps: Iterable[Tap | None], mtu: int) -> None:
     for tap in taps:
         if tap is not None:
             links.set_mtu(tap.name, min(mtu, _MAX_TAP_MTU))
+
+
+def _harden_cards(cards: Iterable[str]) -> None:
+    for card in cards:
+        links.harden(card)
+        links.set_up(card)
+
+
+def _mark_all(interfaces: Iterable[str]) -> None:
+    for name in interfaces:
+        links.mark(name)
 
 
 def _by_dns(endpoints: Iterable[EndpointState]) -> list[tuple[DnsServer, list[EndpointState]]]:

@@ -43,6 +43,11 @@ def uplink_port(network_id: str) -> str:
     return f"to-up-{network_id}"
 
 
+def vlan_port(network_id: str) -> str:
+    """The port of a network's switch that leads to its VLAN."""
+    return f"vlan-{network_id}"
+
+
 def endpoint_id_of(port: str) -> str:
     """The endpoint whose port has this name."""
     return port.removeprefix("ep-")
@@ -73,6 +78,7 @@ def ensure_network(txn: Txn, spec: NetworkSpec, uplink: UplinkSpec | None) -> No
         _ensure_port(txn, switch, dns_port(spec.network_id), "localport", [addresses], security=[addresses])
     else:
         _remove_port(txn, switch, dns_port(spec.network_id))
+    _ensure_vlan(txn, switch, spec)
     _ensure_legs(txn, router, spec, legs(spec, uplink), uplink.mtu if uplink else 0)
     _ensure_isolation(txn, switch, router, spec)
     policy_rows.ensure_addresses(txn, uplink)
@@ -93,6 +99,16 @@ def _ensure_gateway(txn: Txn, switch: Row, router: Row, spec: NetworkSpec) -> No
     if new:
         router.addvalue("ports", router_port)
     _ensure_port(txn, switch, at_switch, "router", ["router"], options={"router-port": inside})
+
+
+def _ensure_vlan(txn: Txn, switch: Row, spec: NetworkSpec) -> None:
+    """The port of the physical network. Who is there is not known: the port is for all MAC addresses."""
+    name = vlan_port(spec.network_id)
+    if spec.vlan is None:
+        _remove_port(txn, switch, name)
+    else:
+        options = {"network_name": spec.vlan.uplink}
+        _ensure_port(txn, switch, name, "localnet", ["unknown"], options=options, tag=[spec.vlan.tag])
 
 
 def _ensure_legs(txn: Txn, router: Row, spec: NetworkSpec, network_legs: tuple[Leg, ...], mtu: int) -> None:
@@ -134,11 +150,20 @@ def _ensure_legs(txn: Txn, router: Row, spec: NetworkSpec, network_legs: tuple[L
 
 
 def _ensure_isolation(txn: Txn, switch: Row, router: Row, spec: NetworkSpec) -> None:
-    """Endpoints that do not reach each other: neither on the switch nor by way of the router."""
+    """Endpoints that do not reach each other: neither on the switch nor by way of the router; a VLAN, which does not
+    reach the DNS server."""
     acls: list[dict[str, object]] = []
     policies: list[dict[str, object]] = []
+    way_out = f"to-gw-{spec.network_id}" if spec.vlan is None else vlan_port(spec.network_id)
     if spec.endpoints_isolated:
-        acls = _only_with(f"to-gw-{spec.network_id}", *([dns_port(spec.network_id)] if spec.dns_servers else []))
+        acls = _only_with(way_out, *([dns_port(spec.network_id)] if spec.dns_servers else []))
+    if spec.vlan is not None and spec.dns_servers:
+        acls += [
+            {"priority": 1002, "direction": "to-lport", "match": match, "action": "drop"}
+            for one, other in ((way_out, dns_port(spec.network_id)), (dns_port(spec.network_id), way_out))
+            for match in (f'inport == "{one}" && outport == "{other}"',)
+        ]
+    if spec.endpoints_isolated and spec.vlan is None:
         for subnet, gateway in zip(spec.subnets, spec.gateways, strict=True):
             ip = f"ip{subnet.version}"
             match = f'inport == "gwp-{spec.network_id}" && {ip}.dst == {subnet} && {ip}.src != {gateway}'
@@ -243,6 +268,7 @@ def _ensure_port(
     *,
     security: list[str] | None = None,
     options: dict[str, str] | None = None,
+    **others: object,
 ) -> tuple[Row, bool]:
     port, new = txn.ensure(
         "Logical_Switch_Port",
@@ -251,6 +277,7 @@ def _ensure_port(
         addresses=addresses,
         port_security=security or [],
         options=options or {},
+        **others,
     )
     if new:
         switch.addvalue("ports", port)

@@ -35,11 +35,12 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK, _RTM_SETLINK = 16, 17, 18, 19
-_RTM_NEWADDR = 20
+_RTM_NEWADDR, _RTM_GETADDR = 20, 22
 _RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 24, 25, 26
 _RTM_NEWNEIGH, _RTM_DELNEIGH = 28, 29
 _RTM_NEWRULE, _RTM_DELRULE = 32, 33
-_IFF_UP = 0x1
+_IFF_UP, _ARPHRD_ETHER = 0x1, 1
+_IFLA_MASTER = 10
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD = 1, 3, 4, 18, 20, 28
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS, _IFA_F_NODAD = 1, 2, 8, 0x02
@@ -62,12 +63,16 @@ _OVS_DATAPATH_FAMILY, _OVS_DP_CMD_DEL, _OVS_DP_ATTR_NAME, _OVS_DATAPATH_VERSION 
 
 @dataclass(frozen=True)
 class Link:
-    """An interface: its index, name, alias and MTU in bytes."""
+    """An interface: its index, name, alias and MTU in bytes; what it is for the kernel ("" of devices), whether it has
+    Ethernet frames, and the index of the interface that it is part of, or 0."""
 
     index: int
     name: str
     alias: str
     mtu: int
+    kind: str = ""
+    ethernet: bool = True
+    master: int = 0
 
 
 class Rtnetlink(NetlinkSocket):
@@ -116,6 +121,10 @@ class Rtnetlink(NetlinkSocket):
         if address.version == 6:
             body += number_attribute(_IFA_FLAGS, _IFA_F_NODAD)
         self.request(body, _RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL)
+
+    def addresses(self) -> list[tuple[int, Address]]:
+        """All addresses, with the index of the interface that has them."""
+        return self.dump(_IFADDRMSG.pack(0, 0, 0, 0, 0), _RTM_GETADDR, _read_address)
 
     def add_route(
         self, index: int, to: IPNetwork, *, via: Address | None = None, mtu: int = 0, replace: bool = False
@@ -194,10 +203,28 @@ def _route(index: int, to: IPNetwork, via: Address | None, mtu: int, *, delete: 
 def _read_link(message: bytes) -> Link | None:
     if len(message) < HEADER.size + _IFINFOMSG.size:
         return None
-    index: int = _IFINFOMSG.unpack_from(message, HEADER.size)[2]
+    _, kind, index, _, _ = _IFINFOMSG.unpack_from(message, HEADER.size)
     found = attributes(message, HEADER.size + _IFINFOMSG.size)
-    name, alias = read_text(found.get(_IFLA_IFNAME)), read_text(found.get(_IFLA_IFALIAS))
-    return Link(index, name, alias, read_number(found.get(_IFLA_MTU)) or 0)
+    info = attributes(found.get(_IFLA_LINKINFO, b""), 0)
+    return Link(
+        index,
+        read_text(found.get(_IFLA_IFNAME)),
+        read_text(found.get(_IFLA_IFALIAS)),
+        read_number(found.get(_IFLA_MTU)) or 0,
+        read_text(info.get(_IFLA_INFO_KIND)),
+        kind == _ARPHRD_ETHER,
+        read_number(found.get(_IFLA_MASTER)) or 0,
+    )
+
+
+def _read_address(message: bytes) -> tuple[int, Address] | None:
+    if len(message) < HEADER.size + _IFADDRMSG.size:
+        return None
+    index: int = _IFADDRMSG.unpack_from(message, HEADER.size)[4]
+    found = attributes(message, HEADER.size + _IFADDRMSG.size)
+    # Of an interface between two points, IFA_ADDRESS is the other's.
+    packed = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
+    return (index, ipaddress.ip_address(packed)) if packed and len(packed) in (4, 16) else None
 
 
 def _read_default_route(message: bytes) -> int | None:

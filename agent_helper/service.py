@@ -116,8 +116,7 @@ class HelperService(HelperServiceBase):
         features += [HelperFeature.POLICY, HelperFeature.DHCP, HelperFeature.IPV6, HelperFeature.QOS]
         if TRACE_PROGRAM in self._stack.programs:
             features.append(HelperFeature.TRACE)
-        features.append(HelperFeature.BALANCERS)
-        features += [HelperFeature.CAPTURE, HelperFeature.MIRRORS]
+        features += [HelperFeature.BALANCERS, HelperFeature.CAPTURE, HelperFeature.MIRRORS, HelperFeature.VLAN]
         if self._stack.kernel_datapath:
             features.append(HelperFeature.KERNEL_DATAPATH)
         return GetInfoResponse(

@@ -11,6 +11,7 @@ from typing import TypeVar
 from agent_helper.errors import InvalidSpecError
 from agent_helper.policy import MemberSpec, parse_member
 from agent_helper.qos import QosSpec, parse_qos
+from agent_helper.vlan import VlanSpec, parse_vlan
 from taploom.contracts.taploom.helper.v1 import (
     Dhcp,
     Endpoint,
@@ -64,7 +65,7 @@ class RouterSpec:
 @dataclass(frozen=True)
 class NetworkSpec:
     """A network. `subnets` and `gateways` are in the same order, at most one per family; `modes` are the families'
-    gateway modes where they are not NAT."""
+    gateway modes where they are not NAT. The gateways of a VLAN are somebody else there."""
 
     network_id: str
     name: str
@@ -82,10 +83,13 @@ class NetworkSpec:
     modes: tuple[tuple[int, GatewayMode], ...] = ()
     dhcp: DhcpSpec = field(default_factory=DhcpSpec)
     router: RouterSpec = field(default_factory=RouterSpec)
+    vlan: VlanSpec | None = None
 
     @property
     def gateway_interfaces(self) -> list[str]:
-        """The gateways that there are with their subnets' prefix lengths, as `10.0.0.1/24`."""
+        """The gateways that are ours with their subnets' prefix lengths, as `10.0.0.1/24`."""
+        if self.vlan is not None:
+            return []
         return [
             f"{gateway}/{subnet.prefixlen}"
             for gateway, subnet in zip(self.gateways, self.subnets, strict=True)
@@ -145,7 +149,7 @@ class Leg:
 
 def legs(network: NetworkSpec, uplink: UplinkSpec | None) -> tuple[Leg, ...]:
     """The network's legs on the uplink; none when it is internal, or has no address on that uplink."""
-    if uplink is None or network.internal or not network.uplink_mac:
+    if uplink is None or network.internal or network.vlan is not None or not network.uplink_mac:
         return ()
     found: list[Leg] = []
     for subnet, gateway in zip(network.subnets, network.gateways, strict=True):
@@ -260,6 +264,7 @@ def parse_network(message: Network) -> NetworkSpec:
         _modes(message),
         _dhcp(message.dhcp or Dhcp()),
         _router(message.router_advertisements or RouterAdvertisements(), subnets),
+        parse_vlan(message.vlan),
     )
 
 

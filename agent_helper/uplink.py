@@ -82,6 +82,7 @@ class KernelEnd:
         self._failed: dict[str, PreconditionError] = {}  # of the last time, by network
         self._endpoints: dict[str, EndpointSpec] = {}  # those with open ports
         self._opened = True  # whether the rules have the open ports
+        self.cards: frozenset[str] = frozenset()  # that are VLANs': frames there are none of the kernel's
 
     async def clear(self) -> None:
         """Removes what a run before has left, its interface apart."""
@@ -297,10 +298,12 @@ class KernelEnd:
                 unprotected += [leg.subnet] if mode == GatewayMode.NAT_UNPROTECTED else []
                 whose |= dict.fromkeys((address, itself, str(leg.subnet)), network_id)
                 own |= dict.fromkeys(_sources(network, leg), leg.gateway)
-            taken.update(network.gateways)
+            if network.vlan is None:
+                taken.update(network.gateways)
         subnets = _subnets(spec)
         self._taken = frozenset(taken)
-        rules = Rules(INTERFACE, _DEAF, spec.mtu, subnets, own, spec.stand_ins, self._taken, self._redirect)
+        deaf = (*_DEAF, *sorted(self.cards))
+        rules = Rules(INTERFACE, deaf, spec.mtu, subnets, own, spec.stand_ins, self._taken, self._redirect)
         self._load(replace(rules, opened=_opened(list(self._endpoints.values()), routed, unprotected)))
         with Rtnetlink() as kernel:
             index = socket.if_nametoindex(INTERFACE)

@@ -199,7 +199,8 @@ def _balancer_ports(desired: DesiredState, publisher: PortPublisher) -> Balancer
 
 
 def _is_gateway(desired: DesiredState, address: str) -> bool:
-    return any(subnet.gateway == address for network in desired.networks() for subnet in network.subnets)
+    networks = [network for network in desired.networks() if network.vlan is None]
+    return any(subnet.gateway == address for network in networks for subnet in network.subnets)
 
 
 async def _listen(address: Address, gid: int | None = None) -> CheckedListener:

@@ -181,6 +181,8 @@ def helper_network(
         endpoints_isolated=network.isolated,
         masquerade_disabled=not network.masquerade,
     )
+    if network.vlan is not None:
+        message.vlan = helper.Vlan(tag=network.vlan.tag, uplink=network.vlan.uplink)
     has_ipv6 = network.subnet(IPV6) is not None
     if helper.HelperFeature.IPV6 in features:
         message.dns_servers = _dns_servers(network)
@@ -199,6 +201,8 @@ def helper_network(
 def needs_of_network(network: NetworkRecord) -> frozenset[helper.HelperFeature]:
     """What a helper must be able to do for the network to be what it is to be."""
     options = network.addressing
+    if network.vlan is not None:
+        return frozenset({helper.HelperFeature.VLAN, helper.HelperFeature.IPV6})
     plain = all(options.gateway_mode(family) == helper.GatewayMode.UNSPECIFIED for family in (IPV4, IPV6))
     if plain and not any(key.startswith("taploom.ipv6.") for key in network.options) and network.subnet(IPV4):
         return frozenset()

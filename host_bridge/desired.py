@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from host_bridge import addressing, ipam
+from host_bridge import addressing, ipam, vlan
 from host_bridge.balancer.state import BalancerState
 from host_bridge.errors import (
     ActiveEndpointsError,
@@ -167,7 +167,7 @@ class DesiredState:
                     self._store.rename_network(network.id, other)
                 self._store.insert_network(self._predefined(name))
             for network in self._store.networks():
-                if network.switched and not network.internal and not network.uplink_addresses:
+                if network.has_router and not network.uplink_addresses:
                     families = [subnet.family for subnet in network.subnets]
                     mac = _new_mac(self._store.taken_macs())
                     self._store.insert_uplink(network.id, self._uplink(families), mac)
@@ -293,6 +293,7 @@ class DesiredState:
         enabled = {family for family, on in ((IPV4, options.enable_ipv4), (IPV6, options.enable_ipv6)) if on}
         prefix = given[IPV6][0].prefixlen if IPV6 in given else 64
         addressing.check(options.options, internal=options.internal, ipv6=options.enable_ipv6, prefix=prefix)
+        vlan.check_options(options.options)
         if options.config_only:
             if options.internal or options.attachable or options.ingress:
                 raise ConfigNetworkError(name, "operator")
@@ -304,6 +305,13 @@ class DesiredState:
             return record
 
         existing = self._store.networks()
+        vlan.check_network(
+            name,
+            options.options,
+            internal=options.internal,
+            gateways={f: (f in given, f in given and bool(given[f][1].gateway)) for f in enabled},
+            others=[(network.name, network.vlan) for network in existing if network.vlan is not None],
+        )
         taken = [(ipam.network_of(s.subnet), network.name) for network in existing for s in network.subnets]
         for subnet, _ in given.values():
             ipam.check_overlap(subnet, taken)
@@ -329,8 +337,8 @@ class DesiredState:
             gateway_mac=gateway_mac,
             dns_mac="" if predefined else dns_mac,
             subnets=tuple(subnets),
-            uplink_addresses=() if options.internal else self._uplink(sorted(enabled)),
-            uplink_mac="" if options.internal else _new_mac(macs | {gateway_mac, dns_mac}),
+            uplink_addresses=self._uplink(sorted(enabled)) if record.has_router else (),
+            uplink_mac=_new_mac(macs | {gateway_mac, dns_mac}) if record.has_router else "",
         )
 
     def _uplink(self, families: Iterable[int]) -> tuple[str, ...]:

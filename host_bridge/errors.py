@@ -151,9 +151,21 @@ class NetworkOptionError(InvalidError):
             "dhcp": "use auto, on or off",
             "lease": "use 60 to 2147483647 seconds",
             "dns": "use 1 to 3 IP addresses with commas between",
+            "vlan-tag": "use 1 to 4094",
+            "vlan-uplink": "use the name of a network card of the helper's, such as eth1",
+            "vlan-no-tag": "give taploom.vlan.tag too",
+            "vlan-gateway": "the gateway of a VLAN is a router of its own",
         }[reason]
         super().__init__(f"option {_shown(option)} cannot be '{_shown(value)}': {wanted}")
         self.option, self.value, self.reason, self.wanted = option, value, reason, wanted
+
+
+class VlanTakenError(TakenError):
+    """A network is to be the VLAN that another is."""
+
+    def __init__(self, tag: int, place: str, network: str) -> None:
+        super().__init__(f"tag {tag} is network {network}'s ({place}): choose another tag or card, or use that network")
+        self.tag, self.network = tag, network
 
 
 class UnsupportedDriverError(NotFoundError):

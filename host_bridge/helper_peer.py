@@ -313,7 +313,8 @@ class HelperPeer(Peer[HelperObject]):
         if network is None:
             return ""
         if not needs_of_network(network) <= self._features:
-            return self._too_old(f"for what network {network.name} is to do with IPv6 and its gateway")
+            what = "is to do with IPv6 and its gateway" if network.vlan is None else "is, a VLAN"
+            return self._too_old(f"for what network {network.name} {what}")
         guest = None if endpoint is None else self._store.guest(endpoint.guest_id)
         if guest is not None and has_dhcp(guest, network) and not self._can(HelperFeature.DHCP):
             return self._too_old("to give addresses by DHCP")

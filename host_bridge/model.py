@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from host_bridge.addressing import Addressing
+from host_bridge.vlan import VlanPlace, place_of
 
 IPV4 = 4
 IPV6 = 6
@@ -128,6 +129,17 @@ class NetworkRecord:
     def addressing(self) -> Addressing:
         """How its hosts come to addresses, and its gateway modes."""
         return Addressing(self.options)
+
+    @property
+    def vlan(self) -> VlanPlace | None:
+        """The VLAN that the network is; None: it is none."""
+        return place_of(self.options) if self.switched else None
+
+    @property
+    def has_router(self) -> bool:
+        """True when the helper routes between the network and what is outside; from there published ports are reached.
+        On a VLAN somebody else does."""
+        return self.switched and not self.internal and self.vlan is None
 
     @property
     def host_binding(self) -> str:

@@ -388,11 +388,13 @@ def _check_networks(where: Source, balancer: Balancer, networks: Mapping[str, Ne
 
 def _families(network: NetworkRecord, home: NetworkRecord) -> list[int]:
     """The families in which a load balancer has an address on a network: those that its backends have, and in which
-    there is a gateway, which answers for its address."""
+    there is a gateway of the helper's, which answers for its address."""
     return [
         subnet.family
         for subnet in network.subnets
-        if home.subnet(subnet.family) is not None and network.addressing.mode(subnet.family) != ISOLATED
+        if home.subnet(subnet.family) is not None
+        and network.vlan is None
+        and network.addressing.mode(subnet.family) != ISOLATED
     ]
 
 

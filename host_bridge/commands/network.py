@@ -57,6 +57,8 @@ def network() -> None:
 @click.option("--dhcp", type=click.Choice(["auto", "on", "off"]), help="Whom DHCP answers; auto: who has no agent.")
 @click.option("--gateway-mode-ipv4", "mode4", type=_MODES, help="nat, or routed: no address translation; default: nat.")
 @click.option("--gateway-mode-ipv6", "mode6", type=_MODES, help="The same in IPv6.")
+@click.option("--vlan", metavar="TAG", type=int, help="Be this VLAN of what is behind a network card of the helper's.")
+@click.option("--uplink", metavar="CARD", help="With --vlan: which card; default: the only one that it can be.")
 @click.option("--label", "labels", type=Pairs("KEY=VALUE", lone=True), multiple=True, help="A label; repeatable.")
 @click.option(
     "-o", "--opt", "options", type=Pairs("KEY=VALUE"), multiple=True, help="One of Docker's driver options; repeatable."
@@ -79,6 +81,8 @@ def create(
     dhcp: str | None,
     mode4: str | None,
     mode6: str | None,
+    vlan: int | None,
+    uplink: str | None,
     labels: tuple[tuple[str, str], ...],
     options: tuple[tuple[str, str], ...],
     as_json: bool,
@@ -91,6 +95,7 @@ def create(
         taploom network create back --internal --subnet 10.5.0.0/24 --gateway 10.5.0.1 --ipv6
         taploom network create quiet -o com.docker.network.bridge.enable_icc=false --label tier=front
         taploom network create six --no-ipv4 --ipv6 --ra slaac --gateway-mode-ipv6 routed
+        taploom network create office --vlan 120 --subnet 10.120.0.0/24 --gateway 10.120.0.1 --ip-range 10.120.0.192/26
     """
     from taploom.contracts.taploom.bridge.v1 import CreateNetworkRequest, CreateNetworkResponse
 
@@ -100,6 +105,8 @@ def create(
         "taploom.dhcp": dhcp,
         "com.docker.network.bridge.gateway_mode_ipv4": mode4,
         "com.docker.network.bridge.gateway_mode_ipv6": mode6,
+        "taploom.vlan.tag": None if vlan is None else str(vlan),
+        "taploom.vlan.uplink": uplink,
     }
     for key, value in flags.items():
         if value is not None and given.setdefault(key, value) != value:
@@ -167,6 +174,7 @@ def inspect(bridge: str, network: str, as_json: bool) -> None:
     Example:
         taploom network inspect app
     """
+    from host_bridge.vlan import place_of
     from taploom.contracts.taploom.bridge.v1 import GetNetworkRequest, GetNetworkResponse
 
     found = unary(bridge, "NetworkService/GetNetwork", GetNetworkRequest(network=network), GetNetworkResponse).network
@@ -184,6 +192,7 @@ def inspect(bridge: str, network: str, as_json: bool) -> None:
             ("Gateways", " ".join(found.gateways)),
             *_given("IP ranges", found.ip_ranges),
             *_given("Reserved", _pairs(found.auxiliary_addresses)),
+            *_given("VLAN", [str(place)] if (place := place_of(found.options)) is not None else []),
             ("Internal", "yes" if found.internal else "no"),
             ("MTU", str(found.mtu)),
             *_given("Labels", _pairs(found.labels)),

@@ -82,8 +82,9 @@ class ContainerNetworks:
         return sorted(found, key=lambda pair: pair[0].name)
 
     def gateway(self, container_id: str) -> tuple[NetworkRecord, EndpointRecord] | None:
-        """The endpoint that the default route leads over, and so published ports; None: there is none."""
-        usable = [pair for pair in self.endpoints(container_id) if not pair[0].internal and pair[1].active]
+        """The endpoint that published ports lead over: of those on networks that the helper routes, the one that a
+        default route would; None: there is none."""
+        usable = [pair for pair in self.endpoints(container_id) if pair[0].has_router and pair[1].active]
         return min(
             usable,
             key=lambda pair: (-pair[1].gateway_priority, -len(pair[1].addresses), pair[0].name.encode()),
@@ -158,7 +159,7 @@ class ContainerNetworks:
         wanted = [
             (network, settings.get("GwPriority") or 0)
             for name, settings in container.networks.items()
-            if (network := self.network(name)) is not None and network.switched and not network.internal
+            if (network := self.network(name)) is not None and network.has_router
         ]
         return min(
             wanted, key=lambda pair: (-pair[1], -len(pair[0].subnets), pair[0].name.encode()), default=(None, 0)

@@ -11,6 +11,7 @@ from host_bridge.addressing import ROUTED, Addressing
 from host_bridge.model import OPTION_ICC, OPTION_MASQUERADE, parse_bool
 from host_bridge.names import clean_text
 from host_bridge.view.rates import Rates, rates_between
+from host_bridge.vlan import place_of
 
 if TYPE_CHECKING:
     from taploom.contracts.taploom.bridge.v1 import (
@@ -84,6 +85,7 @@ class Net:
         ways_out: what it has towards the outside, by family (4, 6): nat or routed; none: no way out.
         isolated: its guests do not reach each other.
         policy: what becomes of connections that no rule speaks of: allow, deny, deny-in or deny-out.
+        vlan: the VLAN that it is, such as `VLAN 120 on eth1`; empty: none.
     """
 
     id: str
@@ -98,6 +100,7 @@ class Net:
     labels: Mapping[str, str]
     places: tuple[Place, ...]
     balancers: tuple[Shared, ...] = ()
+    vlan: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +228,7 @@ def topology(
                 labels=dict(sorted(network.labels.items())),
                 places=tuple(places),
                 balancers=tuple(_shared(network.name, one) for one in balancers if _is_on(one, network.name)),
+                vlan=str(place_of(network.options) or ""),
             )
         )
     assert now.time is not None
