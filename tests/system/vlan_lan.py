@@ -89,9 +89,12 @@ class Switch(threading.Thread):
             ready, _, _ = select.select([self._reader, self._trunk, *tags], [], [])
             if self._reader in ready:
                 return
-            for one in ready:
-                with contextlib.suppress(BlockingIOError):
-                    self._in() if one is self._trunk else self._out(one, tags[one])
+            try:
+                for one in ready:
+                    with contextlib.suppress(BlockingIOError):
+                        self._in() if one is self._trunk else self._out(one, tags[one])
+            except OSError:  # the card is gone
+                return
 
     def _in(self) -> None:
         data, ancillary, _, _ = self._trunk.recvmsg(70000, 256)

@@ -1,0 +1,125 @@
+"""Networks that are VLANs, by the commands that people type: guests and containers on the wire, and what survives."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from fabric import Fabric, fabric, until
+from runtime_client import busybox_tar
+from test_dhcp_lab import kill
+from test_lab_docker import Docker
+from vlan_lan import HOST, Lan, lan
+
+from lab.state import Lab
+
+pytestmark = pytest.mark.system
+
+CREATE = ("network", "create", "office", "--vlan", "120", "--uplink", "nic1")
+SUBNETS = (
+    *("--subnet", "10.77.1.0/24", "--gateway", "10.77.1.1", "--ip-range", "10.77.1.128/25"),
+    *("--subnet", "fd00:77:1::/64", "--gateway", "fd00:77:1::1", "--ip-range", "fd00:77:1::8000/113"),
+)
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[tuple[Fabric, Lan]]:
+    with fabric("web", "db") as running, lan(helper_netns(running), "nic1", {120: 1, 130: 2}) as wire:
+        yield running, wire
+
+
+def helper_netns(running: Fabric) -> str:
+    return Lab(running.name).helper_netns
+
+
+def test_refusals_change_nothing(rig: tuple[Fabric, Lan]) -> None:
+    running, _ = rig
+    before = running.json("network", "ls")
+    for arguments, reason in (
+        ((*CREATE[:3], "--vlan", "4095", *SUBNETS), "use 1 to 4094"),
+        ((*CREATE[:3], "--vlan", "0", *SUBNETS), "use 1 to 4094"),
+        (CREATE, "give its IPv4 subnet"),
+        ((*CREATE, *SUBNETS[:2]), "the router there"),
+        ((*CREATE[:3], "--uplink", "nic1", *SUBNETS), "give taploom.vlan.tag too"),
+        ((*CREATE, "--gateway-mode-ipv4", "routed", *SUBNETS), "a router of its own"),
+        ((*CREATE[:5], "--uplink", "nic9", *SUBNETS), "has no network card nic9"),
+        # The helper's own way out.
+        ((*CREATE[:5], "--uplink", "eth0", *SUBNETS), "give the helper's machine a second one"),
+        ((*CREATE, "--mtu", "9000", *SUBNETS), "more than the 1500"),
+    ):
+        assert reason in running.fails(*arguments), arguments
+    assert running.json("network", "ls") == before
+
+
+def test_guests_on_a_vlan(rig: tuple[Fabric, Lan]) -> None:
+    running, wire = rig
+    running.run(*CREATE, *SUBNETS)
+    try:
+        running.run("network", "create", "app")
+        running.run("network", "connect", "app", "web")
+        running.run("network", "connect", "office", "web", "--priority", "1")
+        running.run("network", "connect", "office", "db", "--alias", "postgres", "--ip", "10.77.1.200")
+        assert "VLAN 120 on nic1" in running.run("network", "inspect", "office")
+        assert "VLAN 120 on nic1" in running.run("topology")
+        assert "is network office's" in running.fails(
+            "network", "create", "other", *CREATE[3:], "--subnet", "10.9.0.0/24", "--internal"
+        )
+        assert running.address("web", "office") == "10.77.1.128"
+        assert works(running, wire)
+        assert "default via 10.77.1.1 " in running.in_guest("web", "ip", "route")
+        assert "default via fd00:77:1::1 " in running.in_guest("web", "ip", "-6", "route")
+        # By the helper's own card everything else goes on, untagged.
+        running.run("network", "disconnect", "office", "web")
+        assert running.answers("web", "198.51.100.1")
+        running.run("network", "connect", "office", "web", "--priority", "1")
+
+        policy = running.path / "policy.yaml"
+        policy.write_text("networks: {office: deny-in}\n")
+        running.run("policy", "apply", "-f", str(policy))
+        assert not wire.ping(120, "10.77.1.200", wait=1)
+        assert running.answers("db", f"10.77.1.{HOST}")
+        policy.write_text("networks: {office: allow}\n")
+        running.run("policy", "apply", "-f", str(policy))
+        until(lambda: wire.ping(120, "10.77.1.200", wait=1), "it is open again")
+
+        # The helper from an empty disk. (OVS's and OVN's daemons are killed in test_vlan_helper.)
+        shutil.rmtree(running.path / "helper" / "state", ignore_errors=True)
+        for victim in ("helper", "bridge"):
+            kill(running, victim)
+            until(lambda: works(running, wire), f"{victim} was killed\n{running.logs()}")
+        assert not running.answers("web", f"10.77.2.{HOST}"), "the other VLAN"
+    finally:
+        for network, guest in (("office", "web"), ("office", "db"), ("app", "web")):
+            running.command("network", "disconnect", network, guest)
+        running.run("network", "rm", "office")
+        running.command("network", "rm", "app")
+
+
+def works(running: Fabric, wire: Lan) -> bool:
+    """Both ways, both families, names."""
+    return all(running.answers("web", address) for address in ("fd00:77:1::9", "postgres")) and all(
+        wire.ping(120, address, wait=1) for address in ("10.77.1.200", "10.77.1.128")
+    )
+
+
+def test_containers_on_a_vlan(rig: tuple[Fabric, Lan]) -> None:
+    running, wire = rig
+    docker = Docker(running)
+    docker("import", "-", "box", stdin=busybox_tar())
+    options = ("-o", "taploom.vlan.tag=130", "-o", "taploom.vlan.uplink=nic1")
+    docker("network", "create", *options, "--subnet", "10.77.2.0/24", "--gateway", "10.77.2.1", "lab")
+    try:
+        refused = docker.command(
+            "network", "create", *options, "--subnet", "10.9.0.0/24", "--gateway", "10.9.0.1", "two"
+        )
+        assert b"tag 130 is network lab's" in refused.stderr
+        refused = docker.command("network", "create", "-o", "taploom.vlan.tag=5000", "bad")
+        assert b"use 1 to 4094" in refused.stderr
+        docker("run", "-d", "--name", "srv", "--network", "lab", "--ip", "10.77.2.50", "box", "sleep", "1000")
+        docker("exec", "srv", "ping", "-c1", "-W5", "10.77.2.9")
+        assert wire.ping(130, "10.77.2.50")
+        assert not wire.ping(120, "10.77.2.50", wait=1)
+    finally:
+        docker("rm", "-f", "srv")
+        docker("network", "rm", "lab")
