@@ -110,13 +110,14 @@ class NetworkState:
 
 @dataclass
 class EndpointState:
-    """An endpoint as it is. It has a TAP unless it is disabled."""
+    """An endpoint as it is. It has a TAP unless it is disabled, or another's carries it; `there`: it has its port."""
 
     spec: EndpointSpec
     message: Endpoint
     network: NetworkState
     changes: Changes = field(default_factory=Changes)
     tap: Tap | None = None
+    there: bool = False
     linked: bool = False  # known to the data links' server
     gone: trio.Event = field(default_factory=trio.Event)
 
@@ -458,7 +459,7 @@ class Fabric:
                     with trio.CancelScope(shield=True):
                         endpoint = self._claim(spec, message)
                         await self._realise([endpoint])
-                    if secret and not spec.disabled:
+                    if secret and not spec.disabled and spec.child is None:
                         self._ports.authorize(spec.endpoint_id, secret)
             await self._settle(endpoint)
         self._spare_wanted.set()
@@ -506,6 +507,10 @@ class Fabric:
 
     def is_up(self, endpoint: EndpointState) -> bool:
         """Whether the endpoint's port is programmed in the data path."""
+        child = endpoint.spec.child
+        if child is not None:
+            parent = self.endpoints.get(child.parent_id)
+            return endpoint.there and parent is not None and parent.spec.child is None and self.is_up(parent)
         if endpoint.tap is None:
             return False
         return vswitch.is_installed(self._stack.conf.mirrors["Interface"].rows.get(endpoint.tap.name))
@@ -522,6 +527,15 @@ class Fabric:
             holder = network.holders.get(key, spec.endpoint_id)
             if holder != spec.endpoint_id:
                 raise InvalidSpecError(f"{key} is in use by endpoint {holder} of network {spec.network_id}")
+        child, present = spec.child, self.endpoints.get(spec.endpoint_id)
+        if present is not None and (present.spec.child is None) != (child is None):
+            raise PreconditionError(f"endpoint {spec.endpoint_id} has a link of its own, or had none: delete it first")
+        if child is not None:
+            for other in self.endpoints.values():
+                if other.spec.child == child and other is not present:
+                    raise InvalidSpecError(
+                        f"trunk_child: tag {child.tag} over {child.parent_id} is endpoint {other.spec.endpoint_id}'s"
+                    )
 
     def _claim(self, spec: EndpointSpec, message: Endpoint) -> EndpointState:
         """Enters the endpoint into the books under its new description, which `_realise` then makes true."""
@@ -532,7 +546,7 @@ class Fabric:
             endpoint = EndpointState(spec, message, network)
             self.endpoints[spec.endpoint_id] = endpoint
             network.endpoints[spec.endpoint_id] = endpoint
-        if endpoint.tap is not None and _seen(endpoint.spec) != _seen(spec):
+        if endpoint.there and _seen(endpoint.spec) != _seen(spec):
             endpoint.changes.made += 1
         for key in _keys(endpoint.spec):
             network.holders.pop(key, None)
@@ -544,9 +558,9 @@ class Fabric:
     async def _realise(self, endpoints: Sequence[EndpointState]) -> None:
         """Makes claimed endpoints be. On an error those that are new are gone again; others are completed by the next
         attempt."""
-        new = [e for e in endpoints if e.tap is None]
+        new = [e for e in endpoints if not e.there]
         wanted = [e for e in endpoints if not e.spec.disabled]
-        idle = [e for e in endpoints if e.spec.disabled and e.tap is not None]
+        idle = [e for e in endpoints if e.spec.disabled and e.there]
 
         uplink = self.uplink
 
@@ -561,7 +575,7 @@ class Fabric:
         ensure_balancers = self._balancer_rows_with(wanted)
 
         async def plug() -> None:
-            await self._give_taps([e for e in wanted if e.tap is None])
+            await self._give_taps([e for e in wanted if e.tap is None and e.spec.child is None])
             taps = {e.tap.name: northbound.endpoint_port(e.spec.endpoint_id) for e in wanted if e.tap is not None}
             await self._stack.conf.transact(partial(vswitch.plug, interfaces=taps))
 
@@ -576,6 +590,9 @@ class Fabric:
                 await _together(partial(self._stack.nb.transact, in_nb), plug, self.kernel.open_ports)
                 await self._keep_mirrors()  # before anything passes
             for endpoint in wanted:
+                if endpoint.spec.child is not None and not endpoint.there:
+                    endpoint.changes.made += 1  # nothing else tells when it is programmed
+                endpoint.there = True
                 if not endpoint.linked and endpoint.tap is not None:
                     self._ports.add(endpoint.spec.endpoint_id, endpoint.tap)
                     endpoint.linked = True
@@ -663,7 +680,7 @@ class Fabric:
         ensure_balancers = self._balancer_rows_with(endpoints, gone=True)
         await _together(partial(self._stack.nb.transact, in_nb), unplug, self.kernel.open_ports)
         for endpoint in endpoints:
-            endpoint.tap = None
+            endpoint.tap, endpoint.there = None, False
         await self._keep_mirrors()
 
         async def clear_away() -> None:
@@ -706,7 +723,7 @@ class Fabric:
 
     async def _settle(self, endpoint: EndpointState) -> None:
         tap, dns = endpoint.tap, endpoint.network.dns
-        if tap is None:
+        if not endpoint.there:
             return
         within = _time_left()
 
@@ -719,13 +736,14 @@ class Fabric:
                         nursery.cancel_scope.cancel()
 
                     nursery.start_soon(until_gone)
-                    await self._stack.conf.mirrors["Interface"].wait(tap.name, vswitch.is_installed)
+                    if tap is not None:
+                        await self._stack.conf.mirrors["Interface"].wait(tap.name, vswitch.is_installed)
                     await self._until_joined(endpoint.network)
                     nursery.cancel_scope.cancel()
             if endpoint.gone.is_set():
                 raise PreconditionError(f"endpoint {endpoint.spec.endpoint_id} was removed meanwhile")
             if scope.cancelled_caught:
-                row = self._stack.conf.mirrors["Interface"].rows.get(tap.name, {})
+                row = self._stack.conf.mirrors["Interface"].rows.get(tap.name if tap is not None else "", {})
                 error = "".join(row.get("error", ())) or "no error is known"
                 raise UnavailableError(
                     f"the port of endpoint {endpoint.spec.endpoint_id} was not programmed within {within:.1f} s "
@@ -1077,7 +1095,7 @@ class Fabric:
 
     async def _restore(self) -> None:
         networks = list(self.networks.values())
-        endpoints = [e for e in self.endpoints.values() if e.tap is not None]
+        endpoints = [e for e in self.endpoints.values() if e.there]
         uplink, policy, cards = self.uplink, self.policy, self._cards
 
         def in_nb(txn: Txn) -> None:
@@ -1133,7 +1151,7 @@ def _keys(spec: EndpointSpec) -> list[str]:
 
 def _seen(spec: EndpointSpec) -> tuple[object, ...]:
     """What of an endpoint packets meet in OVN."""
-    return spec.port_addresses, spec.policy, spec.dhcp, spec.qos
+    return spec.port_addresses, spec.policy, spec.dhcp, spec.qos, spec.child
 
 
 def _dns_part(spec: NetworkSpec) -> tuple[object, ...]:

@@ -4,6 +4,7 @@ makes the rows be as described, whatever was there."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from agent_helper import dhcp_rows, policy_rows, qos_rows
 from agent_helper.errors import UnavailableError
@@ -205,7 +206,11 @@ def ensure_endpoint(txn: Txn, spec: EndpointSpec, network: NetworkSpec) -> tuple
     if switch is None:
         raise UnavailableError(f"network {spec.network_id} is just being restored in OVN's database; try again")
     addresses = [spec.port_addresses]
-    port, new = _ensure_port(txn, switch, endpoint_port(spec.endpoint_id), "", addresses, security=addresses)
+    carried: dict[str, Any] = {}
+    if spec.child is not None:
+        carried = {"parent_name": [endpoint_port(spec.child.parent_id)], "tag": [spec.child.tag]}
+    name = endpoint_port(spec.endpoint_id)
+    port, new = _ensure_port(txn, switch, name, "", addresses, security=addresses, **carried)
     dhcp_rows.ensure_endpoint(txn, spec, network, port, new=new)
     return port, new
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 from agent_helper.errors import InvalidSpecError
 from agent_helper.policy import MemberSpec, parse_member
 from agent_helper.qos import QosSpec, parse_qos
-from agent_helper.vlan import VlanSpec, parse_vlan
+from agent_helper.vlan import ChildSpec, VlanSpec, parse_child, parse_vlan
 from taploom.contracts.taploom.helper.v1 import (
     Dhcp,
     Endpoint,
@@ -178,6 +178,7 @@ class EndpointSpec:
     dhcp: bool = False
     open_ports: tuple[tuple[str, int], ...] = ()  # (tcp or udp, port)
     qos: QosSpec = field(default_factory=QosSpec)
+    child: ChildSpec | None = None
 
     @property
     def port_addresses(self) -> str:
@@ -383,6 +384,9 @@ def parse_endpoint(message: Endpoint) -> EndpointSpec:
     for name in message.names:
         if not _NAME.fullmatch(name):
             raise InvalidSpecError(f"names: {_show(name)} must be 1 to 255 characters of [a-zA-Z0-9_.-]")
+    child = parse_child(message.trunk_child)
+    if child is not None and child.parent_id == endpoint_id:
+        raise InvalidSpecError(f"trunk_child: endpoint {endpoint_id} cannot carry itself")
     return EndpointSpec(
         endpoint_id,
         network_id,
@@ -394,6 +398,7 @@ def parse_endpoint(message: Endpoint) -> EndpointSpec:
         message.dhcp,
         _open_ports(message.open_ports),
         parse_qos(message.qos),
+        child,
     )
 
 

@@ -120,13 +120,22 @@ class Switch(threading.Thread):
             tap.close()
 
 
-def _trunk_socket() -> socket.socket:
+def trunk_socket(interface: str) -> socket.socket:
+    """Sends and receives whole frames on an interface of the calling thread's namespace, with their tags."""
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
     for option in (_PACKET_VNET_HDR, _PACKET_AUXDATA, _PACKET_IGNORE_OUTGOING):
         sock.setsockopt(_SOL_PACKET, option, 1)
-    sock.bind(("trunk", 0))
+    sock.bind((interface, 0))
     sock.setblocking(False)
     return sock
+
+
+def untagged(netns: str) -> Tap:
+    """An interface `lan0` in a namespace, whose frames a `Switch` tags."""
+    tap = in_netns(netns, partial(Tap.open, "lan0"))
+    tap.set_offloads(frozenset({LinkFeature.VNET_HDR, LinkFeature.TSO}))
+    tap.set_carrier(True)
+    return tap
 
 
 def frames(sock: socket.socket) -> list[Frame]:
@@ -160,15 +169,13 @@ def lan(helper: str, card: str, vlans: dict[int, int]) -> Iterator[Lan]:
             name = f"tltv{tag}{suffix}"
             sh("ip", "netns", "add", name)
             found.vlans[tag] = name
-            taps[tag] = in_netns(name, partial(Tap.open, "lan0"))
-            taps[tag].set_offloads(frozenset({LinkFeature.VNET_HDR, LinkFeature.TSO}))
-            taps[tag].set_carrier(True)
+            taps[tag] = untagged(name)
             for part in (ROUTER, HOST):
                 sh("ip", "-n", name, "addr", "add", f"10.77.{number}.{part}/24", "dev", "lan0")
                 sh("ip", "-n", name, "addr", "add", f"fd00:77:{number}::{part}/64", "dev", "lan0", "nodad")
             for interface in ("lo", "lan0"):
                 sh("ip", "-n", name, "link", "set", interface, "up")
-        switch = Switch(in_netns(found.trunk, _trunk_socket), taps)
+        switch = Switch(in_netns(found.trunk, partial(trunk_socket, "trunk")), taps)
         switch.start()
         yield found
     finally:

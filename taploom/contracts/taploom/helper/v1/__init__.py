@@ -102,6 +102,7 @@ __all__ = (
     "TraceProtocol",
     "TraceRule",
     "TraceTranslation",
+    "TrunkChild",
     "Uplink",
     "Vlan",
     "WatchEventsRequest",
@@ -457,7 +458,7 @@ class HelperFeature(betterproto2.Enum):
 
     VLAN = 16
     """
-    Networks can be VLANs: Network.vlan.
+    Networks can be VLANs, and endpoints tagged frames over others: Network.vlan, Endpoint.trunk_child.
     """
 
     DHCP = 17
@@ -1753,6 +1754,11 @@ class Endpoint(betterproto2.Message):
     How much it may send and receive; absent: as much as it can.
     """
 
+    trunk_child: "TrunkChild | None" = betterproto2.field(9, betterproto2.TYPE_MESSAGE, optional=True)
+    """
+    What carries it, where it is not a data link of its own.
+    """
+
     dhcp: "bool" = betterproto2.field(10, betterproto2.TYPE_BOOL)
     """
     True: DHCP answers it, with its own addresses.
@@ -3018,6 +3024,26 @@ class TraceTranslation(betterproto2.Message):
 
 
 default_message_pool.register_message("taploom.helper.v1", "TraceTranslation", TraceTranslation)
+
+
+@dataclass(eq=False, repr=False)
+class TrunkChild(betterproto2.Message):
+    """
+    An endpoint is tagged frames over another endpoint's interface, the trunk. It has no TAP and no data link of its own.
+    """
+
+    parent_endpoint_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    The endpoint whose interface carries it, of any network; one that is not here carries nothing.
+    """
+
+    tag: "int" = betterproto2.field(2, betterproto2.TYPE_UINT32)
+    """
+    Its frames' tag (IEEE 802.1Q) there, 1 to 4094; on its network they have none.
+    """
+
+
+default_message_pool.register_message("taploom.helper.v1", "TrunkChild", TrunkChild)
 
 
 @dataclass(eq=False, repr=False)
