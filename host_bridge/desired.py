@@ -562,10 +562,18 @@ class DesiredState:
                 if network.config_only:
                     raise ConfigNetworkError(network.name, "config-only")
                 raise PredefinedNetworkError(network.name, "connect")
-            if guest.card is not None:
+            carried = vlan.carried_of(options.driver_options)
+            parent = None if carried is None else self._parent(network, guest, carried)
+            if parent is not None and carried is not None:
+                kept = dict(options.driver_options) | {vlan.OPTION_PARENT: self.network_name(parent.network_id)}
+                options = dataclasses.replace(options, driver_options=kept)
+                # A VLAN interface has the MAC address of the one that it is over.
+                if not mac and parent.mac_address not in self._store.taken_macs(network.id):
+                    mac = parent.mac_address
+            elif guest.card is not None:
                 mac = mac or guest.settings.card_mac
                 for present in self._store.endpoints(guest_id=guest.id):
-                    if present.network_id != network.id:
+                    if present.network_id != network.id and present.carried is None:
                         where = self.network_name(present.network_id)
                         raise PreconditionError(
                             f"guest {guest.name} has one network card, which is on {where}: disconnect it there first"
@@ -598,7 +606,9 @@ class DesiredState:
                 id=_new_id(),
                 network_id=network.id,
                 guest_id=guest.id,
-                interface_name=self._interface_name(guest, network, options.driver_options),
+                interface_name=self._child_name(guest, parent, carried.tag, options.driver_options)
+                if parent is not None and carried is not None
+                else self._interface_name(guest, network, options.driver_options),
                 mac_address=mac or _mac_of(chosen, set(macs)),
                 gateway_priority=priority,
                 created_at=_now(),
@@ -613,6 +623,48 @@ class DesiredState:
             )
             self._store.insert_endpoint(endpoint)
         return endpoint
+
+    def _parent(self, network: NetworkRecord, guest: GuestRecord, carried: vlan.Carried) -> EndpointRecord:
+        """The endpoint that is to carry one of the guest's on a network.
+
+        Raises:
+            InvalidError, NotFoundError, PreconditionError, TakenError: it cannot.
+        """
+        if self._store.is_container(guest.id):
+            raise InvalidError(f"{guest.name} is a container: connect it to {network.name} itself, without a tag")
+        over = self.find_network(carried.parent)
+        if over.id == network.id:
+            raise InvalidError(f"network {network.name} cannot go over itself: name another that {guest.name} is on")
+        found = self._store.endpoint_of(over.id, guest.id)
+        if found is None:
+            raise NotConnectedError(guest.name, over.name, guest.id)
+        if found.carried is not None:
+            raise PreconditionError(
+                f"{guest.name} is on {over.name} by tag {found.carried.tag} over {found.carried.parent}: name that, "
+                "tags are not nested"
+            )
+        for other in self._store.endpoints(guest_id=guest.id):
+            if other.carried == vlan.Carried(over.name, carried.tag) and other.network_id != network.id:
+                where = self.network_name(other.network_id)
+                raise TakenError(f"tag {carried.tag} over {over.name} is {where}'s in {guest.name}: choose another tag")
+        return found
+
+    def _child_name(self, guest: GuestRecord, parent: EndpointRecord, tag: int, options: Mapping[str, str]) -> str:
+        """The name of a VLAN interface as people give it: eth0.20."""
+        if options.get(OPTION_INTERFACE):
+            network = self._store.network(parent.network_id)
+            assert network is not None, "foreign key"
+            return self._interface_name(guest, network, options)
+        name = f"{parent.interface_name[: 14 - len(str(tag))]}.{tag}"
+        if any(endpoint.interface_name == name for endpoint in self._store.endpoints(guest_id=guest.id)):
+            raise TakenError(f"guest {guest.name} has an interface {shown(name)} already: give another name")
+        return name
+
+    def carrier_of(self, endpoint: EndpointRecord) -> EndpointRecord | None:
+        """The endpoint over whose interface this one goes; None: it is not there, or there is none."""
+        carried = endpoint.carried
+        over = None if carried is None else self._store.network_id_of(carried.parent)
+        return None if over is None else self._store.endpoint_of(over, endpoint.guest_id)
 
     def find_place(self, network_text: str, guest_text: str) -> tuple[NetworkRecord, str, str]:
         """A network, the id of a guest on it (empty: none is named), and what messages call the two.

@@ -160,6 +160,14 @@ class NetworkOptionError(InvalidError):
         self.option, self.value, self.reason, self.wanted = option, value, reason, wanted
 
 
+class EndpointOptionError(InvalidError):
+    """An option of an endpoint cannot be used."""
+
+    def __init__(self, option: str, value: str, wanted: str) -> None:
+        super().__init__(f"option {_shown(option)} cannot be '{_shown(value)}': {wanted}")
+        self.option, self.value = option, value
+
+
 class VlanTakenError(TakenError):
     """A network is to be the VLAN that another is."""
 

@@ -152,7 +152,8 @@ class Fabric:
             for guest in self.desired.guests():
                 self._add_guest(guest)
             for endpoint in self.desired.store.endpoints():
-                self._add_link(endpoint)
+                if endpoint.carried is None:
+                    self._add_link(endpoint)
             task_status.started()
             await trio.sleep_forever()
 
@@ -481,21 +482,23 @@ class Fabric:
         `DesiredState.connect`."""
         record = self.desired.connect(network, guest, options)
         try:
-            link = self._add_link(record)
-            link.guest.touch(record.id)
-            link.guest.touch(RESOLVER_KEY)
+            link = self._add_link(record) if record.carried is None else None
+            label = self._label(record)
+            if link is not None:
+                link.guest.touch(record.id)
+                link.guest.touch(RESOLVER_KEY)
             self.helper.touch(record.id)
             self._touch_others(record)
-            await self._until_up(link)
-            if link.removed or not self.desired.activate_endpoint(record.id):
-                raise AbortedError(f"{link.label} was disconnected while it was being connected")
+            await (self._until_up(link) if link is not None else self._until_carried(record))
+            if (link is not None and link.removed) or not self.desired.activate_endpoint(record.id):
+                raise AbortedError(f"{label} was disconnected while it was being connected")
         except BaseException as error:
             self.desired.cancel_endpoint(record.id)
             self._forget_endpoint(record)
             if isinstance(error, Exception):
                 await self._settle(record)
             raise
-        logger.info("connected %s with %s", link.label, ", ".join(record.addresses))
+        logger.info("connected %s with %s", label, ", ".join(record.addresses))
         connected = self.desired.store.endpoint(record.id)
         assert connected is not None
         self._emit("endpoint-connect", connected)
@@ -542,6 +545,16 @@ class Fabric:
                 await peer.wait_gone(record.id)
                 await peer.changes.until(RESOLVER_KEY, lambda: peer.settled(RESOLVER_KEY))
             await self.helper.wait_gone(record.id)
+
+    async def _until_carried(self, record: EndpointRecord) -> None:
+        """Waits until the helper has an endpoint that goes over another's link."""
+        await self._converge(
+            lambda condition: self.helper.changes.until(record.id, condition),
+            done=lambda: self.helper.has(record.id),
+            refused=lambda: _refusal(self.helper, record.id),
+            peers=(self.helper,),
+            explain=lambda: self.helper.waits_for(record.id),
+        )
 
     async def _until_up(self, link: DataLink) -> None:
         """Waits until the link is up, with another interface name where the guest has one of its own by that name."""
@@ -697,7 +710,7 @@ class Fabric:
 
     def _add_link(self, endpoint: EndpointRecord) -> DataLink:
         guest = self.guests[endpoint.guest_id]
-        label = f"{guest.record.name} on {self.desired.network_name(endpoint.network_id)}"
+        label = self._label(endpoint)
         if isinstance(guest, CardGuest):
             link: DataLink = CardLink(endpoint.id, label, guest, self.helper, self._dataplane)
         else:
@@ -706,6 +719,9 @@ class Fabric:
         assert self._nursery is not None
         self._nursery.start_soon(link.run)
         return link
+
+    def _label(self, endpoint: EndpointRecord) -> str:
+        return f"{self.desired.guest_name(endpoint.guest_id)} on {self.desired.network_name(endpoint.network_id)}"
 
     def _drop_link(self, endpoint_id: str) -> DataLink | None:
         link = self.links.pop(endpoint_id, None)
@@ -729,6 +745,9 @@ class Fabric:
         default bridge, whose /etc/hosts has its address."""
         self.helper.touch(BALANCERS_KEY)
         self.helper.touch(MIRRORS_KEY)
+        for other in self.desired.store.endpoints(guest_id=endpoint.guest_id):
+            if other.carried is not None:
+                self.helper.touch(other.id)
         network = self.desired.store.network(endpoint.network_id)
         if network is None or not network.default_bridge:
             return
@@ -765,7 +784,10 @@ class Fabric:
         network = self.desired.store.network(record.network_id)
         guest = self.desired.store.guest(record.guest_id)
         assert network is not None and guest is not None, "foreign keys"
-        link = self.links.get(record.id)
+        carrier = self.desired.carrier_of(record)
+        link = self.links.get(record.id if carrier is None else carrier.id)
+        if carrier is not None and not self.helper.has(record.id):
+            link = None
         qos = rules_message(self.desired.qos.in_force(record, network))
         return bridge_endpoint(record, network, guest, link_up=link is not None and link.passes, qos=qos)
 

@@ -93,6 +93,8 @@ class GuestPeer(Peer[Interface | Resolver]):
         endpoint = self._store.endpoint(key)
         if endpoint is None or endpoint.guest_id != self.record.id:
             return None
+        if endpoint.carried is not None:
+            return None  # tagged frames of another interface: what becomes of them is the guest's business
         network = self._store.network(endpoint.network_id)
         assert network is not None, "foreign key"
         return guest_interface(endpoint, network)

@@ -68,6 +68,7 @@ from taploom.contracts.taploom.helper.v1 import (
     SyncRequest,
     TracePacketRequest,
     TracePacketResponse,
+    TrunkChild,
     Uplink,
     WatchEventsRequest,
     WatchEventsResponse,
@@ -282,6 +283,12 @@ class HelperPeer(Peer[HelperObject]):
         endpoint = self._store.endpoint(key)
         if endpoint is None:
             return None
+        carrier = None
+        if endpoint.carried is not None:
+            over = self._store.network_id_of(endpoint.carried.parent)
+            carrier = None if over is None else self._store.endpoint_of(over, endpoint.guest_id)
+            if carrier is None:
+                return None
         guest = self._store.guest(endpoint.guest_id)
         network = self._store.network(endpoint.network_id)
         assert guest is not None and network is not None, "foreign keys"
@@ -294,6 +301,8 @@ class HelperPeer(Peer[HelperObject]):
         described = helper_endpoint(
             endpoint, guest, network, policy, open_ports=self._open_ports(endpoint, network), qos=qos
         )
+        if endpoint.carried is not None and carrier is not None:
+            described.trunk_child = TrunkChild(parent_endpoint_id=carrier.id, tag=endpoint.carried.tag)
         taken = self._balancers.names_on(network.id)
         if taken:
             described.names = [name for name in described.names if name.lower() not in taken]
@@ -315,6 +324,8 @@ class HelperPeer(Peer[HelperObject]):
         if not needs_of_network(network) <= self._features:
             what = "is to do with IPv6 and its gateway" if network.vlan is None else "is, a VLAN"
             return self._too_old(f"for what network {network.name} {what}")
+        if endpoint is not None and endpoint.carried is not None and not self._can(HelperFeature.VLAN):
+            return self._too_old("for tagged frames over another interface")
         guest = None if endpoint is None else self._store.guest(endpoint.guest_id)
         if guest is not None and has_dhcp(guest, network) and not self._can(HelperFeature.DHCP):
             return self._too_old("to give addresses by DHCP")

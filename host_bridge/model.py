@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from host_bridge.addressing import Addressing
-from host_bridge.vlan import VlanPlace, place_of
+from host_bridge.errors import EndpointOptionError
+from host_bridge.vlan import OPTION_PARENT, Carried, VlanPlace, carried_of, place_of
 
 IPV4 = 4
 IPV6 = 6
@@ -232,6 +234,15 @@ class EndpointRecord:
     links: tuple[tuple[str, str], ...] = ()
     driver_options: Mapping[str, str] = field(default_factory=dict)
     names: tuple[str, ...] = ()
+
+    @property
+    def carried(self) -> Carried | None:
+        """The network, by name, over whose endpoint of the guest this one goes, and its tag; None: it has a link."""
+        if OPTION_PARENT not in self.driver_options:
+            return None
+        with contextlib.suppress(EndpointOptionError):  # kept from before it meant something
+            return carried_of(self.driver_options)
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
-"""Networks that are VLANs of the physical network behind a network card of the helper's.
+"""Networks that are VLANs of the physical network behind a network card of the helper's, and endpoints that are tagged
+frames over another's interface.
 
-Which one is driver options of the network, kept as they were given; here they are read and checked. docs/vlan.md has
-what they may be.
+Both are driver options, of the network and of the endpoint; here they are read and checked. docs/vlan.md has what they
+may be.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from host_bridge.addressing import OPTION_GATEWAY_MODES, OPTION_RA
-from host_bridge.errors import InvalidError, NetworkOptionError, VlanTakenError
+from host_bridge.errors import EndpointOptionError, InvalidError, NetworkOptionError, VlanTakenError
 
 OPTION_TAG: Final = "taploom.vlan.tag"
 OPTION_UPLINK: Final = "taploom.vlan.uplink"
+# Of an endpoint: the network over whose endpoint it goes. Its tag there is OPTION_TAG.
+OPTION_PARENT: Final = "taploom.vlan.parent"
 _PREFIX: Final = "taploom.vlan."
 _TAGS: Final = range(1, 4095)
 _NUMBER: Final = re.compile(r"[0-9]{1,5}", re.ASCII)
@@ -37,6 +40,32 @@ class VlanPlace:
     def meets(self, other: VlanPlace) -> bool:
         """Whether both are, or may be, the same VLAN."""
         return self.tag == other.tag and (self.uplink == other.uplink or not (self.uplink and other.uplink))
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What carries an endpoint: frames with that tag over the guest's interface on another network."""
+
+    parent: str
+    tag: int
+
+
+def carried_of(options: Mapping[str, str]) -> Carried | None:
+    """What carries an endpoint with these options; None: a link of its own.
+
+    Raises:
+        EndpointOptionError
+    """
+    for key, value in options.items():
+        if key.startswith(_PREFIX) and key not in (OPTION_TAG, OPTION_PARENT):
+            raise EndpointOptionError(key, value, "there is no such option")
+    parent, tag = options.get(OPTION_PARENT), options.get(OPTION_TAG)
+    if tag is not None and not (_NUMBER.fullmatch(tag) and int(tag) in _TAGS):
+        raise EndpointOptionError(OPTION_TAG, tag, "use 1 to 4094")
+    if (parent is None) != (tag is None):
+        key, missing = (OPTION_PARENT, OPTION_TAG) if tag is None else (OPTION_TAG, OPTION_PARENT)
+        raise EndpointOptionError(key, options[key], f"give {missing} too")
+    return None if parent is None or tag is None else Carried(parent, int(tag))
 
 
 def place_of(options: Mapping[str, str]) -> VlanPlace | None:

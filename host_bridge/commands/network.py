@@ -249,6 +249,8 @@ def rm(bridge: str, networks: tuple[str, ...], as_json: bool) -> None:
     multiple=True,
     help="A name that only this guest has for another; repeatable.",
 )
+@click.option("--parent", metavar="NETWORK", help="Go over the guest's interface on this network, with --tag.")
+@click.option("--tag", metavar="TAG", type=int, help="With --parent: the VLAN tag of the frames there.")
 @click.option("--driver-opt", "options", type=Pairs("KEY=VALUE"), multiple=True, help="A driver option; repeatable.")
 @json_option
 @bridge_options
@@ -262,6 +264,8 @@ def connect(
     priority: int,
     mac: str,
     links: tuple[tuple[str, str], ...],
+    parent: str | None,
+    tag: int | None,
     options: tuple[tuple[str, str], ...],
     as_json: bool,
 ) -> None:
@@ -271,11 +275,16 @@ def connect(
     Example:
         taploom network connect app db --alias postgres
         taploom network connect back db --ip 10.5.0.10 --priority 1
+        taploom network connect lab vm --parent base --tag 20
     """
     from taploom.contracts.taploom.bridge.v1 import ConnectGuestRequest, ConnectGuestResponse
 
     if not -(2**31) <= priority < 2**31:
         raise click.BadParameter("use -2147483648 to 2147483647", param_hint="--priority")
+    given = dict(options)
+    for key, value in (("taploom.vlan.parent", parent), ("taploom.vlan.tag", None if tag is None else str(tag))):
+        if value is not None and given.setdefault(key, value) != value:
+            raise click.UsageError(f"option {key} is given twice, as {given[key]} and as {value}")
     request = ConnectGuestRequest(
         network=network,
         guest=guest,
@@ -284,7 +293,7 @@ def connect(
         gateway_priority=priority,
         mac_address=mac,
         links=dict(links),
-        driver_options=dict(options),
+        driver_options=given,
     )
 
     endpoint = unary(bridge, "NetworkService/ConnectGuest", request, ConnectGuestResponse).endpoint

@@ -6,13 +6,15 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from fabric import Fabric, fabric, until
+from fabric import Fabric, camel, fabric, until
 from runtime_client import busybox_tar
 from test_dhcp_lab import kill
 from test_lab_docker import Docker
+from test_vlan_trunk import tagged
 from vlan_lan import HOST, Lan, lan
 
 from lab.state import Lab
+from taploom.contracts.taploom.helper.v1 import Endpoint, TrunkChild
 
 pytestmark = pytest.mark.system
 
@@ -123,3 +125,65 @@ def test_containers_on_a_vlan(rig: tuple[Fabric, Lan]) -> None:
     finally:
         docker("rm", "-f", "srv")
         docker("network", "rm", "lab")
+
+
+def test_tagged_children_in_one_guest(rig: tuple[Fabric, Lan]) -> None:
+    running, _ = rig
+    for name in ("base", "inner"):
+        running.run("network", "create", name, "--ipv6")
+    try:
+        running.run("network", "connect", "inner", "web", "--alias", "front")
+        carried = ("network", "connect", "inner", "db", "--parent", "base", "--tag", "20")
+        assert "not connected" in running.fails(*carried)
+        running.run("network", "connect", "base", "db")
+        before = running.json("network", "inspect", "inner")
+        for arguments, reason in (
+            ((*carried[:6], "--tag", "4095"), "use 1 to 4094"),
+            (carried[:6], "give taploom.vlan.tag too"),
+            ((*carried[:4], "--tag", "20"), "give taploom.vlan.parent too"),
+            ((*carried[:5], "inner", "--tag", "20"), "cannot go over itself"),
+        ):
+            assert reason in running.fails(*arguments)
+        assert running.json("network", "inspect", "inner") == before
+        running.run(*carried, "--alias", "inside")
+        running.run("network", "create", "third")
+        taken = running.fails("network", "connect", "third", "db", "--parent", "base", "--tag", "20")
+        assert "is inner's" in taken
+        nested = running.fails("network", "connect", "third", "db", "--parent", "inner", "--tag", "21")
+        assert "not nested" in nested
+
+        endpoint, over = running.endpoint("db", "inner"), running.endpoint("db", "base")
+        name = camel(over, "interface_name")
+        assert camel(endpoint, "interface_name") == f"{name}.20"
+        assert camel(endpoint, "link_up")
+        # What a VLAN interface takes over from the one that it is on.
+        assert camel(endpoint, "mac_address") == camel(over, "mac_address")
+        message = Endpoint(
+            mac_address=camel(endpoint, "mac_address"),
+            addresses=[address.partition("/")[0] for address in endpoint["addresses"]],
+            trunk_child=TrunkChild(tag=20),
+        )
+        with tagged(Lab(running.name).guest_netns("db"), message) as (inside,):
+
+            def works() -> bool:
+                return all(running.answers("web", name) for name in ("inside", "db.inner")) and all(
+                    inside.ping(running.address("web", "inner", family), wait=1) for family in (4, 6)
+                )
+
+            until(works, f"frames with the tag pass\n{running.logs()}")
+            assert running.answers("db", next(iter(running.json("network", "inspect", "base")["gateways"])))
+            for victim in ("helper", "bridge"):
+                kill(running, victim)
+                until(works, f"{victim} was killed\n{running.logs()}")
+            running.run("network", "disconnect", "base", "db")
+            assert not camel(running.endpoint("db", "inner"), "link_up")
+            assert not running.answers("web", "inside")
+            running.run("network", "connect", "base", "db")
+            until(lambda: camel(running.endpoint("db", "inner"), "link_up"), "what carries it is back")
+            running.run("network", "disconnect", "inner", "db")
+            assert not running.answers("web", running.address("db", "base"))
+    finally:
+        for network, guest in (("inner", "db"), ("inner", "web"), ("base", "db")):
+            running.command("network", "disconnect", network, guest)
+        for network in ("base", "inner", "third"):
+            running.run("network", "rm", network)

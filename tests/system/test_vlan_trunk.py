@@ -37,7 +37,7 @@ def child(number: int, host: int, tag: int, *names: str, parent: str = "e1-2") -
 
 
 @contextlib.contextmanager
-def tagged(trunk: Guest, *children: Endpoint) -> Iterator[list[Guest]]:
+def tagged(netns: str, *children: Endpoint) -> Iterator[list[Guest]]:
     """What VLAN interfaces in the guest would be: a namespace for each child, whose frames are on eth0 with its tag."""
     found, taps = [], {}
     for message in children:
@@ -51,7 +51,7 @@ def tagged(trunk: Guest, *children: Endpoint) -> Iterator[list[Guest]]:
             length, nodad = ("64", ["nodad"]) if ":" in address else ("24", [])
             sh("ip", "-n", name, "addr", "add", f"{address}/{length}", "dev", "lan0", *nodad)
         sh("ip", "-n", name, "route", "add", "169.254.64.0/18", "dev", "lan0", "scope", "link")
-    switch = Switch(in_netns(trunk.netns, partial(trunk_socket, "eth0")), taps)
+    switch = Switch(in_netns(netns, partial(trunk_socket, "eth0")), taps)
     switch.start()
     try:
         yield found
@@ -72,7 +72,7 @@ async def test_children_of_a_trunk() -> None:
             trunk, other = await rig.guest(base), await rig.guest(plain, dns="169.254.64.2")
             third = await rig.guest(endpoint(3, 9, ipv6=True))
             await rig.apply(*children)
-            with tagged(trunk, *children) as (two, three, four):
+            with tagged(trunk.netns, *children) as (two, three, four):
                 # Each child is on its network: its gateway, its neighbours, names both ways, both families.
                 for guest, number in ((two, 2), (three, 3)):
                     for address in (f"10.77.{number}.1", f"10.77.{number}.9", f"fd00:77:{number}::9"):
