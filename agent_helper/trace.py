@@ -195,13 +195,15 @@ class Tracer:
         spec = network.spec
         if destination in spec.dns_servers:
             return spec.dns_mac
+        holder = network.holders.get(str(destination))
+        if spec.vlan is not None and holder not in self._fabric.endpoints:
+            return _ANY_MAC  # who is there on the VLAN, or is its router, is not known here
         if destination == spec.gateway(destination.version) or destination not in (
             spec.subnet(destination.version) or ()
         ):
             return spec.gateway_mac
         if self._fabric.is_balanced(spec.network_id, destination):
             return spec.gateway_mac  # the router answers for it
-        holder = network.holders.get(str(destination))
         return self._fabric.endpoints[holder].spec.mac_address if holder in self._fabric.endpoints else ""
 
     async def _acls(self) -> dict[str, _Acl]:
@@ -340,6 +342,8 @@ class Tracer:
                 way.end(TraceOutcome.ANSWERED)
             else:
                 way.end(TraceOutcome.DELIVERED)
+        elif event.port.startswith("vlan-"):
+            way.end(TraceOutcome.LEFT)
         elif event.port.startswith("dns-"):
             way.end(TraceOutcome.ANSWERED)
 

@@ -382,7 +382,8 @@ class ConnectionTracer:
 
     def _link(self, path: TracePath, place: Place) -> bool:
         """Says how a place's link is; False when it is not up."""
-        link = self._fabric.links.get(place.endpoint.id)
+        carrier = self._fabric.desired.carrier_of(place.endpoint)
+        link = self._fabric.links.get(place.endpoint.id if carrier is None else carrier.id)
         name, network = place.guest.name, place.network.name
         if link is not None and link.up:
             path.steps.append(step(TraceTopic.LINK, f"the link of {name} on {network} is up", network=network))
@@ -427,7 +428,7 @@ class ConnectionTracer:
         if found.outcome == outcome.DELIVERED:
             self._delivered(asked, path, found, reached)
         elif found.outcome == outcome.LEFT:
-            self._left(path, found, request, target)
+            self._left(path, found, request, source, target)
         elif found.outcome == outcome.HOST:
             text = f"the host is asked for {asked.service}: what listens there decides"
             path.steps.append(step(TraceTopic.DELIVERY, text))
@@ -471,8 +472,14 @@ class ConnectionTracer:
         path: TracePath,
         found: helper.TracePacketResponse,
         request: helper.TracePacketRequest,
+        source: Place | None,
         target: Place | None,
     ) -> None:
+        vlan = None if source is None else source.network.vlan
+        if vlan is not None:
+            text = f"it leaves by {vlan} for {request.destination}: who is there decides"
+            path.steps.append(step(TraceTopic.DELIVERY, text))
+            return
         if target is not None:
             text = (
                 f"{request.destination} is {target.guest.name}'s on {target.network.name}: networks do not reach one "

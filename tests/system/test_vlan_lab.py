@@ -71,6 +71,9 @@ def test_guests_on_a_vlan(rig: tuple[Fabric, Lan]) -> None:
         assert works(running, wire)
         assert "default via 10.77.1.1 " in running.in_guest("web", "ip", "route")
         assert "default via fd00:77:1::1 " in running.in_guest("web", "ip", "-6", "route")
+        for target in ("10.77.1.9", "fd00:77:1::9", "203.0.113.9"):
+            assert "leaves by VLAN 120 on nic1" in running.run("trace", "web", target)
+        assert "db gets it" in running.run("trace", "web", "postgres")
         # By the helper's own card everything else goes on, untagged.
         running.run("network", "disconnect", "office", "web")
         assert running.answers("web", "198.51.100.1")
@@ -170,6 +173,7 @@ def test_tagged_children_in_one_guest(rig: tuple[Fabric, Lan]) -> None:
                     inside.ping(running.address("web", "inner", family), wait=1) for family in (4, 6)
                 )
 
+            assert "web gets it" in running.run("trace", "db", running.address("web", "inner"))
             until(works, f"frames with the tag pass\n{running.logs()}")
             assert running.answers("db", next(iter(running.json("network", "inspect", "base")["gateways"])))
             for victim in ("helper", "bridge"):

@@ -12,14 +12,32 @@ from hypothesis import strategies as st
 
 from agent_helper.errors import InvalidSpecError
 from agent_helper.physical import bridge_name
-from agent_helper.vlan import VlanSpec, parse_vlan
+from agent_helper.vlan import ChildSpec, VlanSpec, parse_child, parse_vlan
 from host_bridge.describe import guest_interface, helper_network, needs_of_network
 from host_bridge.desired import DesiredState
-from host_bridge.errors import InvalidError, NetworkOptionError, VlanTakenError
-from host_bridge.model import NetworkOptions, NetworkRecord, SubnetOptions
+from host_bridge.errors import (
+    EndpointOptionError,
+    InvalidError,
+    NetworkNotFoundError,
+    NetworkOptionError,
+    NotConnectedError,
+    PreconditionError,
+    TakenError,
+    VlanTakenError,
+)
+from host_bridge.model import EndpointOptions, NetworkOptions, NetworkRecord, SubnetOptions
 from host_bridge.store import Store
-from host_bridge.vlan import OPTION_TAG, OPTION_UPLINK, VlanPlace, check_options, place_of
-from taploom.contracts.taploom.helper.v1 import HelperFeature, Vlan
+from host_bridge.vlan import (
+    OPTION_PARENT,
+    OPTION_TAG,
+    OPTION_UPLINK,
+    Carried,
+    VlanPlace,
+    carried_of,
+    check_options,
+    place_of,
+)
+from taploom.contracts.taploom.helper.v1 import HelperFeature, TrunkChild, Vlan
 
 
 @pytest.fixture
@@ -144,3 +162,71 @@ def test_names_of_bridges_are_the_kernels(tmp_path: Path) -> None:
     names = {bridge_name(card) for card in ("eth1", "eth2", "enp0s31f6.longer")}
     assert len(names) == 3
     assert all(len(name) <= 15 and name.startswith("tlv") for name in names)
+
+
+def carried(parent: str = "base", tag: str = "20", **options: Any) -> EndpointOptions:
+    return EndpointOptions(driver_options={OPTION_PARENT: parent, OPTION_TAG: tag}, **options)
+
+
+def test_endpoints_over_another(desired: DesiredState) -> None:
+    for name in ("base", "inner", "third"):
+        desired.activate_network(desired.create_network(name).id)
+    guest = desired.register_guest("vm", "unix:/run/vm.sock")
+    with pytest.raises(NotConnectedError):
+        desired.connect("inner", "vm", carried())
+    base = desired.connect("base", "vm")
+    before = desired.store.dump()
+    for network, options, error in (
+        ("inner", carried(tag="0"), EndpointOptionError),
+        ("inner", carried(tag="4095"), EndpointOptionError),
+        ("inner", carried("nowhere"), NetworkNotFoundError),
+        ("inner", carried("inner"), InvalidError),
+        ("inner", EndpointOptions(driver_options={OPTION_PARENT: "base"}), EndpointOptionError),
+        ("inner", EndpointOptions(driver_options={OPTION_TAG: "20"}), EndpointOptionError),
+        ("inner", EndpointOptions(driver_options={"taploom.vlan.x": "20"}), EndpointOptionError),
+    ):
+        with pytest.raises(error):
+            desired.connect(network, "vm", options)
+    assert desired.store.dump() == before
+    # Named by its id, it is known by its name from then on.
+    inner = desired.connect("inner", "vm", carried(base.network_id[:12]))
+    assert inner.carried == Carried("base", 20)
+    assert inner.interface_name == f"{base.interface_name}.20"
+    assert inner.mac_address == base.mac_address
+    assert desired.carrier_of(inner) == base
+    assert desired.carrier_of(base) is None
+    with pytest.raises(TakenError, match="inner"):
+        desired.connect("third", "vm", carried())
+    with pytest.raises(PreconditionError, match="not nested"):
+        desired.connect("third", "vm", carried("inner", "21"))
+    mac = "02:00:00:00:00:77"
+    third = desired.connect("third", "vm", carried(tag="21", mac_address=mac))
+    assert third.mac_address == mac
+    desired.disconnect("base", "vm")
+    assert desired.carrier_of(inner) is None
+    assert desired.carrier_of(third) is None
+    again = desired.connect("base", "vm")
+    assert desired.carrier_of(inner) == again
+    desired.remove_guest(guest.id)
+    assert desired.store.endpoints() == []
+
+
+def test_a_card_carries_several_networks(desired: DesiredState) -> None:
+    for name in ("base", "inner"):
+        desired.activate_network(desired.create_network(name).id)
+    guest = desired.register_guest("vm", "qemu:/run/vm.sock")
+    desired.connect("base", "vm")
+    with pytest.raises(PreconditionError, match="one network card"):
+        desired.connect("inner", "vm")
+    inner = desired.connect("inner", "vm", carried())
+    assert inner.mac_address == guest.settings.card_mac
+
+
+@given(st.integers(0, 2**32 - 1), st.text(max_size=70))
+def test_the_helper_reads_or_refuses_children(tag: int, parent: str) -> None:
+    try:
+        spec = parse_child(TrunkChild(parent_endpoint_id=parent, tag=tag))
+    except InvalidSpecError:
+        return
+    assert spec == ChildSpec(parent, tag)
+    assert carried_of({OPTION_PARENT: "base", OPTION_TAG: str(tag)}) == Carried("base", tag)
