@@ -660,12 +660,6 @@ class DesiredState:
             raise TakenError(f"guest {guest.name} has an interface {shown(name)} already: give another name")
         return name
 
-    def carrier_of(self, endpoint: EndpointRecord) -> EndpointRecord | None:
-        """The endpoint over whose interface this one goes; None: it is not there, or there is none."""
-        carried = endpoint.carried
-        over = None if carried is None else self._store.network_id_of(carried.parent)
-        return None if over is None else self._store.endpoint_of(over, endpoint.guest_id)
-
     def find_place(self, network_text: str, guest_text: str) -> tuple[NetworkRecord, str, str]:
         """A network, the id of a guest on it (empty: none is named), and what messages call the two.
 

@@ -165,6 +165,7 @@ class Fabric:
         key = network_key(record.id)
         try:
             if record.switched:
+                self._check_helper_takes(key)
                 self.helper.touch(key)
                 await self._converge(
                     lambda condition: self.helper.changes.until(key, condition),
@@ -260,6 +261,12 @@ class Fabric:
 
     def _check_helper_can(self, feature: HelperFeature) -> None:
         lack = self.helper.lack_of(feature)
+        if lack:
+            raise PreconditionError(lack)
+
+    def _check_helper_takes(self, key: str) -> None:
+        """Spares who asks the wait for a network or an endpoint that the helper is too old for."""
+        lack = self.helper.lacking(key)
         if lack:
             raise PreconditionError(lack)
 
@@ -482,8 +489,9 @@ class Fabric:
         `DesiredState.connect`."""
         record = self.desired.connect(network, guest, options)
         try:
+            self._check_helper_takes(record.id)
             link = self._add_link(record) if record.carried is None else None
-            label = self._label(record)
+            label = self.label(record)
             if link is not None:
                 link.guest.touch(record.id)
                 link.guest.touch(RESOLVER_KEY)
@@ -710,7 +718,7 @@ class Fabric:
 
     def _add_link(self, endpoint: EndpointRecord) -> DataLink:
         guest = self.guests[endpoint.guest_id]
-        label = self._label(endpoint)
+        label = self.label(endpoint)
         if isinstance(guest, CardGuest):
             link: DataLink = CardLink(endpoint.id, label, guest, self.helper, self._dataplane)
         else:
@@ -720,7 +728,8 @@ class Fabric:
         self._nursery.start_soon(link.run)
         return link
 
-    def _label(self, endpoint: EndpointRecord) -> str:
+    def label(self, endpoint: EndpointRecord) -> str:
+        """What messages call an endpoint."""
         return f"{self.desired.guest_name(endpoint.guest_id)} on {self.desired.network_name(endpoint.network_id)}"
 
     def _drop_link(self, endpoint_id: str) -> DataLink | None:
@@ -784,7 +793,7 @@ class Fabric:
         network = self.desired.store.network(record.network_id)
         guest = self.desired.store.guest(record.guest_id)
         assert network is not None and guest is not None, "foreign keys"
-        carrier = self.desired.carrier_of(record)
+        carrier = self.desired.store.carrier_of(record)
         link = self.links.get(record.id if carrier is None else carrier.id)
         if carrier is not None and not self.helper.has(record.id):
             link = None

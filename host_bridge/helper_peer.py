@@ -277,25 +277,22 @@ class HelperPeer(Peer[HelperObject]):
             return self._mirrors.message() if self._can(HelperFeature.MIRRORS) else None
         if key.startswith(_NETWORK):
             network = self._store.network(key.removeprefix(_NETWORK))
-            if network is None or not network.switched or self._lacking(key):
+            if network is None or not network.switched or self.lacking(key):
                 return None
             return helper_network(network, self._features, self._upstreams)
         endpoint = self._store.endpoint(key)
         if endpoint is None:
             return None
-        carrier = None
-        if endpoint.carried is not None:
-            over = self._store.network_id_of(endpoint.carried.parent)
-            carrier = None if over is None else self._store.endpoint_of(over, endpoint.guest_id)
-            if carrier is None:
-                return None
+        carrier = self._store.carrier_of(endpoint)
+        if endpoint.carried is not None and carrier is None:
+            return None
         guest = self._store.guest(endpoint.guest_id)
         network = self._store.network(endpoint.network_id)
         assert guest is not None and network is not None, "foreign keys"
         policy = self._policies.endpoint_policy(endpoint, guest, network)
         if policy is not None and (policy.deny_in or policy.deny_out) and self.lacks(HelperFeature.POLICY):
             return None  # it would be open: see `waits_for`
-        if self._lacking(key):
+        if self.lacking(key):
             return None
         qos = self._qos.message(endpoint, network) if self._can(HelperFeature.QOS) else None
         described = helper_endpoint(
@@ -313,7 +310,7 @@ class HelperPeer(Peer[HelperObject]):
         container = self._store.container(endpoint.guest_id) if is_routed(network) else None
         return [] if container is None else published_ports(container.config)
 
-    def _lacking(self, key: str) -> str:
+    def lacking(self, key: str) -> str:
         """What a helper that answers is too old for, of a network or an endpoint; empty: nothing."""
         if not self.connected or self.info is None:
             return ""
@@ -321,11 +318,11 @@ class HelperPeer(Peer[HelperObject]):
         network = self._store.network(key.removeprefix(_NETWORK) if endpoint is None else endpoint.network_id)
         if network is None:
             return ""
+        tagged = network.vlan is not None or (endpoint is not None and endpoint.carried is not None)
+        if tagged and not self._can(HelperFeature.VLAN):
+            return self._too_old("for VLANs")
         if not needs_of_network(network) <= self._features:
-            what = "is to do with IPv6 and its gateway" if network.vlan is None else "is, a VLAN"
-            return self._too_old(f"for what network {network.name} {what}")
-        if endpoint is not None and endpoint.carried is not None and not self._can(HelperFeature.VLAN):
-            return self._too_old("for tagged frames over another interface")
+            return self._too_old(f"for what network {network.name} is to do with IPv6 and its gateway")
         guest = None if endpoint is None else self._store.guest(endpoint.guest_id)
         if guest is not None and has_dhcp(guest, network) and not self._can(HelperFeature.DHCP):
             return self._too_old("to give addresses by DHCP")
@@ -350,7 +347,14 @@ class HelperPeer(Peer[HelperObject]):
         lack = self.lack_of(HelperFeature.POLICY)
         if lack and self.wanted(key) is None and self._store.endpoint(key) is not None:
             return lack
-        return self._lacking(key) or super().waits_for(key)
+        return self.lacking(key) or self._lost_carrier(key) or super().waits_for(key)
+
+    def _lost_carrier(self, key: str) -> str:
+        """Which network a guest is no longer on over whose interface this endpoint of its goes; empty: it is there."""
+        endpoint = self._store.endpoint(key)
+        if endpoint is None or endpoint.carried is None or self._store.carrier_of(endpoint) is not None:
+            return ""
+        return f"it goes over the interface on {endpoint.carried.parent}, which the guest is not on: connect it there"
 
     def wanted_keys(self) -> Iterable[str]:
         networks = [network_key(network.id) for network in self._store.networks()]

@@ -623,6 +623,12 @@ class Store(PolicyTables, QosTable, balancer_tables.BalancerTables, mirror_table
         row = self._first("SELECT * FROM endpoints WHERE network_id = ? AND guest_id = ?", network_id, guest_id)
         return None if row is None else self._endpoint(row)
 
+    def carrier_of(self, endpoint: EndpointRecord) -> EndpointRecord | None:
+        """The endpoint over whose interface this one goes; None: it is not there, or there is none."""
+        carried = endpoint.carried
+        over = None if carried is None else self.network_id_of(carried.parent)
+        return None if over is None else self.endpoint_of(over, endpoint.guest_id)
+
     def _endpoint(self, row: tuple[Any, ...]) -> EndpointRecord:
         addresses = self._all("SELECT address FROM addresses WHERE endpoint_id = ? ORDER BY family", row[0])
         aliases = self._all("SELECT alias FROM aliases WHERE endpoint_id = ? ORDER BY position", row[0])

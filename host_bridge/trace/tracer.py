@@ -382,13 +382,16 @@ class ConnectionTracer:
 
     def _link(self, path: TracePath, place: Place) -> bool:
         """Says how a place's link is; False when it is not up."""
-        carrier = self._fabric.desired.carrier_of(place.endpoint)
+        carrier = self._fabric.desired.store.carrier_of(place.endpoint)
         link = self._fabric.links.get(place.endpoint.id if carrier is None else carrier.id)
         name, network = place.guest.name, place.network.name
         if link is not None and link.up:
             path.steps.append(step(TraceTopic.LINK, f"the link of {name} on {network} is up", network=network))
             return True
-        why = "it is just being removed" if link is None else link.waits_for()
+        if link is not None:
+            why = link.waits_for()
+        else:
+            why = self._fabric.helper.waits_for(place.endpoint.id) or "it is just being removed"
         path.steps.append(step(TraceTopic.LINK, f"the link of {name} on {network} is down: {why}", STOPS))
         return False
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 import pytest
 from fabric import Fabric, camel, fabric, until
 from runtime_client import busybox_tar
-from test_dhcp_lab import kill
 from test_lab_docker import Docker
 from test_vlan_trunk import tagged
 from vlan_lan import HOST, Lan, lan
@@ -88,10 +86,8 @@ def test_guests_on_a_vlan(rig: tuple[Fabric, Lan]) -> None:
         running.run("policy", "apply", "-f", str(policy))
         until(lambda: wire.ping(120, "10.77.1.200", wait=1), "it is open again")
 
-        # The helper from an empty disk. (OVS's and OVN's daemons are killed in test_vlan_helper.)
-        shutil.rmtree(running.path / "helper" / "state", ignore_errors=True)
-        for victim in ("helper", "bridge"):
-            kill(running, victim)
+        for victim in ("disk", "bridge"):  # OVS's and OVN's daemons are killed in test_vlan_helper
+            running.kill(victim)
             until(lambda: works(running, wire), f"{victim} was killed\n{running.logs()}")
         assert not running.answers("web", f"10.77.2.{HOST}"), "the other VLAN"
     finally:
@@ -177,7 +173,7 @@ def test_tagged_children_in_one_guest(rig: tuple[Fabric, Lan]) -> None:
             until(works, f"frames with the tag pass\n{running.logs()}")
             assert running.answers("db", next(iter(running.json("network", "inspect", "base")["gateways"])))
             for victim in ("helper", "bridge"):
-                kill(running, victim)
+                running.kill(victim)
                 until(works, f"{victim} was killed\n{running.logs()}")
             running.run("network", "disconnect", "base", "db")
             assert not camel(running.endpoint("db", "inner"), "link_up")

@@ -193,8 +193,8 @@ def test_endpoints_over_another(desired: DesiredState) -> None:
     assert inner.carried == Carried("base", 20)
     assert inner.interface_name == f"{base.interface_name}.20"
     assert inner.mac_address == base.mac_address
-    assert desired.carrier_of(inner) == base
-    assert desired.carrier_of(base) is None
+    assert desired.store.carrier_of(inner) == base
+    assert desired.store.carrier_of(base) is None
     with pytest.raises(TakenError, match="inner"):
         desired.connect("third", "vm", carried())
     with pytest.raises(PreconditionError, match="not nested"):
@@ -203,10 +203,10 @@ def test_endpoints_over_another(desired: DesiredState) -> None:
     third = desired.connect("third", "vm", carried(tag="21", mac_address=mac))
     assert third.mac_address == mac
     desired.disconnect("base", "vm")
-    assert desired.carrier_of(inner) is None
-    assert desired.carrier_of(third) is None
+    assert desired.store.carrier_of(inner) is None
+    assert desired.store.carrier_of(third) is None
     again = desired.connect("base", "vm")
-    assert desired.carrier_of(inner) == again
+    assert desired.store.carrier_of(inner) == again
     desired.remove_guest(guest.id)
     assert desired.store.endpoints() == []
 

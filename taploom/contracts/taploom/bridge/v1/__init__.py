@@ -1294,7 +1294,8 @@ class CreateNetworkRequest(betterproto2.Message):
     """
     Docker's driver options. Those that change what the network does: com.docker.network.driver.mtu, and of
     com.docker.network.bridge enable_icc, enable_ip_masquerade, gateway_mode_ipv4 and gateway_mode_ipv6; taploom.policy;
-    taploom.ipv6.ra, .ra.interval, .ra.preference, .rdnss (docs/ipv6.md); taploom.dhcp, .lease, .dns (docs/dhcp.md); taploom.qos.* (docs/qos.md).
+    taploom.ipv6.ra, .ra.interval, .ra.preference, .rdnss (docs/ipv6.md); taploom.dhcp, .lease, .dns (docs/dhcp.md); taploom.qos.* (docs/qos.md);
+    taploom.vlan.* (docs/vlan.md).
     """
 
 
