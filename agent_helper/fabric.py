@@ -35,7 +35,7 @@ from agent_helper.dns import DnsServer, NameSpec
 from agent_helper.errors import HelperError, InvalidSpecError, NotFoundError, PreconditionError, UnavailableError
 from agent_helper.locks import KeyedLocks, SharedLock
 from agent_helper.mirrors import MirrorSpec, parse_mirrors
-from agent_helper.ovsdb import Row, Txn
+from agent_helper.ovsdb import Txn
 from agent_helper.policy import MemberSpec, PolicySpec, parse_member, parse_policy
 from agent_helper.policy_counters import read_counters
 from agent_helper.spec import (
@@ -565,7 +565,10 @@ class Fabric:
         uplink = self.uplink
 
         def in_nb(txn: Txn) -> None:
-            ports = [(e.spec, *northbound.ensure_endpoint(txn, e.spec, e.network.spec)) for e in wanted]
+            ports = [
+                policy_rows.Port(e.spec, e.network.spec, *northbound.ensure_endpoint(txn, e.spec, e.network.spec))
+                for e in wanted
+            ]
             # In the same transaction: there is no moment in which they are reached by whom they must not be.
             policy_rows.ensure_members(txn, ports, uplink)
             northbound.ensure_qos(txn, [e.spec for e in wanted])
@@ -822,14 +825,14 @@ class Fabric:
     def _policy_rows(self) -> Callable[[Txn], None]:
         """Makes all groups, rules and memberships be as they are in the books now, for a transaction."""
         policy, uplink = self.policy, self.uplink
-        specs = [e.spec for e in self.endpoints.values() if not e.spec.disabled]
+        specs = [(e.spec, e.network.spec) for e in self.endpoints.values() if not e.spec.disabled]
 
         def op(txn: Txn) -> None:
-            ports: list[tuple[EndpointSpec, Row]] = []
-            for spec in specs:
-                port = txn.find("Logical_Switch_Port", northbound.endpoint_port(spec.endpoint_id))
-                if port is not None:
-                    ports.append((spec, port))
+            ports: list[policy_rows.Port] = []
+            for spec, network in specs:
+                row = txn.find("Logical_Switch_Port", northbound.endpoint_port(spec.endpoint_id))
+                if row is not None:
+                    ports.append(policy_rows.Port(spec, network, row))
             policy_rows.ensure_policy(txn, policy, ports, uplink)
 
         return op
@@ -1104,7 +1107,10 @@ class Fabric:
             northbound.ensure_uplink(txn, uplink)
             for network in networks:
                 northbound.ensure_network(txn, network.spec, uplink)
-            ports = [(e.spec, northbound.ensure_endpoint(txn, e.spec, e.network.spec)[0]) for e in endpoints]
+            ports = [
+                policy_rows.Port(e.spec, e.network.spec, northbound.ensure_endpoint(txn, e.spec, e.network.spec)[0])
+                for e in endpoints
+            ]
             policy_rows.ensure_policy(txn, policy, ports, uplink)
             northbound.ensure_qos(txn, [e.spec for e in endpoints])
             ensure_balancers(txn)

@@ -3,7 +3,7 @@ makes the rows be as described, whatever was there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from agent_helper import dhcp_rows, policy_rows, qos_rows
@@ -82,7 +82,7 @@ def ensure_network(txn: Txn, spec: NetworkSpec, uplink: UplinkSpec | None) -> No
     _ensure_vlan(txn, switch, spec)
     _ensure_legs(txn, router, spec, legs(spec, uplink), uplink.mtu if uplink else 0)
     _ensure_isolation(txn, switch, router, spec)
-    policy_rows.ensure_addresses(txn, uplink)
+    policy_rows.ensure_network(txn, spec, uplink)
 
 
 def _ensure_gateway(txn: Txn, switch: Row, router: Row, spec: NetworkSpec) -> None:
@@ -225,7 +225,7 @@ def ensure_qos(txn: Txn, specs: Iterable[EndpointSpec]) -> None:
     qos_rows.ensure_endpoints(txn, found)
 
 
-def remove_endpoints(txn: Txn, ports: Iterable[tuple[str, str]]) -> None:
+def remove_endpoints(txn: Txn, ports: Collection[tuple[str, str]]) -> None:
     """The ports of (network_id, endpoint_id); nothing for those that are not there."""
     for network_id, endpoint_id in ports:
         switch = txn.find("Logical_Switch", switch_name(network_id))
@@ -233,7 +233,7 @@ def remove_endpoints(txn: Txn, ports: Iterable[tuple[str, str]]) -> None:
             _remove_port(txn, switch, endpoint_port(endpoint_id))
             qos_rows.remove_endpoint(txn, switch, endpoint_id)
     dhcp_rows.remove_unused(txn)
-    policy_rows.remove_unused(txn)
+    policy_rows.remove_unused(txn, {network_id for network_id, _ in ports})
 
 
 def remove_strangers(txn: Txn, networks: Iterable[str], endpoints: Iterable[tuple[str, str]]) -> None:

@@ -3,6 +3,10 @@
 Each function is run in a transaction and makes the rows be as described, whatever was there. While no policy is in use
 there are no such rows: a switch whose ports have no ACL does without connection tracking.
 
+Those to whom something is denied are in a group of their network, by direction, whose ACLs speak of that network's
+addresses only. With one such group for all networks, each network would have flows for every other one's addresses, and
+ovn-controller would make those of all networks anew for each endpoint that comes to one of them.
+
 Of the ACLs that match a packet, OVN goes by the one with the highest priority (ovn-nb(5), ACL):
 
     30000         out: DHCP, questions to the network's DNS server, pings of the gateway, answers to health checks
@@ -15,17 +19,18 @@ Neighbour discovery and, for it is no IP, ARP pass in any case (ovn-northd(8), "
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from agent_helper.ovsdb import Row, Txn
 from agent_helper.policy import PolicySpec, RuleSpec
-from agent_helper.spec import EndpointSpec, UplinkSpec
+from agent_helper.spec import Address, EndpointSpec, NetworkSpec, UplinkSpec
 from taploom.contracts.taploom.helper.v1 import PolicyAction, PolicyProtocol
 
-DENY_IN = "tl_deny_in"
-DENY_OUT = "tl_deny_out"
+_DENY_IN, _DENY_OUT = "tl_deny_in_", "tl_deny_out_"
 _GROUP = "tlg_"
-_GATEWAYS, _HOSTS, _DNS = "tl_gateways", "tl_hosts", "tl_dns"
+_GATEWAYS, _HOSTS = "tl_gateways", "tl_hosts"
 _METER = "tl_log"
 RULE_KEY = "taploom-rule"
 
@@ -46,88 +51,106 @@ _PROTOCOLS = {
 }
 
 
+class Port(NamedTuple):
+    """An endpoint's port.
+
+    Attributes:
+        row: of Logical_Switch_Port.
+        new: whether it was made in this transaction.
+    """
+
+    spec: EndpointSpec
+    network: NetworkSpec
+    row: Row
+    new: bool = False
+
+
 def group_name(group_id: str) -> str:
     """The name of a group's port group; OVN adds _ip4 and _ip6 for the sets of its ports' addresses."""
     return f"{_GROUP}{group_id}"
 
 
-def ensure_policy(
-    txn: Txn, policy: PolicySpec, endpoints: Iterable[tuple[EndpointSpec, Row]], uplink: UplinkSpec | None
-) -> None:
+def ensure_policy(txn: Txn, policy: PolicySpec, ports: Iterable[Port], uplink: UplinkSpec | None) -> None:
     """Makes all groups, rules and memberships be these.
 
     Args:
-        endpoints: those that have a port, with its row.
+        ports: of all endpoints that have one.
     """
     members: dict[str, list[Row]] = {group_name(group_id): [] for group_id in policy.groups}
-    for spec, port in endpoints:
-        for name in _names(spec):
-            if name in members:
-                members[name].append(port)
-            elif name in (DENY_IN, DENY_OUT):
-                members.setdefault(name, []).append(port)
     rules: dict[str, list[dict[str, object]]] = {name: [] for name in members}
+    for port in ports:
+        for name in _groups(port.spec):
+            if name in members:
+                members[name].append(port.row)
+        for name in _denials(port.spec):
+            members.setdefault(name, []).append(port.row)
+            if name not in rules:
+                rules[name] = denial(name, port.network)
     for rule in policy.rules:
         rules[group_name(rule.group_id)].append(_acl(rule))
-    for name, acls in _BASE.items():
-        if name in rules:
-            rules[name] = acls
     for row in list(txn.rows("Port_Group")):
         if row.name not in members:
             txn.delete("Port_Group", row)  # its ACLs are no roots: the server collects them
     _ensure_meter(txn, any(rule.log for rule in policy.rules))
-    for name, ports in members.items():
+    for name, rows in members.items():
         row, new = txn.ensure("Port_Group", name)
         if new:
-            row.ports = ports
+            row.ports = rows
         else:
-            txn.set(row, ports=ports)
+            txn.set(row, ports=rows)
         _ensure_acls(txn, row, rules[name], new=new)
     ensure_addresses(txn, uplink)
 
 
-def ensure_members(txn: Txn, endpoints: Sequence[tuple[EndpointSpec, Row, bool]], uplink: UplinkSpec | None) -> None:
-    """Puts endpoints' ports in the groups that they are to be in, of those that there are, and in no others.
-
-    Args:
-        endpoints: each with the row of its port and whether that was made in this transaction.
-    """
+def ensure_members(txn: Txn, ports: Sequence[Port], uplink: UplinkSpec | None) -> None:
+    """Puts endpoints' ports in the groups that they are to be in, of those that there are, and in no others."""
     joined: dict[object, set[str]] = {}
-    if not all(new for _, _, new in endpoints):
+    if not all(port.new for port in ports):
         for group in txn.rows("Port_Group"):
-            for port in getattr(group, "ports", ()):
-                joined.setdefault(port.uuid, set()).add(group.name)
+            for row in getattr(group, "ports", ()):
+                joined.setdefault(row.uuid, set()).add(group.name)
     left = False
-    for spec, port, _ in endpoints:
-        wanted, present = _names(spec), joined.get(port.uuid, set())
+    for port in ports:
+        denials, present = _denials(port.spec), joined.get(port.row.uuid, set())
+        wanted = _groups(port.spec) | denials
         for name in present - wanted:
-            txn.find("Port_Group", name).delvalue("ports", port)
+            txn.find("Port_Group", name).delvalue("ports", port.row)
             left = True
         for name in wanted - present:
-            row = txn.find("Port_Group", name)
-            if row is not None:
-                row.addvalue("ports", port)
-            elif name in _BASE:
-                row = txn.insert("Port_Group", name=name, ports=[port])
-                _ensure_acls(txn, row, _BASE[name], new=True)
+            group = txn.find("Port_Group", name)
+            if group is not None:
+                group.addvalue("ports", port.row)
+            elif name in denials:
+                group = txn.insert("Port_Group", name=name, ports=[port.row])
+                _ensure_acls(txn, group, denial(name, port.network), new=True)
                 ensure_addresses(txn, uplink)
     if left:
-        remove_unused(txn)
+        remove_unused(txn, {port.spec.network_id for port in ports})
 
 
-def remove_unused(txn: Txn) -> None:
-    """Removes what denies when nobody is left to whom it does."""
-    for name in _BASE:
-        row = txn.find("Port_Group", name)
-        if row is not None and all(txn.is_deleted("Logical_Switch_Port", port) for port in row.ports):
-            txn.delete("Port_Group", row)
+def ensure_network(txn: Txn, spec: NetworkSpec, uplink: UplinkSpec | None) -> None:
+    """Makes what speaks of a network's addresses be right, of what there is."""
+    for name in denial_groups(spec.network_id):
+        group = txn.find("Port_Group", name)
+        if group is not None:
+            _ensure_acls(txn, group, denial(name, spec), new=False)
+    ensure_addresses(txn, uplink)
+
+
+def remove_unused(txn: Txn, network_ids: Iterable[str]) -> None:
+    """Removes what denies on these networks when nobody is left there to whom it does."""
+    for network_id in network_ids:
+        for name in denial_groups(network_id):
+            row = txn.find("Port_Group", name)
+            if row is not None and all(txn.is_deleted("Logical_Switch_Port", port) for port in row.ports):
+                txn.delete("Port_Group", row)
     if not any(True for _ in txn.rows("Port_Group")):
         _remove_addresses(txn)
 
 
 def _remove_addresses(txn: Txn) -> None:
     for row in list(txn.rows("Address_Set")):
-        if row.name.startswith((_GATEWAYS, _HOSTS, _DNS)):
+        if row.name.startswith((_GATEWAYS, _HOSTS)):
             txn.delete("Address_Set", row)
 
 
@@ -141,13 +164,8 @@ def ensure_addresses(txn: Txn, uplink: UplinkSpec | None) -> None:
         for port in getattr(router, "ports", ()):
             if port.name.startswith("gwp-"):
                 gateways |= {text.partition("/")[0] for text in port.networks}
-    dns: set[str] = set()
-    for switch in txn.rows("Logical_Switch"):
-        for port in getattr(switch, "ports", ()):
-            if port.name.startswith("dns-") and not txn.is_deleted("Logical_Switch_Port", port):
-                dns |= set(" ".join(port.addresses).split()[1:])
     hosts = gateways | {str(address) for address in uplink.host_addresses} if uplink else gateways
-    for name, addresses in ((_GATEWAYS, gateways), (_HOSTS, hosts), (_DNS, dns)):
+    for name, addresses in ((_GATEWAYS, gateways), (_HOSTS, hosts)):
         for family in ("4", "6"):
             found = sorted(address for address in addresses if (":" in address) == (family == "6"))
             txn.ensure("Address_Set", f"{name}_{family}", addresses=found)
@@ -158,10 +176,20 @@ def rules_of(txn: Txn) -> dict[str, str]:
     return {row.external_ids[RULE_KEY]: str(row.uuid) for row in txn.rows("ACL") if RULE_KEY in row.external_ids}
 
 
-def _names(spec: EndpointSpec) -> set[str]:
-    member = spec.policy
-    names = {group_name(group_id) for group_id in member.groups}
-    return names | ({DENY_IN} if member.deny_in else set()) | ({DENY_OUT} if member.deny_out else set())
+def _groups(spec: EndpointSpec) -> set[str]:
+    return {group_name(group_id) for group_id in spec.policy.groups}
+
+
+def _denials(spec: EndpointSpec) -> set[str]:
+    incoming, outgoing = denial_groups(spec.network_id)
+    return ({incoming} if spec.policy.deny_in else set()) | ({outgoing} if spec.policy.deny_out else set())
+
+
+def denial_groups(network_id: str) -> tuple[str, str]:
+    """The groups of those on a network to whom something is denied: coming in, and going out."""
+    # No hyphen may be in a port group's name; two networks have different ones in any case.
+    suffix = network_id.replace("_", "__").replace("-", "_.")
+    return _DENY_IN + suffix, _DENY_OUT + suffix
 
 
 def _ensure_meter(txn: Txn, wanted: bool) -> None:
@@ -253,28 +281,42 @@ def _any(terms: list[str]) -> str:
     return terms[0] if len(terms) == 1 else f"({' || '.join(terms)})"
 
 
-def _base() -> dict[str, list[dict[str, object]]]:
-    """What holds for everybody to whom something is denied, whatever the rules."""
-    gateways = f"(ip4.src == ${_GATEWAYS}_4 || ip6.src == ${_GATEWAYS}_6)"
-    dns = f"(ip4.dst == ${_DNS}_4 || ip6.dst == ${_DNS}_6)"
-    pings = f"((icmp4.type == 8 && ip4.dst == ${_GATEWAYS}_4) || (icmp6.type == 128 && ip6.dst == ${_GATEWAYS}_6))"
-    dhcp = "((ip4 && udp.src == 68 && udp.dst == 67) || (ip6 && udp.src == 546 && udp.dst == 547))"
-    to, out = f"outport == @{DENY_IN}", f"inport == @{DENY_OUT}"
-    return {
-        DENY_IN: [
-            _values("gateway", _GATEWAY, True, f"{to} && {gateways}", "allow-related"),
-            _values("rest-in", _REST, True, f"{to} && ip", "drop"),
-        ],
-        DENY_OUT: [
-            _values("dns-udp", _ESSENTIAL, False, f"{out} && udp.dst == 53 && {dns}", "allow-related"),
-            _values("dns-tcp", _ESSENTIAL, False, f"{out} && tcp.dst == 53 && {dns}", "allow-related"),
-            _values("ping", _ESSENTIAL, False, f"{out} && {pings}", "allow-related"),
-            _values("dhcp", _ESSENTIAL, False, f"{out} && {dhcp}", "allow-related"),
-            # Answers to load balancers' health checks; OVN knows their MAC address by that name.
-            _values("checks", _ESSENTIAL, False, f"{out} && eth.dst == $svc_monitor_mac", "allow-related"),
-            _values("rest-out", _REST, False, f"{out} && ip", "drop"),
-        ],
-    }
+def denial(group: str, network: NetworkSpec) -> list[dict[str, object]]:
+    """What holds on a network for everybody to whom something is denied in one direction, whatever the rules.
+
+    Args:
+        group: of `denial_groups`.
+    """
+    gateways = [ipaddress.ip_interface(text).ip for text in network.gateway_interfaces]
+    if group.startswith(_DENY_IN):
+        to = f"outport == @{group}"
+        acls = [_values("rest-in", _REST, True, f"{to} && ip", "drop")]
+        if gateways:
+            acls.append(_values("gateway", _GATEWAY, True, f"{to} && {_is('src', gateways)}", "allow-related"))
+        return acls
+
+    def essential(key: str, match: str) -> dict[str, object]:
+        return _values(key, _ESSENTIAL, False, f"inport == @{group} && {match}", "allow-related")
+
+    acls = [
+        essential("dhcp", "((ip4 && udp.src == 68 && udp.dst == 67) || (ip6 && udp.src == 546 && udp.dst == 547))"),
+        # Answers to load balancers' health checks; OVN knows their MAC address by that name.
+        essential("checks", "eth.dst == $svc_monitor_mac"),
+        _values("rest-out", _REST, False, f"inport == @{group} && ip", "drop"),
+    ]
+    if network.dns_servers:
+        servers = _is("dst", network.dns_servers)
+        acls.append(essential("dns", f"(udp.dst == 53 || tcp.dst == 53) && {servers}"))
+    if gateways:
+        acls.append(essential("ping", f"(icmp4.type == 8 || icmp6.type == 128) && {_is('dst', gateways)}"))
+    return acls
 
 
-_BASE = _base()
+def _is(side: str, addresses: Iterable[Address]) -> str:
+    """Packets from ("src") or to ("dst") one of the addresses."""
+    terms = []
+    for family in (4, 6):
+        values = [str(address) for address in addresses if address.version == family]
+        if values:
+            terms.append(f"ip{family}.{side} == {{{', '.join(values)}}}")
+    return _any(terms)

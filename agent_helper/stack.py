@@ -13,7 +13,7 @@ import re
 import shutil
 import signal
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -110,15 +110,18 @@ def find_programs() -> dict[str, str]:
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/local/sbin"
     found = {name: shutil.which(name, path=path) for name in (*_PROGRAMS, TRACE_PROGRAM)}
     missing = [name for name in _PROGRAMS if found[name] is None]
-    missing += [file for file, _ in _SCHEMAS.values() if not _schema(file).exists()]
+    missing += [file for file, _ in _SCHEMAS.values() if not _schema(file, found).exists()]
     if missing:
         packages = {_PROGRAMS.get(name) or dict(_SCHEMAS.values())[name] for name in missing}
         raise SetupError(f"missing {', '.join(missing)}: apt-get install {' '.join(sorted(packages))}")
     return {name: where for name, where in found.items() if where is not None}
 
 
-def _schema(file: str) -> Path:
-    return Path("/usr/share") / file
+def _schema(file: str, programs: Mapping[str, str | None]) -> Path:
+    """Where a schema is: beside the programs that speak it, in `share` of /usr, /usr/local or wherever they are."""
+    server = Path(programs["ovsdb-server"] or "/usr/sbin/ovsdb-server").resolve()
+    beside = server.parent.parent / "share" / file
+    return beside if beside.exists() else Path("/usr/share") / file
 
 
 # For each port and turn of its loop, the userspace data path allocates 32 buffers of the port's MTU and frees them
@@ -155,7 +158,7 @@ class Stack:
         self.programs = programs
         self.kernel_datapath = False
         self.ovs_version = self.ovn_version = ""  # known once they run
-        self._schemas = {name: read_schema(_schema(file)) for name, (file, _) in _SCHEMAS.items()}
+        self._schemas = {name: read_schema(_schema(file, programs)) for name, (file, _) in _SCHEMAS.items()}
         self.ready = trio.Event()
         self.waiting_for = "the daemons to start"
         self.daemons: dict[str, SupervisedProcess] = {}

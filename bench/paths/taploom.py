@@ -25,9 +25,9 @@ from taploom.address import connect, parse_address
 from taploom.contracts.taploom.bridge.v1 import (
     ConnectGuestRequest,
     DisconnectGuestRequest,
-    GetStatusRequest,
+    GetNetworkRequest,
 )
-from taploom.contracts.taploom.bridge.v1.rpc import NetworkServiceClient, StatusServiceClient
+from taploom.contracts.taploom.bridge.v1.rpc import NetworkServiceClient
 from taploom.rpc import RpcError, open_channel
 
 PROGRAM = str(FilePath(sys.executable).with_name("taploom"))
@@ -69,9 +69,9 @@ class HotGuest:
 
     async def _connect(self) -> tuple[int, int]:
         async with open_channel(await connect(parse_address(self.bridge))) as channel:
-            # The connection is open, as a runtime's is.
-            await StatusServiceClient(channel).get_status(GetStatusRequest(), timeout=5)
             client = NetworkServiceClient(channel)
+            # The connection is open, as a runtime's is. (GetStatus would have the bridge ask all agents.)
+            await client.get_network(GetNetworkRequest(network=self.network), timeout=5)
             request = ConnectGuestRequest(network=self.network, guest=self.guest)
             start = time.monotonic_ns()
             try:

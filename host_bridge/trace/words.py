@@ -22,6 +22,8 @@ _ACTIONS = {
 # What holds for everybody to whom something is denied, by the helper's names.
 _ALWAYS = {
     "gateway": "what comes from the gateway, as connections to published ports do, passes",
+    "dns": "questions to the network's DNS server pass",
+    # Helpers of before.
     "dns-udp": "questions to the network's DNS server pass",
     "dns-tcp": "questions to the network's DNS server pass",
     "ping": "pings of the gateway pass",

@@ -7,6 +7,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from policy_model import PORTS, Place, allowed, random_policy
 
 from agent_helper.policy import MemberSpec, PolicySpec, RuleSpec, parse_member, parse_policy
 from agent_helper.policy_log import parse_line
-from agent_helper.policy_rows import match_of
+from agent_helper.policy_rows import denial, denial_groups, match_of
+from agent_helper.spec import parse_network
 from host_bridge.desired import DesiredState
 from host_bridge.errors import InvalidError, NotFoundError, PreconditionError
 from host_bridge.model import ContainerRecord, EndpointOptions, EndpointRecord, NetworkOptions
@@ -237,6 +239,36 @@ def test_matches() -> None:
     assert match_of(spec(incoming=False, host=True)) == (
         "inport == @tlg_g && ip && (ip4.dst == {$tl_hosts_4} || ip6.dst == {$tl_hosts_6})"
     )
+
+
+def test_denial() -> None:
+    """What denies on a network speaks of that network only, in groups whose names are no other network's."""
+    incoming, outgoing = denial_groups("a-1")
+    names = {name for network_id in ("a-1", "a_1", "a.1", "a_.1", "a__1", "a--1") for name in denial_groups(network_id)}
+    assert len(names) == 12
+    network = helper.Network(
+        network_id="a-1",
+        name="a",
+        subnets=["10.0.1.0/24", "fd00:1::/64"],
+        gateways=["10.0.1.1", "fd00:1::1"],
+        gateway_mac="02:00:00:00:00:01",
+        dns_servers=["169.254.64.7"],
+        dns_mac="02:00:00:00:00:02",
+        mtu=1500,
+    )
+    spec = parse_network(network)
+    coming = {str(acl["match"]): (acl["action"], acl["priority"]) for acl in denial(incoming, spec)}
+    assert coming == {
+        f"outport == @{incoming} && ip": ("drop", 2000),
+        f"outport == @{incoming} && (ip4.src == {{10.0.1.1}} || ip6.src == {{fd00:1::1}})": ("allow-related", 3000),
+    }
+    going = [str(acl["match"]) for acl in denial(outgoing, spec) if acl["action"] == "allow-related"]
+    assert f"inport == @{outgoing} && (udp.dst == 53 || tcp.dst == 53) && ip4.dst == {{169.254.64.7}}" in going
+    assert all(match.startswith(f"inport == @{outgoing} && ") for match in going)
+    bare = parse_network(
+        replace(network, dns_servers=[], dns_mac="", gateway_mode_ipv4=helper.GatewayMode.ISOLATED, internal=True)
+    )
+    assert not any("53" in str(acl["match"]) or "10.0.1" in str(acl["match"]) for acl in denial(outgoing, bare))
 
 
 def test_log_lines() -> None:
