@@ -1,6 +1,6 @@
 # `make help` lists what there is to do.
 .DEFAULT_GOAL := help
-.PHONY: help setup vm-setup demo vm-demo test test-vm lint protos lock bench clean
+.PHONY: help setup vm-setup demo vm-demo test test-vm ci lint protos lock bench clean
 PYTHON := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(CURDIR)/node_modules/.bin:$(PATH):/usr/sbin:/sbin
 
@@ -24,6 +24,9 @@ test: setup lint ## every test that needs no virtual machine; root
 
 test-vm: setup ## build kernel and images, verify the kernel, and run the tests over virtual machines; root; ARCH=arm64
 	@scripts/test-vm$(if $(ARCH),-arch.sh $(ARCH),.sh)
+
+ci: vm-setup ## all tests, as CI runs them: test and then test-vm, the kernel being built beside the first; root
+	@scripts/ci.sh
 
 lint: setup ## formatting, lint, types, the contracts (lint, breaking changes, generated code), generated documents
 	ruff format --check .

@@ -87,7 +87,8 @@ def compile_kernel(arch: str, source: Path, objects: Path, *, jobs: int, log: Pa
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,
+            # A group, to be killed as one; in the caller's session, so that the priority which that has holds here too.
+            process_group=0,
         )
         assert process.stdout is not None
         try:
@@ -101,7 +102,7 @@ def compile_kernel(arch: str, source: Path, objects: Path, *, jobs: int, log: Pa
                     recent.append(line)
             code = process.wait()
         except BaseException:
-            # The compilers are in a session of their own: they stop with us, before their files are removed.
+            # The compilers stop with us, before their files are removed.
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
