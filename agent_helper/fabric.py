@@ -1148,7 +1148,8 @@ def _time_left() -> float:
     No fixed time is right for every machine: a caller that sees that it takes longer allows more.
     """
     left = trio.current_effective_deadline() - trio.current_time()
-    return _UP_TIMEOUT if left == math.inf else 0.9 * left
+    # It may have run out already: whoever waits longer for the databases than that finds out here.
+    return _UP_TIMEOUT if left == math.inf else max(0.0, 0.9 * left)
 
 
 def _keys(spec: EndpointSpec) -> list[str]:
