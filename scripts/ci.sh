@@ -1,7 +1,7 @@
 #!/bin/bash
-# All tests, as CI runs them on a machine with nothing installed: `make test`, then `make test-vm`. The first mostly waits,
-# so the kernel that the second boots is built meanwhile, in processor time that nothing else wants; where the cache has
-# it, that takes no time. Run as root, by `make ci`.
+# All tests, as CI runs them on a machine with nothing installed: `make test`, then `make test-vm`. The first waits now and
+# then, so the kernel that the second boots is built meanwhile, in processor time that nothing else wants; where the cache
+# has it, that takes no time. Run as root, by `make ci`.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
