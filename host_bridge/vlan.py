@@ -49,6 +49,9 @@ class Carried:
     parent: str
     tag: int
 
+    def __str__(self) -> str:
+        return f"tag {self.tag} over {self.parent}"
+
 
 def carried_of(options: Mapping[str, str]) -> Carried | None:
     """What carries an endpoint with these options; None: a link of its own.

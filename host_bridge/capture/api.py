@@ -102,7 +102,9 @@ class CaptureApi(CaptureServiceBase):
         desired = self._fabric.desired
         guest = desired.find_guest(request.guest)
         if not request.network:
-            found = [endpoint for endpoint in desired.store.endpoints(guest_id=guest.id) if endpoint.active]
+            present = [endpoint for endpoint in desired.store.endpoints(guest_id=guest.id) if endpoint.active]
+            # Tagged frames are captured with those of the interface that they are on.
+            found = [endpoint for endpoint in present if endpoint.carried is None]
             if not found:
                 raise PreconditionError(f"guest {guest.name} is on no network: connect it first")
             return found
@@ -110,6 +112,11 @@ class CaptureApi(CaptureServiceBase):
         endpoint = desired.store.endpoint_of(network.id, guest.id)
         if endpoint is None or not endpoint.active:
             raise NotConnectedError(guest.name, network.name, guest.id)
+        if endpoint.carried is not None:
+            raise PreconditionError(
+                f"{guest.name} is on {network.name} by {endpoint.carried}: capture it on {endpoint.carried.parent}, "
+                "its frames have the tag"
+            )
         return [endpoint]
 
     def _name(self, endpoint: EndpointRecord) -> str:

@@ -111,6 +111,8 @@ def create(
     for key, value in flags.items():
         if value is not None and given.setdefault(key, value) != value:
             raise click.UsageError(f"option {key} is given twice, as {given[key]} and as {value}")
+    if uplink is not None and "taploom.vlan.tag" not in given:
+        raise click.UsageError("--uplink is the card of a VLAN: give --vlan too")
     request = CreateNetworkRequest(
         name=name,
         subnets=list(subnets),
@@ -285,6 +287,10 @@ def connect(
     for key, value in (("taploom.vlan.parent", parent), ("taploom.vlan.tag", None if tag is None else str(tag))):
         if value is not None and given.setdefault(key, value) != value:
             raise click.UsageError(f"option {key} is given twice, as {given[key]} and as {value}")
+    if parent is not None and "taploom.vlan.tag" not in given:
+        raise click.UsageError(f"the frames over the interface on {parent} need a VLAN tag: give --tag too")
+    if tag is not None and "taploom.vlan.parent" not in given:
+        raise click.UsageError("--tag is of frames over the interface on another network: give --parent too")
     request = ConnectGuestRequest(
         network=network,
         guest=guest,

@@ -37,6 +37,14 @@ class MirrorState:
         if mirror.source == mirror.target:
             raise InvalidError(f"{source_label} cannot be mirrored to itself: name another guest or network")
         with self._store.change():
+            for place, label in ((mirror.source, source_label), (mirror.target, target_label)):
+                endpoint = self._store.endpoint_of(*place)
+                if endpoint is not None and endpoint.carried is not None:
+                    over = endpoint.carried.parent
+                    raise PreconditionError(
+                        f"{label} is {endpoint.carried}, without an interface of its own: name {over}, frames there "
+                        "have the tag"
+                    )
             present = self._store.mirrors()
             if any(one.target == mirror.source for one in present):
                 raise PreconditionError(f"{source_label} receives copies, which would be copied again: choose another")

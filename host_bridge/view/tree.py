@@ -66,7 +66,7 @@ def traits(network: Net) -> list[str]:
 def way_out(network: Net) -> str:
     """What its gateway leads to."""
     if network.vlan:
-        return f"a router of {network.vlan}" if not network.internal else f"nowhere: {network.vlan} alone"
+        return f"{network.vlan}, no default route" if network.internal else f"a router of {network.vlan}"
     kinds = set(network.ways_out.values())
     if not kinds:
         return "nowhere: no way out" if network.internal else "nowhere: the helper has no uplink"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
-from fabric import Fabric, camel, fabric, until
+from fabric import Fabric, at_once, camel, fabric, until
 from runtime_client import busybox_tar
 from test_lab_docker import Docker
 from test_vlan_trunk import tagged
@@ -41,7 +42,7 @@ def test_refusals_change_nothing(rig: tuple[Fabric, Lan]) -> None:
         ((*CREATE[:3], "--vlan", "0", *SUBNETS), "use 1 to 4094"),
         (CREATE, "give its IPv4 subnet"),
         ((*CREATE, *SUBNETS[:2]), "the router there"),
-        ((*CREATE[:3], "--uplink", "nic1", *SUBNETS), "give taploom.vlan.tag too"),
+        ((*CREATE[:3], "--uplink", "nic1", *SUBNETS), "give --vlan too"),
         ((*CREATE, "--gateway-mode-ipv4", "routed", *SUBNETS), "a router of its own"),
         ((*CREATE[:5], "--uplink", "nic9", *SUBNETS), "has no network card nic9"),
         # The helper's own way out.
@@ -87,7 +88,7 @@ def test_guests_on_a_vlan(rig: tuple[Fabric, Lan]) -> None:
         until(lambda: wire.ping(120, "10.77.1.200", wait=1), "it is open again")
 
         for victim in ("disk", "bridge"):  # OVS's and OVN's daemons are killed in test_vlan_helper
-            running.kill(victim)
+            running.kill_and_wait(victim)
             until(lambda: works(running, wire), f"{victim} was killed\n{running.logs()}")
         assert not running.answers("web", f"10.77.2.{HOST}"), "the other VLAN"
     finally:
@@ -138,8 +139,9 @@ def test_tagged_children_in_one_guest(rig: tuple[Fabric, Lan]) -> None:
         before = running.json("network", "inspect", "inner")
         for arguments, reason in (
             ((*carried[:6], "--tag", "4095"), "use 1 to 4094"),
-            (carried[:6], "give taploom.vlan.tag too"),
-            ((*carried[:4], "--tag", "20"), "give taploom.vlan.parent too"),
+            (carried[:6], "give --tag too"),
+            ((*carried[:4], "--tag", "20"), "give --parent too"),
+            ((*carried[:4], "--driver-opt", "taploom.vlan.tag=20"), "give taploom.vlan.parent too"),
             ((*carried[:5], "inner", "--tag", "20"), "cannot go over itself"),
         ):
             assert reason in running.fails(*arguments)
@@ -172,8 +174,21 @@ def test_tagged_children_in_one_guest(rig: tuple[Fabric, Lan]) -> None:
             assert "web gets it" in running.run("trace", "db", running.address("web", "inner"))
             until(works, f"frames with the tag pass\n{running.logs()}")
             assert running.answers("db", next(iter(running.json("network", "inspect", "base")["gateways"])))
+            # What is told of its interface has the tag.
+            refused = running.fails("capture", "db", "--network", "inner")
+            assert "db is on inner by tag 20 over base: capture it on base" in refused
+            captured = threading.Event()
+
+            def capture() -> str:
+                try:
+                    return running.run("capture", "db", "--count", "1", "--filter", f"host {message.addresses[0]}")
+                finally:
+                    captured.set()
+
+            shown, _ = at_once(capture, lambda: until(lambda: works() and captured.is_set(), "there is traffic"))
+            assert "vlan 20 " in str(shown)
             for victim in ("helper", "bridge"):
-                running.kill(victim)
+                running.kill_and_wait(victim)
                 until(works, f"{victim} was killed\n{running.logs()}")
             running.run("network", "disconnect", "base", "db")
             assert not camel(running.endpoint("db", "inner"), "link_up")

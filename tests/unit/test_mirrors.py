@@ -14,7 +14,7 @@ from host_bridge.desired import DesiredState
 from host_bridge.errors import InvalidError, PreconditionError
 from host_bridge.mirror.state import BOTH, IN, MirrorNotFoundError
 from host_bridge.mirror.tables import MirrorRecord, Place
-from host_bridge.model import ContainerRecord
+from host_bridge.model import ContainerRecord, EndpointOptions
 from host_bridge.store import Store
 from taploom.contracts.taploom.helper.v1 import Mirror, MirrorDirection, Mirrors
 
@@ -87,6 +87,19 @@ def desired(tmp_path: Path) -> DesiredState:
 
 def place(desired: DesiredState, network: str, guest: str) -> Place:
     return desired.find_network(network).id, desired.find_guest(guest).id
+
+
+def test_tagged_frames_have_no_mirror_of_their_own(desired: DesiredState) -> None:
+    desired.activate_network(desired.create_network("inner").id)
+    options = EndpointOptions(driver_options={"taploom.vlan.parent": "app", "taploom.vlan.tag": "20"})
+    desired.activate_endpoint(desired.connect("inner", "web", options).id)
+    child, ids = place(desired, "inner", "web"), place(desired, "watch", "ids")
+    before = desired.store.dump()
+    for source, target in ((child, ids), (ids, child)):
+        labels = ["web on inner" if one == child else "ids" for one in (source, target)]
+        with pytest.raises(PreconditionError, match="web on inner is tag 20 over app, without an interface"):
+            desired.mirrors.add(MirrorRecord(source, target, BOTH), *labels)
+    assert desired.store.dump() == before
 
 
 def test_wanted_mirrors(desired: DesiredState) -> None:
