@@ -50,6 +50,7 @@ bench: setup ## measure against veth, gvproxy and Docker in one run; root; BENCH
 	@bench/setup.sh
 	@$(if $(findstring --vm,$(BENCH)),scripts/vm-setup.sh,:)
 	@$(PYTHON) -m bench $(BENCH)
+	@$(if $(findstring --vm,$(BENCH)),:,$(PYTHON) -m bench.policy $(filter --quick,$(BENCH)))
 
 clean: ## remove what was built and installed in this checkout
 	rm -rf .venv node_modules build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

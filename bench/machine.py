@@ -25,15 +25,16 @@ def describe() -> dict[str, str]:
         "kernel": platform.release(),
         "OS": platform.freedesktop_os_release().get("PRETTY_NAME", "unknown"),
         "load before": f"{os.getloadavg()[0]:.2f}",
-        "commit": _first_line("git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--exclude", "*"),
+        "commit": version_of("git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--exclude", "*"),
         "Python": platform.python_version(),
-        "iperf3": _first_line("iperf3", "--version"),
-        "Open vSwitch": _first_line("ovs-vswitchd", "--version"),
-        "OVN": _first_line("ovn-northd", "--version"),
+        "iperf3": version_of("iperf3", "--version"),
+        "Open vSwitch": version_of("ovs-vswitchd", "--version"),
+        "OVN": version_of("ovn-northd", "--version"),
     }
 
 
-def _first_line(*argv: str) -> str:
+def version_of(*argv: str) -> str:
+    """The version that a program says it is, or the first line of what it prints; `none` when it is not there."""
     try:
         output = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):

@@ -3,32 +3,40 @@
 Two labs are up at the same time: an empty one, with two guests, and one with 300 endpoints and the rules. A guest is
 connected to a network of either in turn, so that a noisy moment hits both alike; a request every millisecond, from
 before the call on, shows when the first reply comes. In the full lab everything is denied that no rule allows.
+
+All of it is measured with this machine's OVN, and then with the one of the helper's image, which bench/setup.sh keeps
+in the cache: what OVN does for each change depends on its release.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import click
 import trio
 from rich.console import Console
-from rich.table import Table
 
-from bench.machine import describe
+from bench import report
+from bench.machine import describe, version_of
 from bench.paths import PROBE_PORT
 from bench.paths.taploom import PROGRAM, HotGuest, Lab, address_of
-from bench.run import BenchError, Netns, Run, open_run
+from bench.run import CACHE, BenchError, Netns, Run, open_run
 from taploom.address import connect, parse_address
 from taploom.contracts.taploom.bridge.v1 import ConnectGuestRequest, CreateNetworkRequest
 from taploom.contracts.taploom.bridge.v1.rpc import NetworkServiceClient
 from taploom.rpc import open_channel
 
 HOT = "hot"
+RESULTS = Path(__file__).parent / "results"
+IMAGE_OVN = CACHE / "ovn" / "bin"
+WANTED = 1.3  # of an empty fabric's connect time, at most
 _AT_ONCE = 8
 
 
@@ -42,69 +50,152 @@ class Side:
     returned_ms: list[float] = field(default_factory=list)
 
 
-@click.command(help="Measure what rules and endpoints cost (root).")
+@dataclass(frozen=True)
+class Size:
+    rules: int
+    networks: int
+    connects: int
+
+    @property
+    def endpoints(self) -> int:
+        return 10 * self.networks
+
+
+@dataclass
+class Figures:
+    """What was measured with one release of OVN; times in milliseconds, of applying in seconds.
+
+    Attributes:
+        connects: by what the fabric has, to the first reply and to the call's return.
+        shares: medians to the first reply in parts of the empty fabric's, measured in turn with it.
+    """
+
+    ovn: str
+    ovs: str
+    apply_s: float = 0.0
+    apply_changed_s: float = 0.0
+    connects: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
+    load: float = 0.0
+
+    def add(self, empty: Side, full: Side) -> None:
+        """Takes what was measured in the two labs in turn."""
+        for side in (empty, full):
+            both = self.connects.setdefault(side.name, {"first_reply_ms": [], "returned_ms": []})
+            both["first_reply_ms"] += side.first_reply_ms
+            both["returned_ms"] += side.returned_ms
+        self.shares[full.name] = statistics.median(full.first_reply_ms) / statistics.median(empty.first_reply_ms)
+        for side in (empty, full):
+            side.first_reply_ms, side.returned_ms = [], []
+
+
+@click.command(help="Measure what rules and endpoints cost, with each OVN that there is (root).")
 @click.option("--rules", default=500, show_default=True)
 @click.option("--endpoints", default=300, show_default=True)
 @click.option("--connects", default=20, show_default=True, help="How often in each lab.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def main(rules: int, endpoints: int, connects: int, as_json: bool) -> None:
-    """Measures and prints."""
+@click.option("--quick", is_flag=True, help="40 rules, 40 endpoints, 3 connects: shows that it works.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=RESULTS,
+    show_default=True,
+    help="Where policy.json and policy.md are written.",
+)
+def main(*, rules: int, endpoints: int, connects: int, quick: bool, as_json: bool, output: Path) -> None:
+    """Measures, prints and writes the figures."""
     messages = Console(stderr=True)
-    result: dict[str, object] = {"machine": describe(), "rules": rules, "endpoints": endpoints}
+    machine = describe()
+    machine["kind"] = "quick: not a measurement" if quick else "full"
+    size = Size(40, 4, 3) if quick else Size(rules, max(1, endpoints // 10), connects)
+    measured: list[Figures] = []
     try:
-        with open_run() as run:
-            networks = max(1, endpoints // 10)
-            empty = _lab(run, "empty", ["client", "server"])
-            full = _lab(run, "full", ["client", "server", *(f"guest{n}" for n in range(8))])
-            messages.print(f"connecting {networks * 10} endpoints", markup=False)
-            trio.run(_populate, full.hot.bridge, networks)
-            crowded = Side(f"{networks * 10} endpoints, no rule", full.hot)
-            _connects(run, [empty, crowded], connects)
-            path = run.directory / "policy.yaml"
-            path.write_text(json.dumps(_policy(rules, networks)))
-            messages.print(f"applying {rules} rules", markup=False)
-            result["apply_s"] = _timed(full.hot.lab, "policy", "apply", "-f", str(path))
-            path.write_text(json.dumps(_policy(rules, networks, changed=1)))
-            result["apply_changed_s"] = _timed(full.hot.lab, "policy", "apply", "-f", str(path))
-            full.name = f"{networks * 10} endpoints, {rules} rules"
-            empty.first_reply_ms, before = [], empty.first_reply_ms
-            empty.returned_ms = []
-            _connects(run, [empty, full], connects)
-            result["load"] = os.getloadavg()[0]
-            medians = {side.name: statistics.median(side.first_reply_ms) for side in (empty, full)}
-            result["share"] = medians[full.name] / medians[empty.name]
-            result["share_without_rules"] = statistics.median(crowded.first_reply_ms) / statistics.median(before)
+        for number, programs in enumerate((None, IMAGE_OVN)):
+            if programs is not None and not (programs / "ovn-northd").exists():
+                messages.print("the OVN of the helper's image is not there: run bench/setup.sh", markup=False)
+                continue
+            with open_run() as run:
+                measured.append(_measure(run, number, programs, size, messages))
     except BenchError as error:
         messages.print(f"bench: {error}", style="bold red", markup=False)
         sys.exit(1)
-    sides = [empty, crowded, full]
+    document = {
+        "machine": machine,
+        **dataclasses.asdict(size),
+        "figures": [dataclasses.asdict(one) for one in measured],
+    }
+    tables = _tables(machine, size, measured)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, text in (("policy.json", json.dumps(document, indent=2) + "\n"), ("policy.md", report.markdown(tables))):
+        temporary = output / f"{name}.tmp"
+        temporary.write_text(text)
+        temporary.replace(output / name)
     if as_json:
-        click.echo(
-            json.dumps(
-                result
-                | {
-                    side.name: {"first_reply_ms": side.first_reply_ms, "returned_ms": side.returned_ms}
-                    for side in sides
-                },
-                indent=2,
-            )
-        )
-        return
-    table = Table("hot connect by API, ms", "to the first reply", "to the call's return")
-    for side in sides:
-        table.add_row(side.name, _spread(side.first_reply_ms), _spread(side.returned_ms))
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    console.print(
-        f"applying {rules} rules: {result['apply_s']:.2f} s; some of them changed: {result['apply_changed_s']:.2f} s\n"
-        f"connect: {result['share']:.2f}x of an empty fabric's ({result['share_without_rules']:.2f}x without the "
-        f"rules); wanted: at most 1.30x; load {result['load']:.1f}",
-        markup=False,
-    )
+        click.echo(json.dumps(document, indent=2))
+    else:
+        report.print_tables(Console(width=None if sys.stdout.isatty() else 160), tables)
+        click.echo(f"written to {output}/policy.md and policy.json")
 
 
-def _lab(run: Run, name: str, guests: list[str]) -> Side:
-    lab = Lab(run, f"bench{os.getpid()}{name}")
+def _measure(run: Run, number: int, programs: Path | None, size: Size, messages: Console) -> Figures:
+    figures = Figures(_version(programs, "ovn-northd"), _version(programs, "ovs-vswitchd"))
+    empty = _lab(run, f"empty{number}", ["client", "server"], programs)
+    full = _lab(run, f"full{number}", ["client", "server", *(f"guest{n}" for n in range(8))], programs)
+    empty.name = "empty"
+    messages.print(f"OVN {figures.ovn}: connecting {size.endpoints} endpoints", markup=False)
+    trio.run(_populate, full.hot.bridge, size.networks)
+    full.name = f"{size.endpoints} endpoints"
+    _connects(run, [empty, full], size.connects)
+    figures.add(empty, full)
+    path = run.directory / "policy.yaml"
+    path.write_text(json.dumps(_policy(size.rules, size.networks)))
+    messages.print(f"applying {size.rules} rules", markup=False)
+    figures.apply_s = _timed(full.hot.lab, "policy", "apply", "-f", str(path))
+    path.write_text(json.dumps(_policy(size.rules, size.networks, changed=1)))
+    figures.apply_changed_s = _timed(full.hot.lab, "policy", "apply", "-f", str(path))
+    full.name = f"{size.endpoints} endpoints, {size.rules} rules"
+    _connects(run, [empty, full], size.connects)
+    figures.add(empty, full)
+    figures.load = os.getloadavg()[0]
+    return figures
+
+
+def _version(programs: Path | None, program: str) -> str:
+    where = program if programs is None else str(programs / program)
+    return version_of(where, "--version")
+
+
+def _tables(machine: dict[str, str], size: Size, measured: list[Figures]) -> list[report.Grid]:
+    connects: list[tuple[str, ...]] = []
+    wanted: list[tuple[str, ...]] = []
+    for one in measured:
+        for name, times in one.connects.items():
+            share = f"{one.shares[name]:.2f}x" if name in one.shares else "1"
+            connects.append((one.ovn, name, _spread(times["first_reply_ms"]), _spread(times["returned_ms"]), share))
+        for name, value in one.shares.items():
+            reached = "reached" if value <= WANTED else "NOT reached"
+            wanted.append((f"OVN {one.ovn}, {name}", f"at most {WANTED:.2f}x", f"{value:.2f}x", reached))
+    return [
+        report.Grid("Machine", ("", ""), list(machine.items())),
+        report.Grid(
+            "Hot connect by API, ms: median (least to most)",
+            ("OVN", "fabric", "call to first reply", "call to return", "of an empty fabric's"),
+            connects,
+        ),
+        report.Grid(
+            f"Applying {size.rules} rules to {size.endpoints} endpoints, s, until they are in force",
+            ("OVN", "Open vSwitch", "at first", "some of them changed", "load"),
+            [
+                (one.ovn, one.ovs, f"{one.apply_s:.2f}", f"{one.apply_changed_s:.2f}", f"{one.load:.1f}")
+                for one in measured
+            ],
+        ),
+        report.Grid("Wanted of connecting", ("with", "wanted", "measured", "reached"), wanted),
+    ]
+
+
+def _lab(run: Run, name: str, guests: list[str], programs: Path | None) -> Side:
+    lab = Lab(run, f"bench{os.getpid()}{name}", programs)
     run.guard(PROGRAM, "--lab", lab.name, "lab", "down")
     run.stack.callback(lab.command, "lab", "down")
     lab.command("lab", "up", *(part for guest in guests for part in ("--guest", guest)))

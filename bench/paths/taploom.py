@@ -37,13 +37,15 @@ _PREFIX = "bench"
 
 @dataclass
 class Lab:
-    """A lab, by its commands."""
+    """A lab, by its commands; `programs` is where its helper finds Open vSwitch and OVN before it looks elsewhere."""
 
     run: Run
     name: str
+    programs: FilePath | None = None
 
     def command(self, *argv: str) -> str:
-        return self.run.check(PROGRAM, "--lab", self.name, *argv)
+        found = {} if self.programs is None else {"PATH": f"{self.programs}:{os.environ['PATH']}"}
+        return self.run.check(PROGRAM, "--lab", self.name, *argv, env=found)
 
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = json.loads(self.command("lab", "status", "--json"))
