@@ -111,8 +111,7 @@ def test_the_bridge_may_go(lab: Fabric, docker: Docker) -> None:
         return docker("inspect", "--format", "{{.State.Pid}} {{.State.Running}}", "one", "two").splitlines()
 
     before = pids()
-    os.kill(lab.processes()["bridge"]["pid"], signal.SIGKILL)
-    until(lambda: lab.processes()["bridge"]["state"] == "running", "the bridge is back")
+    lab.kill_and_wait("bridge")
     until(lambda: docker.command("ps").returncode == 0, "it answers")
     assert pids() == before
     assert docker("exec", "one", "echo", "still") == "still"
