@@ -13,6 +13,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import command_server
 import grpc
 import pytest
 import trio
@@ -61,10 +62,8 @@ class Bridge:
         """Runs the command; its standard output, or standard error when it is to fail."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("TAPLOOM_")}
         environment |= {"TAPLOOM_BRIDGE": self.socket, "COLUMNS": "200"}
-        result = await trio.run_process(
-            [*TAPLOOM, *arguments], capture_stdout=True, capture_stderr=True, check=False, env=environment
-        )
-        output = (result.stderr if code else result.stdout).decode()
+        result = await trio.to_thread.run_sync(command_server.run, arguments, environment, 120.0)
+        output = result.stderr if code else result.stdout
         assert result.returncode == code, (result.stdout, result.stderr)
         return output.rstrip("\n")
 
