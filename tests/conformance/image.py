@@ -23,7 +23,7 @@ _SCRIPTS = {
     ),
     # Asks such a server: get HOST PORT. Says in one line what came, or what failed.
     "get": """
-        answer=$(printf 'GET /cgi-bin/who HTTP/1.0\\r\\n\\r\\n' | socat -T10 - "TCP:$1:$2,connect-timeout=1" 2>&1)
+        answer=$(printf 'GET /cgi-bin/who HTTP/1.0\\r\\n\\r\\n' | socat -t10 -T10 - "TCP:$1:$2,connect-timeout=1" 2>&1)
         result=$?
         [ -n "$answer" ] || result=1
         echo "${answer:-nothing}" | tail -n1 | sed 's/.* E .*: //' | tr -d '\\r'
