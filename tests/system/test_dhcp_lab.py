@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -81,6 +82,11 @@ def machine(lab: Fabric, name: str, how: str) -> Iterator[Machine]:
         yield vm
     finally:
         vm.pull_out()
+        # A client writes its pid down a moment after it has gone into the background.
+        left = subprocess.run(["ip", "netns", "pids", vm.netns], capture_output=True, text=True, check=True).stdout
+        for pid in left.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
         subprocess.run(["ip", "netns", "del", vm.netns], check=False)
         lab.command("guest", "rm", name)
 
