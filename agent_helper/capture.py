@@ -31,6 +31,7 @@ _MIN_SNAPLEN, _MAX_SNAPLEN = 14, 262_144
 _MAX_TEXT = 4096
 _CHUNK = 64 << 10
 _PROGRAM = "from agent_helper.capture_worker import main; raise SystemExit(main())"
+_IN_IMAGE = "from start import use_bundle; use_bundle(); "
 _ENDS = {STOPPED: CaptureEnd.STOPPED, COMPLETE: CaptureEnd.COMPLETE, GONE: CaptureEnd.GONE}
 _DIRECTIONS = {
     CaptureDirection.UNSPECIFIED: "",
@@ -149,9 +150,11 @@ async def _stop_at_end(requests: ReceiveStream[CaptureRequest], stdin: trio.abc.
 
 
 def _start(stdin: socket.socket, stdout: socket.socket) -> subprocess.Popen[bytes]:
+    # In the image the modules are in a bundle, which a second interpreter has to open, too (images/common/start.py).
+    program = _IN_IMAGE + _PROGRAM if hasattr(sys.modules["__main__"], "use_bundle") else _PROGRAM
     # trio's own processes are not there in an agent (taploom.lean).
     return subprocess.Popen(
-        [sys.executable, "-S", "-c", _PROGRAM],
+        [sys.executable, "-S", "-c", program],
         stdin=stdin.fileno(),
         stdout=stdout.fileno(),
         stderr=subprocess.PIPE,

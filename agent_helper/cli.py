@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import trio
 
@@ -21,6 +23,7 @@ from agent_helper.balancer_health import backend_changed
 from agent_helper.balancer_service import BalancerService
 from agent_helper.capture import CaptureService
 from agent_helper.door import Door
+from agent_helper.early import PLAIN, Early
 from agent_helper.errors import SetupError
 from agent_helper.events import Events
 from agent_helper.fabric import Fabric
@@ -36,6 +39,7 @@ from agent_helper.trace import Tracer
 from agent_helper.trace_service import TraceService
 from taploom import __version__
 from taploom.address import Address, AddressError, open_listener, parse_address
+from taploom.arguments import plain_options
 from taploom.contracts.taploom.helper.v1 import (
     LinkDown,
     LinkUp,
@@ -55,9 +59,31 @@ logger = logging.getLogger("taploom.helper")
 
 _SERVICES = ("taploom.helper.v1.HelperService", "taploom.helper.v1.BalancerService")
 _DRAIN = 1.0
+_NET, _LOG_LEVEL = "none", "info"
 
 
-def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+def _arguments(argv: Sequence[str]) -> argparse.Namespace | SimpleNamespace:
+    """What `_parse` would find; without a parser for a command line such as the image's."""
+    found = plain_options(argv, PLAIN)
+    if found is None or not {"--control", "--data", "--state-dir"} <= found.keys():
+        return _parse(argv)
+    level = found.get("--log-level", _LOG_LEVEL)
+    try:
+        control, data = parse_address(found["--control"]), parse_address(found["--data"])
+    except AddressError:
+        return _parse(argv)
+    if level not in LEVELS:
+        return _parse(argv)
+    return SimpleNamespace(
+        control=control,
+        data=data,
+        state_dir=Path(found["--state-dir"]),
+        net=found.get("--net", _NET),
+        log_level=level,
+    )
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m agent_helper",
         description="Switches the guests' networks with OVS and OVN, as the host bridge describes them. Needs root.",
@@ -85,20 +111,26 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--net",
-        default="none",
+        default=_NET,
         metavar="WAY",
         help="the way out of the machine: none (something else configures it), dhcp[,INTERFACE], "
         "ADDRESS/PREFIX[,GATEWAY][,INTERFACE], or kernel: taploom.net=WAY of the kernel's command line, else dhcp "
         "(%(default)s)",
     )
-    parser.add_argument("--log-level", default="info", choices=LEVELS)
+    parser.add_argument("--log-level", default=_LOG_LEVEL, choices=LEVELS)
     parser.add_argument("--version", action="version", version=f"agent_helper {__version__}")
     return parser.parse_args(argv)
 
 
 @contextlib.contextmanager
-def _locked(state_dir: Path) -> Iterator[None]:
+def _locked(state_dir: Path, early: Early | None) -> Iterator[None]:
     """Holds the state directory: two agents would take one another's databases away."""
+    if early is not None:
+        try:
+            yield
+        finally:
+            os.close(early.lock)
+        return
     try:
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -114,7 +146,7 @@ def _locked(state_dir: Path) -> Iterator[None]:
         os.close(fd)
 
 
-async def _serve(control: Address, data: Address, state_dir: Path, outside: Outside) -> None:
+async def _serve(control: Address, data: Address, state_dir: Path, outside: Outside, early: Early | None) -> None:
     events = Events()
     instance_id = new_instance_id()
     programs = find_programs()
@@ -154,7 +186,7 @@ async def _serve(control: Address, data: Address, state_dir: Path, outside: Outs
         if changed is not None:
             events.publish(WatchEventsResponse(backend_changed=changed))
 
-    stack = Stack(state_dir, programs, on_daemon=on_daemon, on_content=on_content)
+    stack = Stack(state_dir, programs, on_daemon=on_daemon, on_content=on_content, early=early)
     stack.on_logged = on_logged
     stack.on_monitor = on_monitor
     await stack.probe()
@@ -191,8 +223,9 @@ async def _serve(control: Address, data: Address, state_dir: Path, outside: Outs
         door = Door(fabric.kernel.origin, streams.knock)
         await nursery.start(door.run)
         fabric.kernel.set_redirect(Redirect(streams.redirect_ports.tcp, streams.redirect_ports.udp), door)
-        await fabric.clear()  # what a run that was killed has left
-        await nursery.start(stack.run)
+        async with trio.open_nursery() as starting:
+            starting.start_soon(fabric.clear)  # what a run that was killed has left
+            await nursery.start(stack.run)
         await nursery.start(fabric.run)
         for name in _SERVICES:
             server.health.set(name, True)
@@ -217,8 +250,15 @@ async def _until_signal(scope: trio.CancelScope, server: Server) -> None:
             return
 
 
-def run(argv: Sequence[str]) -> int:
-    """Runs the agent until SIGTERM or SIGINT; returns its exit status."""
+def run(argv: Sequence[str], early: Early | None = None) -> int:
+    """Runs the agent until SIGTERM or SIGINT; returns its exit status.
+
+    Args:
+        early: the daemons that have been started for this command line.
+    """
+    # What has been imported stays: a full collection that walked it would stop frames for some 10 ms each time.
+    gc.freeze()
+    gc.enable()
     arguments = _arguments(argv)
     setup_logging("agent_helper", arguments.log_level)
     if arguments.log_level != "debug":
@@ -227,9 +267,9 @@ def run(argv: Sequence[str]) -> int:
     try:
         if os.geteuid():
             raise SetupError("it must run as root: it creates TAP devices and network namespaces")
-        with _locked(arguments.state_dir.absolute()):
+        with _locked(arguments.state_dir.absolute(), early):
             outside = parse_outside(arguments.net)
-            serve = partial(_serve, arguments.control, arguments.data, arguments.state_dir.absolute(), outside)
+            serve = partial(_serve, arguments.control, arguments.data, arguments.state_dir.absolute(), outside, early)
             trio.run(serve, strict_exception_groups=True)
     except* (SetupError, AddressError, OSError) as group:
         print(f"agent_helper: {_first(group)}", file=sys.stderr)  # noqa: T201 -- the one line for people

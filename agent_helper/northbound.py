@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from agent_helper import dhcp_rows, policy_rows, qos_rows
+from agent_helper.daemons import CHASSIS
 from agent_helper.errors import UnavailableError
 from agent_helper.ovsdb import Row, Txn
 from agent_helper.spec import EndpointSpec, Leg, NetworkSpec, UplinkSpec, legs
-from agent_helper.stack import CHASSIS
 
 UPLINK_SWITCH = "uplink"
 # In external_ids of rows that are load balancers' and not their network's: see `balancer_rows`.

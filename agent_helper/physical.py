@@ -7,9 +7,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 
+from agent_helper.daemons import BRIDGE
 from agent_helper.errors import UnavailableError
 from agent_helper.ovsdb import Txn, Values
-from agent_helper.stack import BRIDGE
 
 _PREFIX = "tlv"
 _MAPPINGS = "ovn-bridge-mappings"

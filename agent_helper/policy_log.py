@@ -7,14 +7,13 @@ of ours: nothing grows on the disk, whatever a guest sends. How many there are a
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Callable
-from pathlib import Path
 
 import trio
 
 from taploom.contracts.taploom.helper.v1 import PolicyAction, PolicyDirection, PolicyLogged
 
-SOCKET = "acl-log.sock"
 _MAX = 4096
 
 _LINE = re.compile(
@@ -53,19 +52,17 @@ class PolicyLog:
     """Listens to ovn-controller.
 
     Args:
-        path: where it is told to send its lines.
+        bound: the socket, with an address, that it is told to send its lines to.
         on_logged: called with each.
     """
 
-    def __init__(self, path: Path, on_logged: Callable[[PolicyLogged], None]) -> None:
-        self._path = path
+    def __init__(self, bound: socket.socket, on_logged: Callable[[PolicyLogged], None]) -> None:
+        self._bound = bound
         self._on_logged = on_logged
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Listens until cancelled; reports started when lines can come."""
-        self._path.unlink(missing_ok=True)
-        with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_DGRAM) as sock:
-            await sock.bind(str(self._path))
+        """Listens until cancelled, and closes the socket; reports started when it does."""
+        with trio.socket.from_stdlib_socket(self._bound) as sock:
             task_status.started()
             while True:
                 data = await sock.recv(_MAX)

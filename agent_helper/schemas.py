@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 Schema = dict[str, Any]
+Record = dict[str, dict[str, dict[str, object]]]
+"""A transaction in a database's file: rows by table and UUID, with the columns that differ from the default."""
 
 
 def read_schema(file: Path) -> Schema:
@@ -20,19 +22,20 @@ def read_schema(file: Path) -> Schema:
     return schema
 
 
-def create_database(file: Path, schema: Schema) -> None:
-    """Makes an empty standalone database, as `ovsdb-tool create`.
+def create_database(file: Path, schema: Schema, *records: Record) -> None:
+    """Makes a standalone database, as `ovsdb-tool create`; with records, it has these transactions' rows.
 
-    The file is a log whose first record is the schema (ovsdb(5), "Standalone Format"): a header with the record's
-    length in bytes and its SHA-1, and the record.
+    The file is a log whose first record is the schema (ovsdb(5), "Standalone Format"): for each record a header with
+    its length in bytes and its SHA-1, and the record.
 
     Raises:
         FileExistsError: the file is there.
     """
-    record = json.dumps(schema, separators=(",", ":")).encode() + b"\n"
-    digest = hashlib.sha1(record, usedforsecurity=False).hexdigest()
     with file.open("xb") as database:
-        database.write(b"OVSDB JSON %d %s\n" % (len(record), digest.encode()) + record)
+        for content in (schema, *records):
+            record = json.dumps(content, separators=(",", ":")).encode() + b"\n"
+            digest = hashlib.sha1(record, usedforsecurity=False).hexdigest()
+            database.write(b"OVSDB JSON %d %s\n" % (len(record), digest.encode()) + record)
 
 
 def part_of(schema: Schema, tables: Mapping[str, Iterable[str]]) -> Schema:

@@ -8,18 +8,19 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
 import shutil
 import signal
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import trio
 
-from agent_helper import links, policy_log
+from agent_helper import daemons, links
+from agent_helper.daemons import BRIDGE, CHASSIS, SCHEMAS
+from agent_helper.early import Early, bind_acl_log
 from agent_helper.errors import SetupError, UnavailableError
 from agent_helper.ovsdb import Database, Txn, Values
 from agent_helper.packet_sockets import enlarge_packet_sockets
@@ -30,8 +31,6 @@ from taploom.supervise import SupervisedProcess
 
 logger = logging.getLogger("taploom.helper.stack")
 
-CHASSIS = "taploom-helper"
-BRIDGE = "br-int"
 _DATAPATH_INTERFACES = (BRIDGE, "ovs-netdev", "ovs-system")
 _PROGRAMS = {
     "ovsdb-server": "openvswitch-switch",
@@ -43,11 +42,6 @@ _PROGRAMS = {
 }
 # Without it nobody can be told what would become of a packet (HELPER_FEATURE_TRACE).
 TRACE_PROGRAM = "ovn-trace"
-_SCHEMAS = {
-    "conf": ("openvswitch/vswitch.ovsschema", "openvswitch-switch"),
-    "nb": ("ovn/ovn-nb.ovsschema", "ovn-central"),
-    "sb": ("ovn/ovn-sb.ovsschema", "ovn-central"),
-}
 _PROVEN_AGE = 1.2  # s
 _PROBE_INTERVAL = 0.003  # between attempts to connect to a socket that is not there yet
 
@@ -107,31 +101,13 @@ def find_programs() -> dict[str, str]:
     Raises:
         SetupError: names those missing and the Debian packages that have them.
     """
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/local/sbin"
-    found = {name: shutil.which(name, path=path) for name in (*_PROGRAMS, TRACE_PROGRAM)}
+    found = {name: shutil.which(name, path=daemons.search_path()) for name in (*_PROGRAMS, TRACE_PROGRAM)}
     missing = [name for name in _PROGRAMS if found[name] is None]
-    missing += [file for file, _ in _SCHEMAS.values() if not _schema(file, found).exists()]
+    missing += [file for file, _ in SCHEMAS.values() if not daemons.schema_file(file, found["ovsdb-server"]).exists()]
     if missing:
-        packages = {_PROGRAMS.get(name) or dict(_SCHEMAS.values())[name] for name in missing}
+        packages = {_PROGRAMS.get(name) or dict(SCHEMAS.values())[name] for name in missing}
         raise SetupError(f"missing {', '.join(missing)}: apt-get install {' '.join(sorted(packages))}")
     return {name: where for name, where in found.items() if where is not None}
-
-
-def _schema(file: str, programs: Mapping[str, str | None]) -> Path:
-    """Where a schema is: beside the programs that speak it, in `share` of /usr, /usr/local or wherever they are."""
-    server = Path(programs["ovsdb-server"] or "/usr/sbin/ovsdb-server").resolve()
-    beside = server.parent.parent / "share" / file
-    return beside if beside.exists() else Path("/usr/share") / file
-
-
-# For each port and turn of its loop, the userspace data path allocates 32 buffers of the port's MTU and frees them
-# again. glibc gives the top of the heap back and takes it anew each time, which adds 0.4 ms to a round trip once a port
-# has a large MTU; so it is told to keep it (mallopt(3), environment variables).
-_VSWITCHD_MALLOC = {
-    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
-    "MALLOC_TOP_PAD_": str(32 << 20),
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-}
 
 
 class Stack:
@@ -142,6 +118,7 @@ class Stack:
         on_daemon: called when a daemon's state changed.
         on_content: called with a database's name each time its content was read anew: at start, and after a
             reconnection, when it may have been lost.
+        early: what has been started already.
     """
 
     def __init__(
@@ -151,14 +128,16 @@ class Stack:
         *,
         on_daemon: Callable[[SupervisedProcess], None],
         on_content: Callable[[str], None],
+        early: Early | None = None,
     ) -> None:
         self.state_dir = state_dir
         self.run_dir = state_dir / "run"
         self.log_dir = state_dir / "log"
         self.programs = programs
-        self.kernel_datapath = False
+        self.kernel_datapath = early is not None and early.kernel_datapath
         self.ovs_version = self.ovn_version = ""  # known once they run
-        self._schemas = {name: read_schema(_schema(file, programs)) for name, (file, _) in _SCHEMAS.items()}
+        server = programs["ovsdb-server"]
+        self._schemas = {name: read_schema(daemons.schema_file(file, server)) for name, (file, _) in SCHEMAS.items()}
         self.ready = trio.Event()
         self.waiting_for = "the daemons to start"
         self.daemons: dict[str, SupervisedProcess] = {}
@@ -175,11 +154,8 @@ class Stack:
         self._enlarging = trio.Lock()
         self._enlargings_asked = self._enlargings_done = 0
         self._enlarged: tuple[int, set[str]] = (0, set())
-        # ovsdb-server, ovs-vswitchd and ovn-controller find one another by these.
-        folders = {
-            f"{who}_{what}DIR": str(self.run_dir) for who in ("OVS", "OVN") for what in ("RUN", "LOG", "DB", "SYSCONF")
-        }
-        self.env = {**os.environ, "LC_ALL": "C.UTF-8", **folders}
+        self._early = early
+        self.env = daemons.environment(self.run_dir)
 
     @property
     def conf(self) -> Database:
@@ -209,26 +185,23 @@ class Stack:
 
     @property
     def socket(self) -> Path:
-        return self.run_dir / "db.sock"
-
-    @property
-    def _remotes(self) -> str:
-        """Where the daemons find the databases, see `_stand_in`."""
-        return f"unix:{self.socket},unix:{self.run_dir}/standby.sock"
+        return daemons.database_socket(self.run_dir)
 
     @property
     def mgmt(self) -> Path:
         """Where br-int takes OpenFlow connections: there once vswitchd has the bridge."""
-        return self.run_dir / f"{BRIDGE}.mgmt"
+        return daemons.mgmt_socket(self.run_dir)
 
     async def probe(self) -> None:
         """Finds out what the kernel has."""
-        self.kernel_datapath = await trio.to_thread.run_sync(links.has_kernel_datapath)
+        if self._early is None:
+            self.kernel_datapath = await trio.to_thread.run_sync(links.has_kernel_datapath)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Runs the daemons until cancelled; reports started once ports can be plugged and are forwarded."""
-        self._prepare_folders()
-        await trio.to_thread.run_sync(self._remove_datapath)  # of a run that was killed
+        if self._early is None:
+            self._prepare_folders()
+            await trio.to_thread.run_sync(self._remove_datapath)  # of a run that was killed
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._run_ovsdb_server)
@@ -240,7 +213,8 @@ class Stack:
                 await self._connectable(self.mgmt)
                 await trio.to_thread.run_sync(self._mark_datapath)
                 if self.on_logged is not None:
-                    await nursery.start(PolicyLog(self.run_dir / policy_log.SOCKET, self.on_logged).run)
+                    acl_log = bind_acl_log(self.run_dir) if self._early is None else self._early.acl_log
+                    await nursery.start(PolicyLog(acl_log, self.on_logged).run)
                 nursery.start_soon(self._run_controller)
                 nursery.start_soon(self._kick_controller)
                 nursery.start_soon(self._prove_connections)
@@ -270,13 +244,12 @@ class Stack:
         if longest > 100:
             raise SetupError(f"--state-dir {self.state_dir} is too long for Unix sockets: at most 75 characters")
 
-    def _daemon(self, name: str, *args: str, verbosity: Iterable[str] = (), **options: object) -> SupervisedProcess:
-        quiet = ("-vconsole:warn", "-vsyslog:off", "-vfile:off")
-        argv = [self.programs[name], *args, *quiet, *verbosity, "--no-chdir"]
+    def _daemon(self, name: str, **options: object) -> SupervisedProcess:
         process = SupervisedProcess(
             name,
-            argv,
-            env=self.env | (_VSWITCHD_MALLOC if name == "ovs-vswitchd" else {}),
+            daemons.command(name, self.programs[name], self.run_dir),
+            env=daemons.environment(self.run_dir, name),
+            adopt=0 if self._early is None else self._early.pids[name],
             log=self.log_dir / f"{name}.log",
             backoff_max=1.0,
             on_change=self._on_daemon,
@@ -286,12 +259,8 @@ class Stack:
         return process
 
     async def _run_ovsdb_server(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        files = [str(self.run_dir / f"{name}.db") for name in _SCHEMAS]
         process = self._daemon(
             "ovsdb-server",
-            f"--remote=punix:{self.socket}",
-            f"--unixctl={self.run_dir}/ovsdb-server.ctl",
-            *files,
             ready=partial(self._connectable, self.socket),
             prepare=self._prepare_databases,
         )
@@ -304,7 +273,7 @@ class Stack:
         and vswitchd's userspace data path forwards nothing meanwhile. Here it is not refused: it waits until
         ovsdb-server listens again, and its bytes are passed on from then on.
         """
-        path = self.run_dir / "standby.sock"
+        path = daemons.standby_socket(self.run_dir)
         with trio.socket.socket(trio.socket.AF_UNIX) as sock:
             await sock.bind(str(path))
             sock.listen()
@@ -339,7 +308,7 @@ class Stack:
     def _prepare_databases(self) -> None:
         process = self.daemons["ovsdb-server"]
         refused = re.match(r"ended with exit code [1-9]", process.last_exit) is not None
-        for name in _SCHEMAS:
+        for name in SCHEMAS:
             file = self.run_dir / f"{name}.db"
             if refused:  # it could not read them
                 file.unlink(missing_ok=True)
@@ -380,7 +349,6 @@ class Stack:
 
     async def ensure_conf(self) -> None:
         """Makes Open vSwitch's own configuration be as it must: the integration bridge and OVN's settings."""
-        datapath = "system" if self.kernel_datapath else "netdev"
 
         def op(txn: Txn) -> None:
             root = txn.only("Open_vSwitch")
@@ -389,17 +357,8 @@ class Stack:
                 ids, config, bridges = {}, {}, []
             else:
                 ids, config, bridges = dict(root.external_ids), dict(root.other_config), list(root.bridges)
-            ids |= {
-                "system-id": CHASSIS,
-                "hostname": CHASSIS,
-                "ovn-remote": self._remotes,
-                "ovn-encap-type": "geneve",
-                "ovn-encap-ip": "127.0.0.1",  # mandatory, though there is no other chassis
-                "ovn-monitor-all": "true",
-                "ovn-bridge-datapath-type": datapath,
-            }
-            if not self.kernel_datapath:
-                config["userspace-tso-enable"] = "true"
+            ids |= daemons.external_ids(self.run_dir, self.kernel_datapath)
+            config |= daemons.other_config(self.kernel_datapath)
             bridge = txn.find("Bridge", BRIDGE)
             if bridge is None:
                 interface = txn.insert("Interface", name=BRIDGE, type="internal")
@@ -407,10 +366,9 @@ class Stack:
                 bridge = txn.insert(
                     "Bridge",
                     name=BRIDGE,
-                    datapath_type=datapath,
-                    fail_mode="secure",
-                    other_config={"disable-in-band": "true"},
+                    datapath_type=daemons.datapath_type(self.kernel_datapath),
                     ports=[port],
+                    **daemons.BRIDGE_COLUMNS,
                 )
                 root.bridges = [*bridges, bridge]
             root.external_ids = ids
@@ -424,8 +382,6 @@ class Stack:
 
         process = self._daemon(
             "ovs-vswitchd",
-            self._remotes,
-            f"--unixctl={self.run_dir}/ovs-vswitchd.ctl",
             ready=partial(self._connectable, self.mgmt),
             prepare=prepare,
         )
@@ -435,16 +391,12 @@ class Stack:
         ctl = self.run_dir / "ovn-northd.ctl"
         process = self._daemon(
             "ovn-northd",
-            f"--unixctl={ctl}",
-            f"--ovnnb-db={self._remotes}",
-            f"--ovnsb-db={self._remotes}",
             ready=partial(self._connectable, ctl),
             prepare=partial(ctl.unlink, missing_ok=True),
         )
         await process.run()
 
     async def _run_controller(self) -> None:
-        # It names its control socket itself, after its process id.
         def prepare() -> None:
             for file in self.run_dir.glob("ovn-controller.*.ctl"):
                 file.unlink(missing_ok=True)
@@ -452,15 +404,7 @@ class Stack:
         async def ready() -> None:
             await self._connectable(self.run_dir / f"ovn-controller.{process.pid}.ctl")
 
-        log = self.run_dir / policy_log.SOCKET
-        process = self._daemon(
-            "ovn-controller",
-            self._remotes,
-            f"--syslog-method=unix:{log}",
-            ready=ready,
-            prepare=prepare,
-            verbosity=("-vacl_log:syslog:info",),
-        )
+        process = self._daemon("ovn-controller", ready=ready, prepare=prepare)
         await process.run()
 
     async def _prove_connections(self) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from agent_helper.daemons import BRIDGE
 from agent_helper.errors import UnavailableError
 from agent_helper.ovsdb import Txn, Values
-from agent_helper.stack import BRIDGE
 
 
 def plug(txn: Txn, interfaces: Mapping[str, str]) -> None:

@@ -175,7 +175,10 @@ def _open_library(name: str | None, *rest: object, **options: object) -> object:
     if name == _NO_LIBRARY:
         raise OSError("no library")
     module = sys.modules["ctypes"]
-    return (_import(module) if isinstance(module, _Later) else module).CDLL(name, *rest, **options)
+    if isinstance(module, _Later):
+        module = _import(module)
+        module.util = sys.modules["ctypes.util"]  # type: ignore[attr-defined]  # for who imports it after this
+    return module.CDLL(name, *rest, **options)
 
 
 _NO_LIBRARY = "none"

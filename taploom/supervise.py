@@ -20,11 +20,12 @@ from typing import Literal
 
 import trio
 
+from taploom.children import Adopted, die_with
+
 logger = logging.getLogger("taploom.supervise")
 
 State = Literal["starting", "running", "down"]
 
-_PR_SET_PDEATHSIG = 1
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -52,6 +53,8 @@ class SupervisedProcess:
         ready: returns once the process answers; None: it is ready when started. Cancelled if the process ends.
         on_change: called (in the trio thread) after each change of `state`.
         prepare: called in the parent before each start, to clean up what the last run left.
+        adopt: the process id of a child of ours, run already as `argv` and the rest say: it is taken over in place of
+            the first start. 0: there is none.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class SupervisedProcess:
         ready: Callable[[], Awaitable[None]] | None = None,
         on_change: Callable[[SupervisedProcess], None] | None = None,
         prepare: Callable[[], None] | None = None,
+        adopt: int = 0,
     ) -> None:
         self.name = name
         self.argv = list(argv)
@@ -83,7 +87,8 @@ class SupervisedProcess:
         self._ready = ready
         self._on_change = on_change
         self._prepare = prepare
-        self._process: subprocess.Popen[bytes] | None = None
+        self._adopt = adopt
+        self._process: subprocess.Popen[bytes] | Adopted | None = None
         self._became_ready = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -95,9 +100,13 @@ class SupervisedProcess:
         backoff = 0.0
         reported = False
         while True:
-            if self._prepare is not None:
-                self._prepare()
-            process = self._start()
+            if self._adopt:
+                process = self._started(Adopted(self._adopt))
+                self._adopt = 0
+            else:
+                if self._prepare is not None:
+                    self._prepare()
+                process = self._started(self._start())
             began = time.monotonic()
             pidfd = os.pidfd_open(process.pid)
             try:
@@ -147,9 +156,7 @@ class SupervisedProcess:
         new_netns = self._new_netns
 
         def in_child() -> None:
-            # The parent may be gone before the signal is armed.
-            if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) or os.getppid() != parent:
-                os._exit(127)
+            die_with(parent)
             if netns is not None:
                 fd = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
                 if _libc.setns(fd, _CLONE_NEWNET):
@@ -162,7 +169,7 @@ class SupervisedProcess:
         with self._log.open("ab") as log:
             # From this thread, not by trio.run_process: PDEATHSIG fires when the *thread* that forked ends, and trio
             # forks in worker threads, which end when idle.
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 self.argv,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -171,6 +178,8 @@ class SupervisedProcess:
                 preexec_fn=in_child,  # noqa: PLW1509 -- it makes system calls only; no lock is taken
                 start_new_session=True,
             )
+
+    def _started(self, process: subprocess.Popen[bytes] | Adopted) -> subprocess.Popen[bytes] | Adopted:
         self._process, self.pid = process, process.pid
         self.started_at = datetime.now(UTC)
         self._set("starting")
@@ -187,7 +196,7 @@ class SupervisedProcess:
         await self._became_ready.wait()
         task_status.started()
 
-    async def _stop(self, process: subprocess.Popen[bytes], pidfd: int) -> None:
+    async def _stop(self, process: subprocess.Popen[bytes] | Adopted, pidfd: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         with trio.CancelScope(shield=True):

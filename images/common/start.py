@@ -135,12 +135,17 @@ class Bundle:
 _exec, _compile = builtins.exec, builtins.compile
 
 
-if __name__ == "__main__":
-    gc.disable()  # the program enables it when all is imported: collections would find nothing till then
-    sys.path.insert(0, FOLDER)
+def use_bundle() -> None:
+    """Has the interpreter look into the builder's file first, if it is there; for a program's other interpreters."""
     try:  # noqa: SIM105 - contextlib would be imported for it
         Bundle().install()
     except FileNotFoundError:
         pass
+
+
+if __name__ == "__main__":
+    gc.disable()  # the program enables it when all is imported: collections would find nothing till then
+    sys.path.insert(0, FOLDER)
+    use_bundle()
     program = __import__(f"{sys.argv[1]}.__main__", fromlist=("load",))
     sys.exit(program.load()(sys.argv[2:]))

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "images/alpine-helper"))
 
 from helper_image import alpine, interpreter, recipe, tree  # noqa: E402 -- found by the path above
 
-from agent_helper import stack  # noqa: E402
+from agent_helper import daemons, stack  # noqa: E402
 
 
 @pytest.mark.parametrize("builder", ["debian", "alpine"])
@@ -21,7 +21,7 @@ from agent_helper import stack  # noqa: E402
 def test_the_manifest_has_what_the_agent_looks_for(builder: str, arch: str) -> None:
     found = recipe.read_recipe(builder, arch)
     assert set(stack._PROGRAMS) <= {Path(program.path).name for program in found.programs}
-    assert {f"usr/share/{file}" for file, _ in stack._SCHEMAS.values()} == set(found.data)
+    assert {f"usr/share/{file}" for file, _ in daemons.SCHEMAS.values()} == set(found.data)
     assert {"taploom", "agent_helper"} == set(found.python_modules)
     assert not any("{" in folder for folder in found.library_folders)
 

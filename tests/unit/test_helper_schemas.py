@@ -8,7 +8,7 @@ from pathlib import Path
 import ovs.db.schema
 import pytest
 
-from agent_helper import stack
+from agent_helper import daemons, stack
 from agent_helper.schemas import Schema, create_database, part_of, read_schema
 
 SCHEMA: Schema = {
@@ -55,7 +55,7 @@ def test_a_database_is_a_log_that_begins_with_the_schema(tmp_path: Path) -> None
 @pytest.mark.parametrize("tables", [stack._CONF_TABLES, stack._NB_TABLES, stack._SB_TABLES])
 def test_tables_refer_to_what_is_replicated_too(tables: dict[str, list[str]]) -> None:
     """Of rows that are not replicated only the UUID is known: not what the agent works with."""
-    files = {**{key: Path("/usr/share") / file for key, (file, _) in stack._SCHEMAS.items()}}
+    files = {**{key: Path("/usr/share") / file for key, (file, _) in daemons.SCHEMAS.items()}}
     present = [read_schema(file) for file in files.values() if file.exists()]
     for schema in present:
         if set(tables) <= set(schema["tables"]):

@@ -28,6 +28,8 @@ from taploom.contracts.taploom.helper.v1 import (
     ApplyUplinkRequest,
     AuthorizeLinkRequest,
     AuthorizeStreamsRequest,
+    CaptureInterface,
+    CaptureRequest,
     DeleteEndpointRequest,
     DeleteNetworkRequest,
     Endpoint,
@@ -40,7 +42,7 @@ from taploom.contracts.taploom.helper.v1 import (
     Uplink,
     WatchEventsRequest,
 )
-from taploom.contracts.taploom.helper.v1.rpc import HelperServiceClient
+from taploom.contracts.taploom.helper.v1.rpc import CaptureServiceClient, HelperServiceClient
 from taploom.contracts.taploom.link.v1 import LinkFeature
 from taploom.link.dial import dial_link
 from taploom.link.handshake import RefusedError
@@ -90,7 +92,7 @@ async def main(directory: Path, command: list[str]) -> None:
             client = HelperServiceClient(channel)
             while not (await client.get_health(GetHealthRequest())).ready:
                 await trio.sleep(0.05)
-            await _calls(client, data)
+            await _calls(client, CaptureServiceClient(channel), data)
         await _garbage(control, data)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -98,7 +100,7 @@ async def main(directory: Path, command: list[str]) -> None:
         raise SystemExit(f"the agent ended with {process.returncode}")
 
 
-async def _calls(client: HelperServiceClient, data: Address) -> None:
+async def _calls(client: HelperServiceClient, captures: CaptureServiceClient, data: Address) -> None:
     await client.get_info(GetInfoRequest())
     async with client.watch_events(WatchEventsRequest()) as events:
         await events.receive()
@@ -117,6 +119,13 @@ async def _calls(client: HelperServiceClient, data: Address) -> None:
         for wrong in (Network(network_id="?" * 99), Network(network_id="x", subnets=["nonsense"])):
             with contextlib.suppress(RpcError):
                 await client.apply_network(ApplyNetworkRequest(network=wrong))
+        async with captures.capture() as capture:
+            one = CaptureInterface(endpoint_id="web", name="web")
+            await capture.send(CaptureRequest(interfaces=[one], max_duration_ms=100))
+            while (received := await capture.receive()) is not None and not received.end:
+                pass
+            if received is None:
+                raise SystemExit("a capture did not end")
         await link.aclose()
         for daemon in (await client.get_health(GetHealthRequest())).daemons:
             subprocess.run(["/usr/bin/busybox", "kill", "-9", str(daemon.pid)], check=True)

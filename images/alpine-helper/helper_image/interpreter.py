@@ -1,14 +1,15 @@
-"""The image's Python: the modules that the agent imports, compiled, and nothing else."""
+"""The image's Python: the modules that the agent imports, compiled into one file, and nothing else."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from images.common import python, wheels
+from images.common import bundle, python, wheels
 from images.common.tools import BuildError, run
 
 from .recipe import CHECKOUT, FILES, Recipe
@@ -36,6 +37,7 @@ root=$1
 shift 4
 exec chroot "$root" /usr/bin/busybox sh -c 'busybox ip link set lo up; exec "$@"' sh "$@"
 """
+_OPTIMIZE = 1
 _EXTENSION = re.compile(r"\.cpython-\d+-[\w-]+\.so$")
 
 
@@ -66,6 +68,7 @@ def install_sources(root: Path, recipe: Recipe, found: Iterable[wheels.Wheel]) -
     if not packaged:
         raise BuildError("the packages have no Python library of Open vSwitch (python3-openvswitch, py3-openvswitch)")
     shutil.copytree(packaged[0], site / "ovs", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copy(bundle.START, root / bundle.START_PATH.lstrip("/"))
 
 
 def trace(root: Path, recipe: Recipe) -> set[str]:
@@ -74,7 +77,8 @@ def trace(root: Path, recipe: Recipe) -> set[str]:
     Raises:
         BuildError: not root, or the agent fails.
     """
-    return {name for name in python.used_modules([_exercise(root, root, recipe)]) if _is_module(name, recipe)}
+    used = python.used_modules([_exercise(root, root, recipe, bundle.START_PATH)])
+    return {name for name in used if _is_module(name, recipe)}
 
 
 def verify(root: Path, tree: Path, recipe: Recipe) -> None:
@@ -83,21 +87,27 @@ def verify(root: Path, tree: Path, recipe: Recipe) -> None:
     Raises:
         BuildError: something is missing there, or nothing imports a file; each is named.
     """
-    present = python.module_files(tree, _folders(recipe))
-    landmark = f"/usr/lib/python{recipe.python}/os.pyc"
-    python.check(present, python.used_modules([_exercise(root, tree, recipe)]), landmarks=[landmark])
+    present = python.module_files(tree, _folders(recipe)) | bundle.modules(tree).keys()
+    landmark = f"{_library(recipe)}/os.pyc"
+    used = python.used_modules([_exercise(root, tree, recipe, f"{bundle.START_PATH}c")])
+    python.check(present, used, landmarks=[landmark, *bundle.OWN])
+
+
+def _library(recipe: Recipe) -> str:
+    return f"/usr/lib/python{recipe.python}"
 
 
 def _folders(recipe: Recipe) -> tuple[str, str]:
-    return f"/usr/lib/python{recipe.python}", f"/{SITE}"
+    return _library(recipe), f"/{SITE}"
 
 
 def _is_module(name: str, recipe: Recipe) -> bool:
-    return any(name.startswith(f"{folder}/") for folder in _folders(recipe))
+    return any(name.startswith(f"{folder}/") for folder in _folders(recipe)) and name != bundle.START_PATH
 
 
-def _exercise(root: Path, image: Path, recipe: Recipe) -> Path:
-    """Runs exercise.py in `root` with the agent in `image`, which may be the same; returns the tracer's report."""
+def _exercise(root: Path, image: Path, recipe: Recipe, start: str) -> Path:
+    """Runs exercise.py in `root` with the agent in `image`, which may be the same, as `start` starts it; returns the
+    tracer's report."""
     if os.geteuid():
         raise BuildError("it needs root: the agent is run in the image, in namespaces of its own")
     shared = root / "exercise"
@@ -118,7 +128,7 @@ def _exercise(root: Path, image: Path, recipe: Recipe) -> Path:
         "--path",
         f"/{SITE}",
     ]
-    agent += [*later, recipe.python_program, "--control", f"unix:{_SHARED}/control.sock"]
+    agent += [*later, start, recipe.python_program, "--control", f"unix:{_SHARED}/control.sock"]
     agent += ["--data", f"unix:{_SHARED}/data.sock", "--state-dir", f"{_SHARED}/state", "--net", "kernel"]
     enter = [] if image == root else ["/usr/bin/busybox", "chroot", "/image"]
     run(
@@ -159,7 +169,7 @@ def install(
     (tree / "usr/bin/python3").symlink_to(f"python{recipe.python}")
     sources: dict[str, Path] = {}
     # By os.pyc the interpreter knows its library's folder (Modules/getpath.py), and reads the module from itself.
-    for name in (f"/usr/lib/python{recipe.python}/os.py", *modules):
+    for name in (f"{_library(recipe)}/os.py", bundle.START_PATH, *modules):
         source = root / name.lstrip("/")
         if _EXTENSION.search(name):
             source = _extension(root, name)
@@ -173,7 +183,18 @@ def install(
     linker = _linker(interpreter_root)
     folders = ":".join(map(str, _library_folders(interpreter_root, recipe)))
     command: list[str | Path] = [linker, "--library-path", folders, interpreter_root / binary]
-    python.compile_into(sources, tree, interpreter=command, optimize=1)
+    python.compile_into(sources, tree, interpreter=command, optimize=_OPTIMIZE)
+    with tempfile.TemporaryDirectory() as work:
+        collected = Path(work) / "collected"
+        bundle.collect(
+            recipe.python_program,
+            interpreter_root / SITE,
+            modules,
+            interpreter=command,
+            optimize=_OPTIMIZE,
+            out=collected,
+        )
+        bundle.write(tree, _library(recipe), f"/{SITE}", collected=collected)
     for name in recipe.recorded:
         (tree / SITE / f"{name}-{versions[name]}.dist-info").mkdir(parents=True)
     return taken
