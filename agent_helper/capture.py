@@ -31,7 +31,6 @@ _MIN_SNAPLEN, _MAX_SNAPLEN = 14, 262_144
 _MAX_TEXT = 4096
 _CHUNK = 64 << 10
 _PROGRAM = "from agent_helper.capture_worker import main; raise SystemExit(main())"
-_IN_IMAGE = "from start import use_bundle; use_bundle(); "
 _ENDS = {STOPPED: CaptureEnd.STOPPED, COMPLETE: CaptureEnd.COMPLETE, GONE: CaptureEnd.GONE}
 _DIRECTIONS = {
     CaptureDirection.UNSPECIFIED: "",
@@ -150,11 +149,14 @@ async def _stop_at_end(requests: ReceiveStream[CaptureRequest], stdin: trio.abc.
 
 
 def _start(stdin: socket.socket, stdout: socket.socket) -> subprocess.Popen[bytes]:
-    # In the image the modules are in a bundle, which a second interpreter has to open, too (images/common/start.py).
-    program = _IN_IMAGE + _PROGRAM if hasattr(sys.modules["__main__"], "use_bundle") else _PROGRAM
+    main = sys.modules["__main__"]
+    if hasattr(main, "BUNDLE"):  # in an image, whose modules are all in one file (images/common/start.py)
+        program = ["-I", "-B", str(main.__file__), "agent_helper.capture_worker"]
+    else:
+        program = ["-c", _PROGRAM]
     # trio's own processes are not there in an agent (taploom.lean).
     return subprocess.Popen(
-        [sys.executable, "-S", "-c", program],
+        [sys.executable, "-S", *program],
         stdin=stdin.fileno(),
         stdout=stdout.fileno(),
         stderr=subprocess.PIPE,

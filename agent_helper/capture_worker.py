@@ -11,12 +11,14 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import gc
 import json
 import os
 import select
 import socket
 import struct
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -258,6 +260,12 @@ def main() -> int:
         return 1
     os.write(2, f"{reason}\n".encode())
     return 0
+
+
+def load() -> Callable[[Sequence[str]], int]:
+    """Returns what runs it, for an image's start (images/common/start.py)."""
+    gc.enable()
+    return lambda _: main()
 
 
 if __name__ == "__main__":

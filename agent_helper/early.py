@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,16 @@ from agent_helper.schemas import Record, create_database, read_schema
 from taploom.arguments import plain_options
 from taploom.children import die_with
 
-PLAIN = {"--control", "--data", "--state-dir", "--net", "--log-level"}
+_ADDRESS = r"vsock:(any|[1-9]\d{0,8}):[1-9]\d{0,8}|unix:/.{1,90}"
+_RIGHT = {
+    "--control": _ADDRESS,
+    "--data": _ADDRESS,
+    "--state-dir": r".+",
+    "--net": r"kernel|dhcp|none",
+    "--log-level": r"debug|info|warning|error",
+}
+PLAIN = _RIGHT.keys()
+"""The agent's options that take a value."""
 _LONGEST_PATH = 100
 _PROBE_INTERVAL = 0.003  # s
 
@@ -48,6 +58,8 @@ def start_daemons(argv: Sequence[str]) -> Early | None:
     options = plain_options(argv, PLAIN)
     if options is None or not {"--control", "--data", "--state-dir"} <= options.keys() or os.geteuid():
         return None
+    if not all(re.fullmatch(_RIGHT[option], value) for option, value in options.items()):
+        return None  # what may be wrong is refused before anything is done
     state_dir = Path(options["--state-dir"]).absolute()
     names = ("ovsdb-server", "ovs-vswitchd", "ovn-northd", "ovn-controller")
     programs = {name: _find(name) for name in names}

@@ -1,5 +1,6 @@
 """Starts an image's agent: `python3 -I -S -B /usr/lib/taploom/start.pyc PACKAGE ARGUMENT…`, with no site and no
-environment. PACKAGE has in its `__main__` a function `load` that imports it and returns what runs it.
+environment. PACKAGE has in its `__main__` a function `load` that imports it and returns what runs it; so has a module
+in place of a package, by its name with a dot, for another process of an agent.
 
 Beside it is what the builder has put together for this very interpreter (images/common/bundle.py), so that the
 interpreter has less to do until the agent answers:
@@ -135,17 +136,13 @@ class Bundle:
 _exec, _compile = builtins.exec, builtins.compile
 
 
-def use_bundle() -> None:
-    """Has the interpreter look into the builder's file first, if it is there; for a program's other interpreters."""
+if __name__ == "__main__":
+    gc.disable()  # the program enables it when all is imported: collections would find nothing till then
+    sys.path.insert(0, FOLDER)
     try:  # noqa: SIM105 - contextlib would be imported for it
         Bundle().install()
     except FileNotFoundError:
         pass
-
-
-if __name__ == "__main__":
-    gc.disable()  # the program enables it when all is imported: collections would find nothing till then
-    sys.path.insert(0, FOLDER)
-    use_bundle()
-    program = __import__(f"{sys.argv[1]}.__main__", fromlist=("load",))
+    name = sys.argv[1] if "." in sys.argv[1] else f"{sys.argv[1]}.__main__"
+    program = __import__(name, fromlist=("load",))
     sys.exit(program.load()(sys.argv[2:]))

@@ -39,8 +39,9 @@ def test_version() -> None:
         (["--control", "unix:/x", "--data", "vsock:5", "--state-dir", "/x"], "--data"),
     ],
 )
-def test_bad_arguments(arguments: list[str], message: str) -> None:
-    done = run(*arguments)
+def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = run(*(f"{tmp_path}/state" if argument == "/x" else argument for argument in arguments))
+    assert not list(tmp_path.iterdir())
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

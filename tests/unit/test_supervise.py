@@ -45,6 +45,32 @@ async def test_cancel_stops_the_process(tmp_path: Path) -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
+async def test_a_running_child_is_taken_over(tmp_path: Path, nursery: trio.Nursery) -> None:
+    pid = os.posix_spawnp("sleep", ["sleep", "1000"], os.environ)
+    prepared: list[int] = []
+    process = SupervisedProcess(
+        "sleeper", ["sleep", "1000"], log=tmp_path / "log", prepare=lambda: prepared.append(1), adopt=pid
+    )
+    await nursery.start(process.run)
+    assert (process.pid, process.state, prepared) == (pid, "running", [])
+    process.kill(signal.SIGKILL)
+    with trio.fail_after(10):
+        await _changed(process, pid)
+        await process.wait_ready()
+    assert process.last_exit == "was ended by SIGKILL"
+    assert prepared == [1]
+
+
+async def test_a_child_that_was_taken_over_is_stopped(tmp_path: Path) -> None:
+    pid = os.posix_spawnp("sleep", ["sleep", "1000"], os.environ)
+    process = SupervisedProcess("sleeper", ["sleep", "1000"], log=tmp_path / "log", adopt=pid)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(process.run)
+        nursery.cancel_scope.cancel()
+    assert process.last_exit == "was ended by SIGTERM"
+    assert not Path(f"/proc/{pid}").exists()
+
+
 async def test_started_only_when_ready(tmp_path: Path, nursery: trio.Nursery) -> None:
     answered = trio.Event()
     process = SupervisedProcess("sleeper", ["sleep", "1000"], log=tmp_path / "log", ready=answered.wait)
