@@ -12,8 +12,10 @@ from typing import Any
 
 import ovs.json
 
-# A whole string; a bracket; or a quote that no other follows yet.
-_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}"]', re.DOTALL)
+# A string's begin, or a bracket; and what a string goes on with. Nothing is tried twice: the server's first message has
+# all schemas, each in one string, and comes in many pieces.
+_TOKEN = re.compile(r'[][{}"]')
+_REST = re.compile(r'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 
 
 class Parser:
@@ -27,6 +29,7 @@ class Parser:
         self._check_trailer = check_trailer
         self._text = ""
         self._scanned = self._depth = self._end = 0
+        self._in_string = False
         self._error = ""
 
     def feed(self, piece: str) -> int:
@@ -42,19 +45,32 @@ class Parser:
         return taken
 
     def _scan(self) -> None:
-        for token in _TOKEN.finditer(self._text, self._scanned):
+        text, place = self._text, self._scanned
+        while True:
+            if self._in_string:
+                rest = _REST.match(text, place)
+                assert rest is not None
+                place = rest.end()
+                if not text.startswith('"', place):  # more of it is still to come, or the second half of an escape
+                    self._scanned = place
+                    return
+                place += 1
+                self._in_string = False
+            token = _TOKEN.search(text, place)
+            if token is None:
+                break
+            place = token.end()
             first = token[0]
-            if first == '"':  # the rest of the string is still to come
-                self._scanned = token.start()
-                return
-            if first in "{[":
+            if first == '"':
+                self._in_string = True
+            elif first in "{[":
                 self._depth += 1
-            elif first in "}]":
+            else:
                 self._depth -= 1
                 if self._depth < 1:
-                    self._end = token.end()
+                    self._end = place
                     return
-        self._scanned = len(self._text)
+        self._scanned = len(text)
         if not self._depth and self._text.strip():
             self._error = "neither an object nor an array"
 

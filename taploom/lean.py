@@ -6,6 +6,7 @@ and in a VM without hardware acceleration seconds of its start.
 - `importlib.metadata`, with the whole of `email`: two libraries ask it for their own version.
 - `dateutil`: the contracts use it to read timestamps from JSON.
 - `bz2` and `lzma`: shutil can make archives with them where they are there.
+- `logging.handlers`, with `pickle`: OVS's library imports them for the system's log.
 - trio's TLS, TCP, files and child processes: they are imported with trio.
 
 And imports later what libraries import at once and hardly ever use, if at all: `LATER`.
@@ -28,6 +29,7 @@ def without_unused() -> None:
     without_metadata()
     without_dateutil()
     without_compression()
+    without_log_handlers()
     without_transports()
     import_later()
     without_signatures()
@@ -69,6 +71,12 @@ def without_compression() -> None:
     if "shutil" not in sys.modules:
         for name in ("bz2", "lzma"):
             sys.modules[name] = None  # type: ignore[assignment]  # the import system's documented "not importable"
+
+
+def without_log_handlers() -> None:
+    """To be called before anything imports `logging`; does nothing when that has happened."""
+    if "logging" not in sys.modules:
+        sys.modules["logging.handlers"] = _Missing("logging.handlers")
 
 
 def without_transports() -> None:

@@ -55,14 +55,14 @@ def test_a_database_is_a_log_that_begins_with_the_schema(tmp_path: Path) -> None
 
 def test_a_database_has_the_rows_of_its_records(tmp_path: Path) -> None:
     one = "01234567-89ab-4cde-a123-456789abcdef"
-    create_database(tmp_path / "a.db", SCHEMA, {"B": {one: {"name": "b"}}})
+    create_database(tmp_path / "a.db", SCHEMA, {"A": {one: {"name": "a"}}})
     done = subprocess.run(
-        ["ovsdb-tool", "query", tmp_path / "a.db", '["S", {"op": "select", "table": "B", "where": []}]'],
+        ["ovsdb-tool", "query", tmp_path / "a.db", '["Test", {"op": "select", "table": "A", "where": []}]'],
         capture_output=True,
         check=True,
     )
     (row,) = json.loads(done.stdout)[0]["rows"]
-    assert (row["name"], row["_uuid"]) == ("b", ["uuid", one])
+    assert (row["name"], row["_uuid"]) == ("a", ["uuid", one])
 
 
 @pytest.mark.parametrize("tables", [stack._CONF_TABLES, stack._NB_TABLES, stack._SB_TABLES])

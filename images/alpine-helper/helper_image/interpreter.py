@@ -37,7 +37,7 @@ root=$1
 shift 4
 exec chroot "$root" /usr/bin/busybox sh -c 'busybox ip link set lo up; exec "$@"' sh "$@"
 """
-_OPTIMIZE = 1
+_OPTIMIZE = 2
 _EXTENSION = re.compile(r"\.cpython-\d+-[\w-]+\.so$")
 
 
