@@ -223,9 +223,7 @@ async def _serve(control: Address, data: Address, state_dir: Path, outside: Outs
         door = Door(fabric.kernel.origin, streams.knock)
         await nursery.start(door.run)
         fabric.kernel.set_redirect(Redirect(streams.redirect_ports.tcp, streams.redirect_ports.udp), door)
-        async with trio.open_nursery() as starting:
-            starting.start_soon(fabric.clear)  # what a run that was killed has left
-            await nursery.start(stack.run)
+        await nursery.start(stack.run, fabric.clear)
         await nursery.start(fabric.run)
         for name in _SERVICES:
             server.health.set(name, True)

@@ -12,7 +12,7 @@ import re
 import shutil
 import signal
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
@@ -197,13 +197,27 @@ class Stack:
         if self._early is None:
             self.kernel_datapath = await trio.to_thread.run_sync(links.has_kernel_datapath)
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Runs the daemons until cancelled; reports started once ports can be plugged and are forwarded."""
+    async def run(
+        self, clear: Callable[[], Awaitable[None]], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Runs the daemons until cancelled; reports started once ports can be plugged and are forwarded.
+
+        Args:
+            clear: removes what else a run before has left. It is run while the daemons start, and nobody is told that
+                they are ready before it is through.
+        """
+        cleared = trio.Event()
+
+        async def clear_away() -> None:
+            await clear()
+            cleared.set()
+
         if self._early is None:
             self._prepare_folders()
             await trio.to_thread.run_sync(self._remove_datapath)  # of a run that was killed
         try:
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(clear_away)
                 await nursery.start(self._run_ovsdb_server)
                 # They start while we read the databases; vswitchd does nothing before it has its configuration.
                 nursery.start_soon(self._run_vswitchd)
@@ -225,6 +239,8 @@ class Stack:
                 await self.wait_programmed()
                 await self._ask_versions()
                 await nursery.start(self._stand_in)  # only now: the daemons have their connections
+                self.waiting_for = "what a run before has left to be removed"
+                await cleared.wait()
                 self.waiting_for = ""
                 self.ready.set()
                 task_status.started()
