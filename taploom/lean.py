@@ -8,6 +8,8 @@ and in a VM without hardware acceleration seconds of its start.
 - `bz2` and `lzma`: shutil can make archives with them where they are there.
 - `logging.handlers`, with `pickle`: OVS's library imports them for the system's log.
 - trio's TLS, TCP, files and child processes: they are imported with trio.
+- What is only for people to look at: the socket module's constants as enumerations, the names of the modules that say
+  that trio's classes are of trio itself, the signatures of dataclasses, the names of trio's threads.
 
 And imports later what libraries import at once and hardly ever use, if at all: `LATER`.
 
@@ -21,6 +23,7 @@ import os
 import sys
 import types
 import typing
+from collections.abc import Callable
 
 
 def without_unused() -> None:
@@ -34,6 +37,9 @@ def without_unused() -> None:
     import_later()
     without_signatures()
     without_thread_names()
+    without_socket_enums()
+    without_slots()
+    without_public_names()
 
 
 def without_openssl() -> None:
@@ -158,13 +164,21 @@ _AT_ONCE: dict[str, dict[str, object]] = {
 
 def without_signatures() -> None:
     """Lets dataclasses give classes that have no docstring one without their signature: to make it takes several times
-    as long as the rest of the class. Does nothing when dataclasses has been imported."""
+    as long as the rest of the class. And lets it look closer only at annotations that mention what it looks for. Does
+    nothing when dataclasses has been imported."""
     if "dataclasses" in sys.modules:
         return
     import_later()  # inspect among others, which dataclasses imports
     import dataclasses
 
     dataclasses.inspect = _Inspect("inspect")  # type: ignore[attr-defined]
+    is_type = dataclasses._is_type  # type: ignore[attr-defined]
+
+    def mentions(annotation: str, *rest: object) -> bool:
+        special = "Var" in annotation or "KW_ONLY" in annotation  # ClassVar, InitVar
+        return special and is_type(annotation, *rest)
+
+    dataclasses._is_type = mentions  # type: ignore[attr-defined]
 
 
 def without_thread_names() -> None:
@@ -190,6 +204,69 @@ def _open_library(name: str | None, *rest: object, **options: object) -> object:
 
 
 _NO_LIBRARY = "none"
+
+
+def without_socket_enums() -> None:
+    """Imports `socket` with its constants as they are in C: plain integers. Of the enumerations there are the names.
+    Does nothing when it has been imported."""
+    if "socket" in sys.modules:
+        return
+    import enum
+
+    kind = type(enum.IntEnum)
+    convert = kind._convert_  # type: ignore[attr-defined]
+    kind._convert_ = _keep_integers  # type: ignore[attr-defined]
+    try:
+        import socket  # noqa: F401
+    finally:
+        kind._convert_ = convert  # type: ignore[attr-defined]
+
+
+def _keep_integers(_: type, name: str, module: str, wanted: Callable[[str], bool]) -> None:
+    """In place of enum's way to make an enumeration of a module's constants."""
+    found = vars(sys.modules[module])
+    found[name] = type(name, (int,), {key: value for key, value in found.items() if wanted(key)})
+
+
+def without_slots() -> None:
+    """Has attrs decorate classes in place of making two more for each: one with slots, and one with the attributes'
+    names for those that ask for them. To be called before trio is imported."""
+    import attr._make
+    import attrs
+
+    defaults = attrs.define.__kwdefaults__
+    assert defaults is not None
+    defaults["slots"] = False
+    attr._make._make_attr_tuple_class = lambda *_: tuple
+
+
+def without_public_names() -> None:
+    """Keeps trio from giving each public object of its submodules the name of the module that people know it from. To
+    be called before trio is imported."""
+    if "trio" not in sys.modules:
+        sys.meta_path.insert(0, _PublicNames())  # type: ignore[arg-type]  # it has what is wanted of a finder
+
+
+class _PublicNames:
+    """An importer (docs.python.org, "The import system", "The meta path") of one module of trio's, once."""
+
+    def find_spec(self, name: str, path: object, target: object = None) -> object:
+        if name != "trio._util":
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]  # see above
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path)  # type: ignore[arg-type]
+        spec = next(spec for spec in found if spec is not None)
+        self._loader: typing.Any = spec.loader
+        spec.loader = self  # type: ignore[assignment]  # as above, of a loader
+        return spec
+
+    def create_module(self, spec: object) -> object:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: typing.Any) -> None:
+        module.__loader__ = module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        module.fixup_module_metadata = lambda *_: None
 
 
 def installed_version(name: str) -> str:

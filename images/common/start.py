@@ -9,6 +9,8 @@ interpreter has less to do until the agent answers:
 - the code that dataclasses, attrs and others generate, and compile, for each class;
 - regular expressions, which `re` would parse and compile.
 
+While the program is imported there is one thread, so that modules need no locks.
+
 What is not in there is searched, compiled or parsed as ever; so is all without that file.
 """
 
@@ -22,6 +24,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import CodeType, ModuleType
 
 FOLDER = "/usr/lib/taploom"
@@ -136,6 +139,30 @@ class Bundle:
 _exec, _compile = builtins.exec, builtins.compile
 
 
+class _Unlocked:
+    """In place of a module's lock, for as long as there is one thread."""
+
+    def __init__(self, name: str) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def load(name: str) -> "Callable[[list[str]], int]":
+    """Imports the program's module of that name, and what its `load` does; returns what that returns."""
+    imports = sys.modules["_frozen_importlib"]
+    kept = imports._ModuleLockManager, imports._lock_unlock_module
+    imports._ModuleLockManager, imports._lock_unlock_module = _Unlocked, _Unlocked
+    try:
+        return __import__(name, fromlist=("load",)).load()
+    finally:
+        imports._ModuleLockManager, imports._lock_unlock_module = kept
+
+
 if __name__ == "__main__":
     gc.disable()  # the program enables it when all is imported: collections would find nothing till then
     sys.path.insert(0, FOLDER)
@@ -144,5 +171,8 @@ if __name__ == "__main__":
     except FileNotFoundError:
         pass
     name = sys.argv[1] if "." in sys.argv[1] else f"{sys.argv[1]}.__main__"
-    program = __import__(name, fromlist=("load",))
-    sys.exit(program.load()(sys.argv[2:]))
+    status = load(name)(sys.argv[2:])
+    sys.stdout.flush()
+    # Not sys.exit: idle threads that wake while the interpreter is taken down end by pthread_exit, and for that the C
+    # library loads libgcc_s, which is not in the image, and aborts.
+    posix._exit(status)

@@ -13,7 +13,12 @@ Written line by line: a program that is killed has reported too. For builders: s
 import io
 import marshal
 import os
+import posix
 import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 
 def trace(report: str) -> None:
@@ -68,13 +73,25 @@ def main(argv: "list[str]") -> None:
         raise SystemExit("tracer.py: give --report FILE and a program")
     trace(report)
     sys.argv[:] = argv
+    end = posix._exit
+
+    def leave(status: int) -> "NoReturn":
+        import_all(names)
+        end(status)
+
+    posix._exit = leave  # how start.py ends
     try:
         run(argv[0])
     finally:
-        for name in names:
-            if getattr(sys.modules.get(name), "__spec__", None) is None:  # only stands for it (taploom.lean)
-                sys.modules.pop(name, None)
-            __import__(name)
+        import_all(names)
+
+
+def import_all(names: "list[str]") -> None:
+    """Imports modules, even those that something stands for."""
+    for name in names:
+        if getattr(sys.modules.get(name), "__spec__", None) is None:  # only stands for it (taploom.lean)
+            sys.modules.pop(name, None)
+        __import__(name)
 
 
 if __name__ == "__main__":

@@ -64,3 +64,42 @@ for use in (lambda: ssl.SSLContext(), lambda: dateutil.parser.isoparse("2026-01-
         raise SystemExit("used")
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_what_is_made_in_a_shorter_way_works_the_same() -> None:
+    script = """
+from __future__ import annotations
+from taploom.lean import without_unused
+without_unused()
+import attrs, dataclasses, socket, sys, typing, trio
+
+with socket.socketpair()[0] as one:
+    assert one.family == socket.AF_UNIX and one.type == socket.SOCK_STREAM
+assert socket.AddressFamily.AF_INET == socket.AF_INET == 2
+assert trio.Event.__name__ == "Event" and not any(type(f).__name__ == "_PublicNames" for f in sys.meta_path)
+
+@attrs.define
+class Base:
+    a: int
+    b: list[int] = attrs.Factory(list)
+
+@attrs.define
+class Derived(Base):
+    c: int = attrs.field(default=3, kw_only=True)
+
+assert repr(Derived(1)) == "Derived(a=1, b=[], c=3)" and Derived(1) == Derived(1) != Derived(2)
+assert [field.name for field in attrs.fields(Derived)] == ["a", "b", "c"]
+
+@dataclasses.dataclass
+class Data:
+    a: int
+    shared: typing.ClassVar[int] = 5
+    only: dataclasses.InitVar[int] = 7
+    _: dataclasses.KW_ONLY
+    b: str = "x"
+
+assert [field.name for field in dataclasses.fields(Data)] == ["a", "b"]
+assert repr(Data(1, b="y")) == "Data(a=1, b='y')"
+trio.run(trio.sleep, 0)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
