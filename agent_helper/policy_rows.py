@@ -13,6 +13,7 @@ Of the ACLs that match a packet, OVN goes by the one with the highest priority (
     4000 to 6001  rules: twice the rule's priority, and one more for those that do not allow, so that these win
     3000          in: connections from the gateway, which are those to published ports
     2000          the rest, where it is denied
+    1000          out: what would pass anyway, where nothing else asks for answers to come in
 
 Neighbour discovery and, for it is no IP, ARP pass in any case (ovn-northd(8), "from-lport ACL evaluation").
 """
@@ -38,6 +39,7 @@ _ESSENTIAL = 30000
 _FIRST_RULE = 4000
 _GATEWAY = 3000
 _REST = 2000
+_ANSWERS = 1000
 # Log lines per second of one rule: what a person can still make use of.
 _LOG_RATE = 20
 
@@ -293,6 +295,9 @@ def denial(group: str, network: NetworkSpec) -> list[dict[str, object]]:
         acls = [_values("rest-in", _REST, True, f"{to} && ip", "drop")]
         if gateways:
             acls.append(_values("gateway", _GATEWAY, True, f"{to} && {_is('src', gateways)}", "allow-related"))
+        else:
+            # A switch keeps track of connections, and lets answers in, where one of its ACLs says allow-related.
+            acls.append(_values("answers", _ANSWERS, False, f"inport == @{group} && ip", "allow-related"))
         return acls
 
     def essential(key: str, match: str) -> dict[str, object]:

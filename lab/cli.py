@@ -398,10 +398,15 @@ async def _waiting(lab: Lab, guests: list[str]) -> list[str]:
         LabError: it will not be.
     """
     waiting = [*_waiting_for(await _fabric(lab), guests), *await _silent(lab)]
+    processes = _processes(lab)
+    if not waiting:  # the bridge may know of a guest's end, or be told by a guest, before the supervisor's list says so
+        listed = {"/".join(process["name"].split("/")[:2]) for process in processes}
+        shown = {name for name in listed if name.startswith("guest/")}
+        waiting = sorted(shown ^ {f"guest/{name}" for name in guests})
     if waiting:
         if lab.supervisor_pid() is None:
             raise LabError(f"the lab's supervisor ended; see {lab.logs}/supervisor.log")
-        for process in _processes(lab):
+        for process in processes:
             if process["restarts"] >= _HOPELESS and process["state"] != "running":
                 raise LabError(f"{process['name']} {process['last_exit']} again and again; see the files in {lab.logs}")
     return waiting

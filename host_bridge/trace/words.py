@@ -28,6 +28,7 @@ _ALWAYS = {
     "dns-tcp": "questions to the network's DNS server pass",
     "ping": "pings of the gateway pass",
     "dhcp": "DHCP passes",
+    "answers": "what it sends passes",
 }
 _REST = frozenset({"rest-in", "rest-out"})
 
