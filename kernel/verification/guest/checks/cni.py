@@ -138,7 +138,7 @@ def cni_bridge() -> str:
 @check("cni-bridge-vlan", GROUP, "bridge with vlan=: pods of two VLANs on one bridge do not reach one another")
 def cni_bridge_vlan() -> str:
     host = Namespace("host")
-    # With an address of its own: one without a gateway takes its lowest port's, and CHECK wants the one that ADD has seen.
+    # With an address of its own: without a gateway it takes its lowest port's, and CHECK wants the one that ADD saw.
     host.ip("link add cni0 address 02:00:00:00:0c:01 type bridge")
     plugin = {"type": "bridge", "bridge": "cni0"}
     ten = _Network(host, plugin | {"vlan": 10, "ipam": _ipam()})
