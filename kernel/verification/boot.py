@@ -55,11 +55,11 @@ async def _read_console(
                 return ""
             now = trio.current_time()
             if gone:
-                return f"the machine ended by itself (its console: {vm.console})"
+                return "the machine ended by itself"
             if now - last > silence:
-                return f"the machine said nothing new for {now - last:.0f} s (its console: {vm.console})"
+                return f"the machine said nothing new for {now - last:.0f} s"
             if now - start > limit:
-                return f"it took more than {limit:g} s, the limit (its console: {vm.console})"
+                return f"it took more than {limit:g} s, the limit"
             await trio.sleep(_POLL)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,8 +81,13 @@ def _run(options: argparse.Namespace, kernel: Path, initrd: Path, checks: Sequen
         progress.say(f"booting {kernel} ({machine.accelerator})")
         silence = max((check.seconds for check in checks), default=0) + 180
         why = trio.run(lambda: boot.follow(machine, report, progress.heard, silence=silence, limit=options.limit))
-        if why and options.directory is None and machine.console.exists():
-            sys.stderr.write(machine.console.read_text(errors="replace")[-3000:] + "\n")
+        if why and machine.console.exists():
+            console = machine.console
+            if options.directory is None:
+                sys.stderr.write(console.read_text(errors="replace")[-3000:] + "\n")
+                console = Path(tempfile.mkdtemp(prefix="taploom-verify-")) / console.name
+                shutil.copy(machine.console, console)
+            why += f" (its console: {console})"
     rows = report.rows(why or "the machine powered off")
     good = not why and all(row["ok"] for row in rows)
     answer = {
