@@ -18,7 +18,7 @@ trap 'rm -f "$summary"' EXIT
 # Interrupts are tested: a shell that began this in the background had them ignored.
 TAPLOOM_CONFORMANCE_SUMMARY=$summary env --default-signal=INT,QUIT python -m pytest \
 	tests/conformance tests/system tests/protocol tests/unit \
-	--numprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+	--numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"
 result=$?
 nothing_left "$before" || result=1
 cat "$summary"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 from functools import partial
@@ -181,17 +182,24 @@ async def test_survives_kills() -> None:
             await rig.apply(message)
             guest = await join(rig, 1, 20, "web")
             assert guest.ping("10.77.1.9")
+            there, plain = vlan_port(rig), bridges(rig)
+
+            def as_before() -> bool:
+                with contextlib.suppress(AssertionError):  # the databases are being opened
+                    return (vlan_port(rig), bridges(rig)) == (there, plain)
+                return False
+
             for name in ("ovs-vswitchd", "ovn-controller", "ovn-northd", "ovsdb-server"):
                 pid = (await rig.daemons())[name].pid
                 sh("kill", "-9", str(pid))
                 await eventually(lambda: wire.ping(120, "10.77.1.20", wait=1) and guest.ping("fd00:77:1::9", wait=1))
             # The databases lost with their files: put back as they were.
-            there, plain = vlan_port(rig), bridges(rig)
+            await eventually(as_before)
             for file in ("conf", "nb", "sb"):
                 (rig.state / "run" / f"{file}.db").unlink()
             sh("kill", "-9", str((await rig.daemons())["ovsdb-server"].pid))
             await eventually(lambda: guest.ping("10.77.1.9", wait=1))
-            await eventually(lambda: (vlan_port(rig), bridges(rig)) == (there, plain))
+            await eventually(as_before)
             # The agent from an empty disk.
             await rig.stop(signal.SIGKILL)
             sh("rm", "-rf", str(rig.state))
