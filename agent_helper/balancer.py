@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from agent_helper.errors import InvalidSpecError
-from agent_helper.spec import Address, EndpointSpec, NetworkSpec, UplinkSpec, check_id
+from agent_helper.ids import check_id
+from agent_helper.spec import Address, EndpointSpec, NetworkSpec, UplinkSpec
 from taploom.contracts.taploom.helper.v1 import Balancer, BalancerHealthCheck, BalancerPort, BalancerProtocol, Balancers
 
 TCP, UDP = "tcp", "udp"

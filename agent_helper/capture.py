@@ -16,8 +16,8 @@ import trio
 from agent_helper.capture_worker import COMPLETE, GONE, STOPPED, WRONG_FILTER
 from agent_helper.errors import ExhaustedError, HelperError, InvalidSpecError, NotFoundError
 from agent_helper.fabric import Fabric
+from agent_helper.ids import check_id
 from agent_helper.service import as_status
-from agent_helper.spec import check_id
 from taploom.contracts.taploom.helper.v1 import CaptureDirection, CaptureEnd, CaptureRequest, CaptureResponse
 from taploom.contracts.taploom.helper.v1.rpc import CaptureServiceBase
 from taploom.rpc import ReceiveStream, SendStream, ServerContext

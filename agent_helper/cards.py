@@ -9,8 +9,6 @@ Blocking functions of a millisecond: call them in a worker thread.
 
 from __future__ import annotations
 
-import socket
-
 from agent_helper.errors import PreconditionError
 from agent_helper.rtnetlink import Link, Rtnetlink
 
@@ -70,12 +68,3 @@ def _reason(link: Link, own: list[str], routes: set[int], names: dict[int, str],
     if link.master:
         return f"is part of {names.get(link.master, 'another interface')}: name that, or another card"
     return ""
-
-
-def exists(name: str) -> bool:
-    """Whether there is an interface of that name."""
-    try:
-        socket.if_nametoindex(name)
-    except OSError:
-        return False
-    return True

@@ -33,6 +33,7 @@ from agent_helper.balancer_health import backend_statuses
 from agent_helper.cards import choose_card
 from agent_helper.dns import DnsServer, NameSpec
 from agent_helper.errors import HelperError, InvalidSpecError, NotFoundError, PreconditionError, UnavailableError
+from agent_helper.ids import check_id
 from agent_helper.locks import KeyedLocks, SharedLock
 from agent_helper.mirrors import MirrorSpec, parse_mirrors
 from agent_helper.ovsdb import Txn
@@ -43,7 +44,6 @@ from agent_helper.spec import (
     EndpointSpec,
     NetworkSpec,
     UplinkSpec,
-    check_id,
     check_in_network,
     parse_endpoint,
     parse_network,

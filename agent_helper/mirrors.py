@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from agent_helper import firewall
 from agent_helper.errors import InvalidSpecError
-from agent_helper.spec import check_id
+from agent_helper.ids import check_id
 from taploom.contracts.taploom.helper.v1 import MirrorDirection, Mirrors
 
 TABLE = "taploom_mirrors"

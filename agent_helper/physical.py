@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 
-from agent_helper.daemons import BRIDGE
+from agent_helper.daemons import BRIDGE, datapath_type
 from agent_helper.errors import UnavailableError
 from agent_helper.ovsdb import Txn, Values
 
@@ -52,7 +52,7 @@ def ensure_cards(txn: Txn, cards: Collection[str], *, kernel_datapath: bool) -> 
         bridge = txn.insert(
             "Bridge",
             name=name,
-            datapath_type="system" if kernel_datapath else "netdev",
+            datapath_type=datapath_type(kernel_datapath),
             fail_mode="standalone",
             other_config={"disable-in-band": "true"},
             ports=[own, out],

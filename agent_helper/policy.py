@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from agent_helper.errors import InvalidSpecError
+from agent_helper.ids import check_id
 from taploom.contracts.taploom.helper.v1 import (
     EndpointPolicy,
     Policy,
@@ -22,7 +23,6 @@ IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 MAX_PRIORITY = 1000
 # Port groups' names have this part of them (ovn-nb(5), Port_Group), so it has no hyphen.
 _GROUP_ID = re.compile(r"[a-zA-Z0-9_.]{1,64}", re.ASCII)
-_RULE_ID = re.compile(r"[a-zA-Z0-9_.-]{1,64}", re.ASCII)
 # It stands in quotes in ovn-controller's log (ovn-nb(5), ACL's name).
 _RULE_NAME = re.compile(r"[a-zA-Z0-9_.:/ -]{1,63}", re.ASCII)
 _WITH_PORTS = (PolicyProtocol.TCP, PolicyProtocol.UDP)
@@ -109,8 +109,7 @@ def _group(what: str, group_id: str) -> str:
 
 
 def _rule(group_id: str, rule: PolicyRule) -> RuleSpec:
-    if not _RULE_ID.fullmatch(rule.rule_id):
-        raise InvalidSpecError(f"rule_id {rule.rule_id[:80]!r} must be 1 to 64 characters of [a-zA-Z0-9_.-]")
+    check_id("rule_id", rule.rule_id)
 
     def wrong(reason: str) -> InvalidSpecError:
         return InvalidSpecError(f"rule {rule.rule_id}: {reason}")

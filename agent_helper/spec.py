@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from agent_helper.errors import InvalidSpecError
+from agent_helper.ids import check_id
 from agent_helper.policy import MemberSpec, parse_member
 from agent_helper.qos import QosSpec, parse_qos
 from agent_helper.vlan import ChildSpec, VlanSpec, parse_child, parse_vlan
@@ -29,7 +30,6 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-_ID = re.compile(r"[a-zA-Z0-9_.-]{1,64}", re.ASCII)
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,255}", re.ASCII)
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.ASCII)
 _LABEL = re.compile(r"[a-zA-Z0-9_]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9_])?", re.ASCII)
@@ -198,17 +198,6 @@ def link_local(mac: str) -> ipaddress.IPv6Address:
     octets = bytearray(bytes.fromhex(mac.replace(":", "")))
     octets[0] ^= 2
     return ipaddress.IPv6Address(b"\xfe\x80" + bytes(6) + bytes(octets[:3]) + b"\xff\xfe" + bytes(octets[3:]))
-
-
-def check_id(what: str, value: str) -> str:
-    """The identity, when it is one.
-
-    Raises:
-        InvalidSpecError: it is not 1 to 64 characters of [a-zA-Z0-9_.-].
-    """
-    if not _ID.fullmatch(value):
-        raise InvalidSpecError(f"{what} {_show(value)} must be 1 to 64 characters of [a-zA-Z0-9_.-]")
-    return value
 
 
 def parse_network(message: Network) -> NetworkSpec:

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 
 from agent_helper.errors import InvalidSpecError
+from agent_helper.ids import check_id
 from taploom.contracts.taploom.helper.v1 import TrunkChild, Vlan
 
 TAGS = range(1, 4095)  # IEEE 802.1Q: 0 is no VLAN, 4095 is reserved
-_ID = re.compile(r"[a-zA-Z0-9_.-]{1,64}", re.ASCII)
 # What the kernel takes, but for what would need quoting in the map of physical networks.
 _CARD = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9_.@-]{0,14}", re.ASCII)
 
@@ -38,11 +38,10 @@ def parse_child(message: TrunkChild | None) -> ChildSpec | None:
     """
     if message is None:
         return None
-    if not _ID.fullmatch(message.parent_endpoint_id):
-        raise InvalidSpecError("trunk_child: parent_endpoint_id must be 1 to 64 characters of [a-zA-Z0-9_.-]")
+    parent_id = check_id("trunk_child: parent_endpoint_id", message.parent_endpoint_id)
     if message.tag not in TAGS:
         raise InvalidSpecError(f"trunk_child: tag {message.tag} must be 1 to 4094")
-    return ChildSpec(message.parent_endpoint_id, message.tag)
+    return ChildSpec(parent_id, message.tag)
 
 
 def parse_vlan(message: Vlan | None) -> VlanSpec | None:

@@ -523,6 +523,11 @@ class DesiredState:
         guest = self._store.guest(guest_id)
         return guest_id[:_SHORT_ID] if guest is None else guest.name
 
+    def member_name(self, guest_id: str) -> str:
+        """As `guest_name`, of a container that may not run."""
+        container = self._store.container(guest_id)
+        return self.guest_name(guest_id) if container is None else container.name
+
     def network_name(self, network_id: str) -> str:
         """The network's name, or its short id when it is gone."""
         network = self._store.network(network_id)

@@ -420,7 +420,7 @@ class HelperPeer(Peer[HelperObject]):
         elif isinstance(description, ApplyBalancersRequest):
             await self.balancer_client.apply_balancers(description, timeout=within)
         elif isinstance(description, ApplyMirrorsRequest):
-            await self._apply_mirrors(description, within)
+            await self._stub(MirrorServiceClient).apply_mirrors(description, timeout=within)
         else:
             request = ApplyEndpointRequest(endpoint=description, link_secret=secret or b"")
             await self.client.apply_endpoint(request, timeout=within)
@@ -437,9 +437,6 @@ class HelperPeer(Peer[HelperObject]):
             endpoint = Endpoint.parse(was)
             endpoint.policy = member if bytes(member) else None
             self._applied[key] = bytes(endpoint)
-
-    async def _apply_mirrors(self, request: ApplyMirrorsRequest, within: float) -> None:
-        await self._stub(MirrorServiceClient).apply_mirrors(request, timeout=within)
 
     async def policy_counters(self, rule_ids: Sequence[str]) -> dict[str, tuple[int, int]]:
         """Packets and bytes of rules."""

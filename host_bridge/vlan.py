@@ -53,6 +53,10 @@ class Carried:
         return f"tag {self.tag} over {self.parent}"
 
 
+def _is_tag(text: str) -> bool:
+    return bool(_NUMBER.fullmatch(text)) and int(text) in _TAGS
+
+
 def carried_of(options: Mapping[str, str]) -> Carried | None:
     """What carries an endpoint with these options; None: a link of its own.
 
@@ -63,7 +67,7 @@ def carried_of(options: Mapping[str, str]) -> Carried | None:
         if key.startswith(_PREFIX) and key not in (OPTION_TAG, OPTION_PARENT):
             raise EndpointOptionError(key, value, "there is no such option")
     parent, tag = options.get(OPTION_PARENT), options.get(OPTION_TAG)
-    if tag is not None and not (_NUMBER.fullmatch(tag) and int(tag) in _TAGS):
+    if tag is not None and not _is_tag(tag):
         raise EndpointOptionError(OPTION_TAG, tag, "use 1 to 4094")
     if (parent is None) != (tag is None):
         key, missing = (OPTION_PARENT, OPTION_TAG) if tag is None else (OPTION_TAG, OPTION_PARENT)
@@ -87,7 +91,7 @@ def check_options(options: Mapping[str, str]) -> None:
         if key.startswith(_PREFIX) and key not in (OPTION_TAG, OPTION_UPLINK):
             raise NetworkOptionError(key, value, "unknown")
     tag, uplink = options.get(OPTION_TAG), options.get(OPTION_UPLINK)
-    if tag is not None and not (_NUMBER.fullmatch(tag) and int(tag) in _TAGS):
+    if tag is not None and not _is_tag(tag):
         raise NetworkOptionError(OPTION_TAG, tag, "vlan-tag")
     if uplink is not None and not _CARD.fullmatch(uplink):
         raise NetworkOptionError(OPTION_UPLINK, uplink, "vlan-uplink")

@@ -98,9 +98,7 @@ class MirrorApi(MirrorServiceBase):
 
     def _end(self, place: Place) -> bridge.MirrorEnd:
         desired = self._fabric.desired
-        container = desired.store.container(place[1])  # which may not run
-        guest = desired.guest_name(place[1]) if container is None else container.name
-        return bridge.MirrorEnd(guest=guest, network=desired.network_name(place[0]))
+        return bridge.MirrorEnd(guest=desired.member_name(place[1]), network=desired.network_name(place[0]))
 
 
 def _key(end: bridge.MirrorEnd | None) -> tuple[str, str]:

@@ -42,13 +42,9 @@ class QosApi(QosServiceBase):
 
     def _entry(self, entry: Entry) -> bridge.QosEntry:
         desired = self._fabric.desired
-        guest = ""
-        if entry.guest_id:
-            container = desired.store.container(entry.guest_id)  # which may not run
-            guest = desired.guest_name(entry.guest_id) if container is None else container.name
         return bridge.QosEntry(
             network_name=desired.network_name(entry.network_id),
-            guest_name=guest,
+            guest_name=desired.member_name(entry.guest_id) if entry.guest_id else "",
             rules=rules_message(entry.said),
             from_options=sorted(direction_message(direction) for direction in entry.from_options),
         )

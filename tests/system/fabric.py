@@ -153,10 +153,7 @@ class Fabric:
     def kill(self, victim: str) -> None:
         """kill -9 of the bridge, the helper, one of its daemons that there is one of, or `disk`: of the helper together
         with all that it keeps."""
-        if victim in ("bridge", "helper", "disk"):
-            pid = self.processes()["helper" if victim == "disk" else victim]["pid"]
-        else:
-            (pid,) = self.daemons()[victim]
+        (pid,) = self._incarnation(victim)
         os.kill(pid, signal.SIGKILL)
         if victim == "disk":
             shutil.rmtree(self.path / "helper" / "state", ignore_errors=True)

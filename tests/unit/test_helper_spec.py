@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent_helper.errors import HelperError, InvalidSpecError
-from agent_helper.spec import check_id, check_in_network, parse_endpoint, parse_network
+from agent_helper.ids import check_id
+from agent_helper.spec import check_in_network, parse_endpoint, parse_network
 from taploom.contracts.taploom.helper.v1 import Endpoint, Network
 
 NETWORK = Network(
