@@ -40,9 +40,10 @@ step "kernel" kernel/build --arch "$arch"
 step "guest image" images/guest-initfs/build --arch "$arch"
 step "helper image" images/alpine-helper/build --arch "$arch"
 before=$(leftovers)
+step "start-up, one VM at a time" python -m bench.starts --arch "$arch" --boots 1 --table "$summary"
 step "kernel verified by use" kernel/verify --arch "$arch"
 step "images in virtual machines" \
-	env --default-signal=INT,QUIT TAPLOOM_VM_SUMMARY="$summary" python -m pytest "$tests" --durations 5 "$@"
+	env --default-signal=INT,QUIT python -m pytest "$tests" --durations 5 "$@"
 step "nothing is left behind" nothing_left "$before"
 echo
 sort "$summary" | column -t -s "$(printf '\t')" -N figure,measured,wanted

@@ -8,7 +8,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 . scripts/leftovers.sh
 
-# figure WHAT MEASURED [WANTED]: a line of the table at the end; tests add theirs with the fixture of that name.
+# figure WHAT MEASURED [WANTED]: a line of the table at the end.
 figure() {
 	printf '%s\t%s\t%s\n' "$1" "$2" "${3:-}" >>"$summary"
 }
@@ -49,9 +49,10 @@ step "helper image" images/alpine-helper/build --arch "$arch"
 
 before=$(leftovers)
 began=$(date +%s)
-step "kernel verified by use" kernel/verify
 summary=$(mktemp)
 trap 'rm -f "$summary"' EXIT
+step "start-up, one VM at a time" python -m bench.starts --table "$summary"
+step "kernel verified by use" kernel/verify
 echo "== tests over virtual machines"
 start=$(date +%s)
 # Two files at a time: a VM that boots keeps a processor busy, one that waits does not. Those that take longest begin
@@ -60,7 +61,7 @@ files=(tests/vm/test_{fabric_vm,lab_vm,helper_image}.py)
 for file in tests/vm/test_*.py; do
 	[[ " ${files[*]} " == *" $file "* ]] || files+=("$file")
 done
-TAPLOOM_VM_SUMMARY=$summary env --default-signal=INT,QUIT python -m pytest "${files[@]}" \
+env --default-signal=INT,QUIT python -m pytest "${files[@]}" \
 	--numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 12 "$@"
 result=$?
 times+=("tests $(($(date +%s) - start))")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import tempfile
@@ -73,19 +72,6 @@ def machine_directory() -> Iterator[Callable[[str], Path]]:
 def watch_consoles() -> Callable[[Path], None]:
     """Has a failing test show the ends of the consoles in a directory and below."""
     return _watched.add
-
-
-@pytest.fixture(scope="session")
-def figure() -> Callable[[str, str, str], None]:
-    """Adds a line to the table at the end of make test-vm: what, what was measured, what is wanted (or nothing)."""
-
-    def add(what: str, measured: str, wanted: str = "") -> None:
-        path = os.environ.get("TAPLOOM_VM_SUMMARY")
-        if path:
-            with Path(path).open("a") as table:
-                table.write(f"{what}\t{measured}\t{wanted}\n")
-
-    return add
 
 
 @pytest.hookimpl(wrapper=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,10 +68,3 @@ async def helper_vm(machine: Machine, netns: str | None = None) -> AsyncIterator
                 for guest in list(helper.guests):
                     await helper.drop(guest)
                 await helper.stop()
-
-
-def seconds(console: str, what: str) -> float:
-    """The time since boot in a line of the image's init: "taploom-init: WHAT after 3.214 s"."""
-    found = re.search(rf"taploom-init: {what} after (\d+\.\d+) s", console)
-    assert found is not None, f"the console says nothing of {what!r}"
-    return float(found[1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
 import socket
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 from conftest import ROOT
-from helper_vm import BOOT, HelperVm, helper_vm, seconds
+from helper_vm import BOOT, HelperVm, helper_vm
 from portal import Portal
 from system import test_helper_rig as rig
 
@@ -86,19 +85,6 @@ def machine(kernel: Path, helper_initfs: Path, machine_directory: Callable[[str]
 def helper(machine: Machine, outside: Outside, portal: Portal) -> Iterator[HelperVm]:
     with portal.opened(helper_vm(machine, outside.netns)) as helper:
         yield helper
-
-
-def test_it_starts_within_four_times_the_kernels_own_time(
-    helper: HelperVm, portal: Portal, figure: Callable[[str, str, str], None]
-) -> None:
-    portal.call(helper.vm.wait_console, "agent answers after")  # init hears it beside us
-    console = helper.log()
-    init, ready = seconds(console, "init"), seconds(console, "agent answers")
-    load = os.getloadavg()[0]
-    figure(
-        "helper VM: init, then OVS and OVN answer", f"{init:.2f} s, {ready:.2f} s, {ready / init:.2f}x", "at most 4x"
-    )
-    print(f"init {init:.2f} s, ready {ready:.2f} s: {ready / init:.2f}x, load {load:.1f}")
 
 
 def test_it_switches_with_the_kernels_data_path(helper: HelperVm, portal: Portal) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 from conftest import built
-from helper_vm import HelperVm, helper_vm, seconds
+from helper_vm import HelperVm, helper_vm
 from portal import Portal
 from system import test_helper_rig as rig
 
@@ -77,10 +77,7 @@ def test_the_oci_layouts_say_which_processor_they_are_for(guest_initfs: Path, he
 
 
 async def test_the_guest_image_boots_to_its_agent_answering_over_vsock(
-    kernel: Path,
-    guest_initfs: Path,
-    machine_directory: Callable[[str], Path],
-    figure: Callable[[str, str, str], None],
+    kernel: Path, guest_initfs: Path, machine_directory: Callable[[str], Path]
 ) -> None:
     machine = Machine(
         name="guest-arm64",
@@ -99,17 +96,11 @@ async def test_the_guest_image_boots_to_its_agent_answering_over_vsock(
     assert info.hostname == "booted"
     assert GuestFeature.LINK_TSO in info.features
     assert "Booting Linux on physical CPU" in console  # arm64's first message
-    init, ready = seconds(console, "init"), seconds(console, "agent answers")
-    figure("arm64 guest VM: init, then its agent answers", f"{init:.2f} s, {ready:.2f} s, {ready / init:.2f}x", "")
 
 
-def test_the_helper_switches_with_the_kernels_data_path(
-    helper: HelperVm, portal: Portal, figure: Callable[[str, str, str], None]
-) -> None:
+def test_the_helper_switches_with_the_kernels_data_path(helper: HelperVm, portal: Portal) -> None:
     info = portal.call(helper.client.get_info, GetInfoRequest())
     assert {HelperFeature.KERNEL_DATAPATH, HelperFeature.LINK_TSO} <= set(info.features)
-    init, ready = seconds(helper.log(), "init"), seconds(helper.log(), "agent answers")
-    figure("arm64 helper VM: init, then OVS and OVN answer", f"{init:.2f} s, {ready:.2f} s, {ready / init:.2f}x", "")
 
 
 async def apply_patiently(helper: HelperVm, *messages: Network | Endpoint) -> None:
