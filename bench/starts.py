@@ -43,7 +43,6 @@ class Image:
     wanted: float
     path: Path
     memory_mib: int
-    cpus: int
     init_s: list[float] = field(default_factory=list)
     ready_s: list[float] = field(default_factory=list)
 
@@ -69,8 +68,8 @@ def main(*, arch: str, boots: int, as_json: bool, table: Path | None, output: Pa
     messages = Console(stderr=True)
     machine = describe()
     images = [
-        Image("guest", "its agent", 2.0, BUILD / "images/guest-initfs" / arch / "guest-initfs.cpio.zst", 512, 1),
-        Image("helper", "OVS and OVN", 4.0, BUILD / "images/alpine-helper" / arch / "helper.cpio.zst", 1024, 2),
+        Image("guest", "its agent", 2.0, BUILD / "images/guest-initfs" / arch / "guest-initfs.cpio.zst", 512),
+        Image("helper", "OVS and OVN", 4.0, BUILD / "images/alpine-helper" / arch / "helper.cpio.zst", 1024),
     ]
     try:
         trio.run(_measure, arch, images, boots, messages.print)
@@ -110,7 +109,6 @@ async def _measure(arch: str, images: list[Image], boots: int, say: Callable[[st
                     arch=arch,
                     append="taploom.net=none" if image.name == "helper" else "",
                     memory_mib=image.memory_mib,
-                    cpus=image.cpus,
                 )
                 with trio.fail_after(_TIMEOUT):
                     async with running(machine) as vm:

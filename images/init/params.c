@@ -109,7 +109,8 @@ static void set(struct params *params, const char *key, const char *value, const
 			strcpy(known[i].place, value);
 		return;
 	}
-	say("%s: nothing is called %s; it is ignored", source, key);
+	if (strcmp(key, "net")) /* the helper's agent reads that one itself */
+		say("%s: nothing is called %s; it is ignored", source, key);
 }
 
 static char *trim(char *text)
