@@ -215,9 +215,9 @@ class Pump:
         consumed = end
         try:
             consumed = self._scanner.scan(buffer, 0, end, frames)
-            if missing := self._scanner.missing(buffer, consumed, end):
+            if size == CHUNK and (missing := self._scanner.missing(buffer, consumed, end)):
                 # In a bulk transfer the rest of a frame that the chunk cut in two is there already: reading it now
-                # saves copying its beginning away and back.
+                # saves copying its beginning away and back. A chunk that is not full was all there is.
                 with suppress(OSError):  # BlockingIOError mostly; anything else comes again
                     end += self._sock.recv_into(buffer[end:], missing)
                     consumed = self._scanner.scan(buffer, consumed, end, frames)
