@@ -39,6 +39,7 @@ from agent_helper.mirrors import MirrorSpec, parse_mirrors
 from agent_helper.ovsdb import Txn
 from agent_helper.policy import MemberSpec, PolicySpec, parse_member, parse_policy
 from agent_helper.policy_counters import read_counters
+from agent_helper.spares import SpareTaps
 from agent_helper.spec import (
     Address,
     EndpointSpec,
@@ -73,7 +74,6 @@ S = TypeVar("S")
 _UP_TIMEOUT = 10.0  # s that a port may take to be programmed, daemons' restarts included, where its caller has no limit
 _NAMES_TIMEOUT = 2.0  # s that dnsmasq may take to know a name
 _UNPLUG_TIMEOUT = 3.0  # s that vswitchd may take to let go of a port
-_SPARE_MTU = 1500
 _POLICY, _BALANCERS, _MIRRORS = "policy", "balancers", "mirrors"  # what a failure of a Sync calls them
 _OK: Mapping[str, Sequence[str]] = {"error": ()}
 _MAX_TAP_MTU = 65521  # the kernel's for TAPs: 65535 less the Ethernet header
@@ -83,6 +83,7 @@ class LinkPorts(Protocol):
     """Of LinkServer, what the fabric needs."""
 
     def add(self, endpoint_id: str, tap: Tap) -> None: ...
+    def prepare(self, tap: Tap) -> None: ...
     async def remove(self, endpoint_id: str) -> None: ...
     def authorize(self, endpoint_id: str, secret: bytes) -> None: ...
 
@@ -117,6 +118,7 @@ class EndpointState:
     network: NetworkState
     changes: Changes = field(default_factory=Changes)
     tap: Tap | None = None
+    fresh: bool = False  # vswitchd has not had its TAP before
     there: bool = False
     linked: bool = False  # known to the data links' server
     gone: trio.Event = field(default_factory=trio.Event)
@@ -174,9 +176,7 @@ class Fabric:
         self._cards: frozenset[str] = frozenset()  # that VLANs have
         self._cards_lock = trio.Lock()
         self._tags: dict[tuple[str, int], str] = {}  # card and tag of VLANs -> network_id
-        # A TAP that the next endpoint will have: to make one takes longer than anything else here that it waits for.
-        self._spare: Tap | None = None
-        self._spare_wanted = trio.Event()
+        self._spares = SpareTaps(self._open_tap)
 
     async def clear(self) -> None:
         """Removes what a run before has left in the kernel; to be called before `run`.
@@ -198,7 +198,7 @@ class Fabric:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._keep_restored)
-                nursery.start_soon(self._keep_spare)
+                nursery.start_soon(self._keep_spares)
                 task_status.started()
         finally:
             self._nursery = None
@@ -210,9 +210,7 @@ class Fabric:
         await self._keep_mirrors()
         for endpoint_id in self.endpoints:
             await self._ports.remove(endpoint_id)
-        taps = [e.tap for e in self.endpoints.values()] + [self._spare]
-        self._spare = None
-        await _close_all([tap for tap in taps if tap is not None])
+        await _close_all([*(e.tap for e in self.endpoints.values() if e.tap is not None), *self._spares.clear()])
         for network in self.networks.values():
             if network.dns is not None:
                 await network.dns.close()
@@ -462,7 +460,7 @@ class Fabric:
                     if secret and not spec.disabled and spec.child is None:
                         self._ports.authorize(spec.endpoint_id, secret)
             await self._settle(endpoint)
-        self._spare_wanted.set()
+        self._spares.used()
         return endpoint
 
     async def _leave_other_network(self, spec: EndpointSpec) -> None:
@@ -488,6 +486,7 @@ class Fabric:
                 if self.endpoints.get(endpoint_id) is endpoint:
                     with trio.CancelScope(shield=True):
                         await self._remove_endpoints([endpoint])
+        self._spares.used()
 
     def authorize(self, endpoint_id: str, secret: bytes) -> None:
         """Lets one data link with this secret be opened for the endpoint.
@@ -610,9 +609,10 @@ class Fabric:
             raise
 
     async def _give_taps(self, endpoints: Sequence[EndpointState]) -> None:
-        rest = list(endpoints)
-        if rest and self._spare is not None and rest[0].network.spec.mtu == _SPARE_MTU:
-            rest.pop(0).tap, self._spare = self._spare, None
+        for endpoint in endpoints:
+            endpoint.tap = self._spares.take(endpoint.network.spec.mtu)
+            endpoint.fresh = endpoint.tap is None
+        rest = [endpoint for endpoint in endpoints if endpoint.tap is None]
         if rest:
             await trio.to_thread.run_sync(self._open_taps, rest)
 
@@ -620,15 +620,32 @@ class Fabric:
         for endpoint in endpoints:
             endpoint.tap = self._open_tap(endpoint.network.spec.mtu)
 
-    async def _keep_spare(self) -> None:
+    async def _keep_spares(self) -> None:
         while True:
-            if self._spare is None:
-                try:
-                    self._spare = await trio.to_thread.run_sync(self._open_tap, _SPARE_MTU)
-                except OSError as exc:  # whoever needs one will say what is wrong
-                    logger.debug("no spare TAP: %s", exc)
-            await self._spare_wanted.wait()
-            self._spare_wanted = trio.Event()
+            wanted = await self._spares.wanted()
+            try:
+                async with self._gate.shared():
+                    names = await self._add_spares(wanted)
+                # Whoever gets one does not wait for that either.
+                for name in names:
+                    await self._stack.conf.mirrors["Interface"].wait(name, vswitch.is_port)
+                await self._stack.enlarge_packet_sockets()
+            except (HelperError, OSError) as exc:  # whoever needs a TAP will say what is wrong
+                logger.debug("no spare TAPs: %s", exc)
+                await self._spares.until_used()
+
+    async def _add_spares(self, count: int) -> list[str]:
+        taps = await trio.to_thread.run_sync(self._spares.open, count)
+        names = [tap.name for tap in taps]
+        with trio.CancelScope(shield=True):
+            try:
+                await self._stack.conf.transact(partial(vswitch.plug_spares, names=names))
+            except BaseException:
+                # Should they be plugged all the same, they are strangers, which go when the database answers.
+                await _close_all(taps)
+                raise
+            self._spares.add(taps)
+        return names
 
     def _open_tap(self, mtu: int) -> Tap:
         # A name is never used again: a port whose TAP went and came back under the same name stays dead in vswitchd.
@@ -637,6 +654,7 @@ class Fabric:
         try:
             links.harden(name)
             links.set_mtu(name, min(mtu, _MAX_TAP_MTU))
+            self._ports.prepare(tap)
             links.set_up(name)
         except BaseException:
             tap.close()
@@ -753,7 +771,7 @@ class Fabric:
                     f"({error}); look at GetHealth and apply it again"
                 )
             await self._come_into_force(endpoint.changes)
-            if self._nursery is not None:  # for bursts: nobody has to wait for it
+            if endpoint.fresh and self._nursery is not None:  # for bursts: nobody has to wait for it
                 self._nursery.start_soon(self._stack.enlarge_packet_sockets)
 
         async def known() -> None:
@@ -1030,7 +1048,7 @@ class Fabric:
                 nursery.start_soon(settle, endpoint)
         whole = (self._uplink_changes, self._policy_changes, self._balancer_changes)
         await self._come_into_force(*whole, *(network.changes for network in self.networks.values()))
-        self._spare_wanted.set()
+        self._spares.used()
         return SyncOutcome(endpoints, removed, failures)
 
     async def _remove_others(self, request: SyncRequest) -> list[str]:
@@ -1121,11 +1139,14 @@ class Fabric:
         if self.kernel.outer:
             interfaces[self.kernel.outer] = northbound.KERNEL_PORT
 
+        spares = self._spares.names
+
         def plug(txn: Txn) -> None:
-            left = vswitch.strangers(txn, interfaces)
+            left = vswitch.strangers(txn, [*interfaces, *spares])
             if left:
                 vswitch.unplug(txn, left)
             vswitch.plug(txn, interfaces)
+            vswitch.plug_spares(txn, spares)
 
         async def in_conf() -> None:
             await self._stack.ensure_conf()

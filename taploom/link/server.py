@@ -108,6 +108,15 @@ class LinkServer:
         self._handshakes = 0
         self._known_hellos: dict[bytes, LinkHello] = {}
 
+    def prepare(self, tap: Tap) -> None:
+        """Make a new TAP such that a link with all features finds nothing to be changed. Raises TapError.
+
+        Its carrier is on then: each change of an interface is a message to all who listen, and a virtual switch may
+        have a lot to do for each. What is queued before its first link comes is thrown away by then.
+        """
+        tap.set_offloads(self._features)
+        tap.set_carrier(True)
+
     def add(self, endpoint_id: str, tap: Tap) -> None:
         """Serve links for ``endpoint_id`` with ``tap``, which stays the caller's. Raises ValueError for a known id."""
         if endpoint_id in self._endpoints:
@@ -246,6 +255,8 @@ class LinkServer:
         prepared = not endpoint.up
         try:
             if prepared:
+                if tap.carrier:  # and nobody has read what came
+                    tap.discard_queue()
                 _prepare(tap, features)
             await stream.send_all(ready(version, features))
         except TapError as error:

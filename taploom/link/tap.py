@@ -62,6 +62,7 @@ class Tap:
         self._stats = stats
         self._index: Final = socket.if_nametoindex(name)
         self.offloads: frozenset[LinkFeature] | None = None
+        self.carrier = False
         self._drops_before: Final = self._tx_dropped()
 
     @classmethod
@@ -128,9 +129,10 @@ class Tap:
                 f"TAP {self.name} cannot do the offloads {sorted(f.name or '' for f in wanted)}: {error.strerror}",
             ) from error
         self.offloads = wanted
-        self._discard_queue()
+        self.discard_queue()
 
-    def _discard_queue(self) -> None:
+    def discard_queue(self) -> None:
+        """Throw away the frames that wait to be read."""
         # At most what the queue holds now (1000 frames, the TAP's default queue length, and a margin).
         with contextlib.suppress(OSError):
             for _ in range(4096):
@@ -149,10 +151,13 @@ class Tap:
 
         Frames can pass on return (Linux >= 6.8; before, a few ms later).
         """
+        if on == self.carrier:
+            return
         try:
             fcntl.ioctl(self._fd, _TUNSETCARRIER, struct.pack("i", on))
         except OSError as error:
             raise TapError(error.errno, f"cannot set the carrier of TAP {self.name}: {error.strerror}") from error
+        self.carrier = on
         # The kernel brings the queueing discipline back from a work queue, and until then drops what is sent: a
         # lost ARP request costs a second. Asking for the link's state waits for that work.
         self._ask(_RTM_GETLINK, bytes(8))

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from fabric import Fabric, children, fabric, until
 
+from agent_helper.spares import SpareTaps
 from taploom.address import connect, parse_address
 from taploom.contracts.taploom.bridge.v1 import ConnectGuestRequest, DisconnectGuestRequest
 from taploom.contracts.taploom.bridge.v1.rpc import NetworkServiceClient
@@ -64,6 +65,20 @@ def inventory(lab: Fabric) -> Counter[str]:
     return counted
 
 
+def at_rest(lab: Fabric) -> Counter[str] | None:
+    """The inventory, unless something is still coming or going."""
+    found = inventory(lab)
+    return found if inventory(lab) == found else None
+
+
+def spares(lab: Fabric) -> int:
+    """How many TAPs of the helper are plugged for nobody yet."""
+    socket = next((lab.path / "helper").rglob("db.sock"))
+    condition = ["external_ids", "includes", ["map", [["taploom-spare", "true"]]]]
+    transaction = json.dumps(["Open_vSwitch", {"op": "select", "table": "Interface", "where": [condition]}])
+    return len(json.loads(_output("ovsdb-client", "transact", f"unix:{socket}", transaction))[0]["rows"])
+
+
 TABLES = [
     *(("Open_vSwitch", table) for table in ("Port", "Interface", "Bridge")),
     *(
@@ -106,7 +121,8 @@ async def test_churn_under_load(lab: Fabric, tmp_path: Path) -> None:
 
     await churn(3)  # what is made once (caches, worker threads) is there before counting
     lab.until_converged()
-    before = inventory(lab)
+    until(lambda: spares(lab) == SpareTaps.COUNT, "spare TAPs are there again")
+    before = until(lambda: at_rest(lab), "nothing is under way any more")
 
     server = lab.start_in_guest("db", "iperf3", "--server", "--forceflush")
     assert server.stdout is not None

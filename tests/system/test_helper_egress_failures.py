@@ -102,7 +102,7 @@ async def test_the_way_out_survives_a_lost_database(name: str) -> None:
         await rig.apply(outgoing(1), outgoing(2, endpoints_isolated=True))
         guest, other = await join(rig, 1, 2), await join(rig, 2, 2)
         assert guest.ping(INSIDE)
-        rows = {k: v for k, v in rig.count().items() if k[0].isupper()}
+        rows = {k: v for k, v in (await rig.counted()).items() if k[0].isupper()}
         (rig.state / "run" / f"{name}.db").unlink()
         await ended(rig, "ovsdb-server")
         await ready(rig)

@@ -15,6 +15,7 @@ import pytest
 import trio
 from test_helper_rig import Guest, Rig, endpoint, eventually, helper, network, rpc_status, sh
 
+from agent_helper.spares import SpareTaps
 from taploom.contracts.taploom.helper.v1 import (
     ApplyEndpointRequest,
     DaemonState,
@@ -139,7 +140,7 @@ async def test_a_killed_daemon_comes_back(name: str) -> None:
 async def test_a_lost_database_is_made_anew_and_filled(name: str, damage: str) -> None:
     async with helper() as rig:
         a, _ = await two_guests(rig)
-        ports = rig.count()
+        ports = await rig.counted()
         file = rig.state / "run" / f"{name}.db"
         if damage == "lost":
             file.unlink()
@@ -169,7 +170,7 @@ async def test_a_lost_database_is_made_anew_and_filled(name: str, damage: str) -
 async def test_what_a_silent_database_does_too_late_is_undone() -> None:
     async with helper() as rig:
         a, _ = await two_guests(rig)
-        before = rig.count()
+        before = await rig.counted()
         pid = (await rig.daemons())["ovsdb-server"].pid
         os.kill(pid, signal.SIGSTOP)
         try:
@@ -224,7 +225,7 @@ async def test_killing_the_agent_leaves_nothing_and_sync_fills_the_next() -> Non
 
         await eventually(lambda: all(gone(daemon.pid) for daemon in daemons.values()))
         # vswitchd's own interfaces are made to stay; the next run clears them away.
-        await eventually(lambda: len(interfaces(rig) - {"lo", "br-int", "ovs-netdev"}) <= 1)  # the spare TAP
+        await eventually(lambda: len(interfaces(rig) - {"lo", "br-int", "ovs-netdev"}) <= SpareTaps.COUNT)
         await rig.start()
         assert not (await rig.client.list_endpoints(ListEndpointsRequest())).endpoints
         wanted = [endpoint(1, 2, "web", ipv6=True), endpoint(1, 3, "db", ipv6=True)]

@@ -20,6 +20,7 @@ from typing import TypeVar
 import pytest
 import trio
 
+from agent_helper.spares import SpareTaps
 from taploom.address import UnixAddress, connect
 from taploom.contracts.taploom.helper.v1 import (
     ApplyEndpointRequest,
@@ -338,6 +339,22 @@ class Rig:
         for table in ("Port_Binding", "Datapath_Binding"):
             counts[table] = len(self.db("sb", "--bare", "--columns=_uuid", "list", table).split())
         return counts
+
+    def spares(self) -> int:
+        """How many TAPs are plugged for nobody yet."""
+        found = self.db("conf", "--bare", "--columns=name", "find", "Interface", "external_ids:taploom-spare=true")
+        return len(found.split())
+
+    async def counted(self) -> dict[str, int]:
+        """As `count`, once no spare TAP is missing and what has been removed is gone."""
+        spares = SpareTaps.COUNT
+
+        def settled() -> bool:
+            found = self.count(), self.spares(), self.count()
+            return found[0] == found[2] and found[1] == spares
+
+        await eventually(settled)
+        return self.count()
 
 
 @contextlib.asynccontextmanager

@@ -70,7 +70,7 @@ async def test_tagged_traffic_in_both_directions() -> None:
     async with helper() as rig:
         assert HelperFeature.VLAN in (await rig.client.get_info(GetInfoRequest())).features
         with lan(rig.netns, "nic1", {120: 1, 130: 2}) as wire:
-            before, plain, counted = rows(rig), bridges(rig), rig.count()
+            before, plain, counted = rows(rig), bridges(rig), await rig.counted()
             await rig.apply(vlan(1, 120, "nic1"), vlan(2, 130))
             capture = wire.capture()
             a, other, b = await join(rig, 1, 20, "web"), await join(rig, 1, 21), await join(rig, 2, 20)
