@@ -16,6 +16,9 @@ UPLINK_SWITCH = "uplink"
 # In external_ids of rows that are load balancers' and not their network's: see `balancer_rows`.
 BALANCER = "taploom-balancer"
 KERNEL_PORT = "uplink-kernel"
+# Routers speak with the kernel only. That each knows where every other one on the uplink is would be a flow for each
+# pair of them and family, all of which ovn-northd goes through for each change (ovn-nb(5), "Logical_Router").
+_ROUTER = {"chassis": CHASSIS, "dynamic_neigh_routers": "true"}
 _DEFAULT = {4: "0.0.0.0/0", 6: "::/0"}
 
 
@@ -71,7 +74,7 @@ def ensure_uplink(txn: Txn, uplink: UplinkSpec | None) -> None:
 def ensure_network(txn: Txn, spec: NetworkSpec, uplink: UplinkSpec | None) -> None:
     """The logical switch, its gateway router, the port of its DNS server and its way out."""
     switch, _ = txn.ensure("Logical_Switch", switch_name(spec.network_id))
-    router, _ = txn.ensure("Logical_Router", router_name(spec.network_id), options={"chassis": CHASSIS})
+    router, _ = txn.ensure("Logical_Router", router_name(spec.network_id), options=_ROUTER)
     _ensure_gateway(txn, switch, router, spec)
     dhcp_rows.update_network(txn, spec)
     if spec.dns_servers:
