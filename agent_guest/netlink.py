@@ -8,6 +8,7 @@ linux/if_link.h, linux/if_addr.h.
 from __future__ import annotations
 
 import errno
+import functools
 import socket
 import struct
 
@@ -29,6 +30,7 @@ from .state import (
     NAMES_TABLE,
     AddressState,
     Ip,
+    IpInterface,
     KernelState,
     LinkState,
     Network,
@@ -54,6 +56,7 @@ IFF_UP, IFF_LOWER_UP = 0x1, 0x10000
 IFA_F_NODAD, IFA_F_DADFAILED, IFA_F_TENTATIVE = 0x02, 0x08, 0x40
 
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_IFALIAS = 1, 3, 4, 18, 20
+IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS = 29, 8
 IFLA_INFO_KIND = 1
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_FLAGS = 1, 2, 4, 8
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE = 1, 4, 5, 6, 15
@@ -61,6 +64,7 @@ RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE = 1, 4, 5, 6, 15
 _IFINFOMSG = struct.Struct("=BxHiII")  # family, type, index, flags, change
 _IFADDRMSG = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
 _RTMSG = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
+_ALL_LINKS = _IFINFOMSG.pack(0, 0, 0, 0, 0) + attribute(IFLA_EXT_MASK, UINT32.pack(RTEXT_FILTER_SKIP_STATS))
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 _ANY: dict[int, bytes] = {socket.AF_INET: bytes(4), socket.AF_INET6: bytes(16)}
 
@@ -72,7 +76,7 @@ class Netlink(NetlinkSocket):
 
     def links(self) -> dict[int, LinkState]:
         """Every link of the namespace, by index."""
-        return {link.index: link for link in self.dump(_IFINFOMSG.pack(0, 0, 0, 0, 0), RTM_GETLINK, read_link)}
+        return {link.index: link for link in self.dump(_ALL_LINKS, RTM_GETLINK, read_link)}
 
     def addresses(self) -> list[AddressState]:
         """Every address of the namespace."""
@@ -166,7 +170,7 @@ def read_address(message: bytes) -> AddressState | None:
         return None
     more = read_number(found.get(IFA_FLAGS))
     failed = bool((flags if more is None else more) & IFA_F_DADFAILED)
-    return AddressState(index=index, address=parse_interface((ip, length)), failed=failed)
+    return AddressState(index=index, address=_interface(ip, length), failed=failed)
 
 
 def read_route(message: bytes) -> RouteState | None:
@@ -175,16 +179,20 @@ def read_route(message: bytes) -> RouteState | None:
     if len(message) < HEADER.size + _RTMSG.size:
         return None
     family, length, _src, _tos, table, protocol, _scope, kind, _flags = _RTMSG.unpack_from(message, HEADER.size)
+    if kind != RTN_UNICAST:
+        return None  # most are of the local table; those of local addresses are not unicast
     found = attributes(message, HEADER.size + _RTMSG.size)
-    index = read_number(found.get(RTA_OIF))
-    destination = _ip(family, found.get(RTA_DST, _ANY.get(family)))
     table = read_number(found.get(RTA_TABLE)) or table
-    if kind != RTN_UNICAST or table not in (MAIN_TABLE, NAMES_TABLE) or index is None or destination is None:
+    index = read_number(found.get(RTA_OIF))
+    if table not in (MAIN_TABLE, NAMES_TABLE) or index is None:
+        return None
+    destination = _ip(family, found.get(RTA_DST, _ANY.get(family)))
+    if destination is None:
         return None
     if length > destination.max_prefixlen:
         return None
     return RouteState(
-        destination=network((destination, length), strict=False),
+        destination=_network(destination, length),
         gateway=_ip(family, found.get(RTA_GATEWAY)),
         index=index,
         metric=read_number(found.get(RTA_PRIORITY)) or 0,
@@ -196,7 +204,21 @@ def read_route(message: bytes) -> RouteState | None:
 def _ip(family: int, value: bytes | None) -> Ip | None:
     if value is None or family not in _ANY or len(value) != len(_ANY[family]):
         return None
-    return parse_ip(value)
+    return _parse_ip(value)
+
+
+# The state is read again after each change, and nearly all of it is as it was: making these takes most of the time.
+_parse_ip = functools.lru_cache(1024)(parse_ip)
+
+
+@functools.lru_cache(1024)
+def _interface(ip: Ip, length: int) -> IpInterface:
+    return parse_interface((ip, length))
+
+
+@functools.lru_cache(1024)
+def _network(ip: Ip, length: int) -> Network:
+    return network((ip, length), strict=False)
 
 
 def _address_message(state: AddressState, *, nodad: bool) -> bytes:

@@ -196,13 +196,10 @@ def wanted_routes(specs: Mapping[int, InterfaceSpec]) -> list[RouteState]:
 
 def plan_routes(specs: Mapping[int, InterfaceSpec], current: Iterable[RouteState]) -> list[Step]:
     """Sets what is missing, then removes the agent's routes that are not wanted, over the given links only."""
-    wanted = wanted_routes(specs)
-    current = list(current)
-    steps: list[Step] = [ReplaceRoute(route) for route in wanted if not any(_same(route, other) for other in current)]
-    for route in current:
-        if route.index not in specs or not is_own(route) or any(_same(route, other) for other in wanted):
-            continue
-        steps.append(RemoveRoute(route))
+    wanted = {_key(route): route for route in wanted_routes(specs)}
+    there = {_key(route): route for route in current if route.index in specs}
+    steps: list[Step] = [ReplaceRoute(route) for key, route in wanted.items() if key not in there]
+    steps += [RemoveRoute(route) for key, route in there.items() if key not in wanted and is_own(route)]
     return steps
 
 
@@ -213,11 +210,6 @@ def is_own(route: RouteState) -> bool:
     return route.protocol == PROTOCOL
 
 
-def _same(one: RouteState, other: RouteState) -> bool:
-    return (
-        one.destination == other.destination
-        and one.gateway == other.gateway
-        and one.index == other.index
-        and one.metric == other.metric
-        and one.table == other.table
-    )
+def _key(route: RouteState) -> tuple[object, ...]:
+    """What a route is known by: whoever has set it."""
+    return route.destination, route.gateway, route.index, route.metric, route.table
