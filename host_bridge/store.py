@@ -45,6 +45,15 @@ _LOCK = "bridge.lock"
 # "tplm": `file bridge.db` shows it, and another program's database is not taken for ours.
 _APPLICATION_ID = 0x74706C6D
 
+# With all that an endpoint has, in one query: a guest may have hundreds.
+_ENDPOINTS = """
+SELECT e.*,
+    (SELECT json_group_array(json_array(family, address)) FROM addresses WHERE endpoint_id = e.id),
+    (SELECT json_group_array(json_array(position, alias)) FROM aliases WHERE endpoint_id = e.id),
+    (SELECT mac FROM macs WHERE endpoint_id = e.id)
+FROM endpoints e
+"""
+
 _SCHEMA_1 = """
 CREATE TABLE meta (
     key   TEXT PRIMARY KEY,
@@ -596,7 +605,7 @@ class Store(PolicyTables, QosTable, balancer_tables.BalancerTables, mirror_table
     def endpoints(self, *, network_id: str | None = None, guest_id: str | None = None) -> list[EndpointRecord]:
         """Endpoints, pending ones too: all, or a network's in order of guests' names, or a guest's in order of
         interface names."""
-        query = "SELECT e.* FROM endpoints e JOIN guests g ON g.id = e.guest_id"
+        query = f"{_ENDPOINTS} JOIN guests g ON g.id = e.guest_id"
         if network_id is not None:
             rows = self._all(f"{query} WHERE e.network_id = ? ORDER BY g.name", network_id)
         elif guest_id is not None:
@@ -606,12 +615,12 @@ class Store(PolicyTables, QosTable, balancer_tables.BalancerTables, mirror_table
             )
         else:
             rows = self._all(f"{query} ORDER BY g.name, length(e.interface_name), e.interface_name")
-        return [self._endpoint(row) for row in rows]
+        return [_endpoint(row) for row in rows]
 
     def endpoint(self, endpoint_id: str) -> EndpointRecord | None:
         """The endpoint of a full id."""
-        row = self._first("SELECT * FROM endpoints WHERE id = ?", endpoint_id)
-        return None if row is None else self._endpoint(row)
+        row = self._first(f"{_ENDPOINTS} WHERE e.id = ?", endpoint_id)
+        return None if row is None else _endpoint(row)
 
     def guests_with_links(self, network_id: str) -> list[str]:
         """The ids of the guests that have names of their own for others on the network."""
@@ -620,36 +629,14 @@ class Store(PolicyTables, QosTable, balancer_tables.BalancerTables, mirror_table
 
     def endpoint_of(self, network_id: str, guest_id: str) -> EndpointRecord | None:
         """The endpoint of a guest on a network."""
-        row = self._first("SELECT * FROM endpoints WHERE network_id = ? AND guest_id = ?", network_id, guest_id)
-        return None if row is None else self._endpoint(row)
+        row = self._first(f"{_ENDPOINTS} WHERE e.network_id = ? AND e.guest_id = ?", network_id, guest_id)
+        return None if row is None else _endpoint(row)
 
     def carrier_of(self, endpoint: EndpointRecord) -> EndpointRecord | None:
         """The endpoint over whose interface this one goes; None: it is not there, or there is none."""
         carried = endpoint.carried
         over = None if carried is None else self.network_id_of(carried.parent)
         return None if over is None else self.endpoint_of(over, endpoint.guest_id)
-
-    def _endpoint(self, row: tuple[Any, ...]) -> EndpointRecord:
-        addresses = self._all("SELECT address FROM addresses WHERE endpoint_id = ? ORDER BY family", row[0])
-        aliases = self._all("SELECT alias FROM aliases WHERE endpoint_id = ? ORDER BY position", row[0])
-        (mac,) = self._one("SELECT mac FROM macs WHERE endpoint_id = ?", row[0])
-        return EndpointRecord(
-            id=row[0],
-            network_id=row[1],
-            guest_id=row[2],
-            interface_name=row[3],
-            mac_address=mac,
-            gateway_priority=row[4],
-            created_at=_from_us(row[5]),
-            active=bool(row[6]),
-            addresses=tuple(address for (address,) in addresses),
-            aliases=tuple(alias for (alias,) in aliases),
-            static_addresses=tuple(json.loads(row[7])),
-            static_mac=bool(row[8]),
-            links=_pairs(row[9]),
-            driver_options=json.loads(row[10]),
-            names=tuple(json.loads(row[11])),
-        )
 
     # Containers
 
@@ -783,6 +770,28 @@ class Store(PolicyTables, QosTable, balancer_tables.BalancerTables, mirror_table
         row = self._first(statement, *values)
         assert row is not None
         return row
+
+
+def _endpoint(row: tuple[Any, ...]) -> EndpointRecord:
+    """Of a row of `_ENDPOINTS`."""
+    *_, addresses, aliases, mac = row
+    return EndpointRecord(
+        id=row[0],
+        network_id=row[1],
+        guest_id=row[2],
+        interface_name=row[3],
+        mac_address=mac,
+        gateway_priority=row[4],
+        created_at=_from_us(row[5]),
+        active=bool(row[6]),
+        addresses=tuple(address for _, address in sorted(json.loads(addresses))),
+        aliases=tuple(alias for _, alias in sorted(json.loads(aliases))),
+        static_addresses=tuple(json.loads(row[7])),
+        static_mac=bool(row[8]),
+        links=_pairs(row[9]),
+        driver_options=json.loads(row[10]),
+        names=tuple(json.loads(row[11])),
+    )
 
 
 def _guest(row: tuple[Any, ...]) -> GuestRecord:
