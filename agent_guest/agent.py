@@ -16,11 +16,14 @@ from taploom.link.tap import probe_features
 from taploom.notify import notify_ready
 from taploom.rpc import Server
 
+from . import vlan
 from .front import Front
 from .options import Options, features
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from taploom.contracts.taploom.guest.v1 import GuestFeature
 
 logger = logging.getLogger("taploom.guest.agent")
 
@@ -34,7 +37,7 @@ async def run_agent(options: Options) -> None:
     in a VM without hardware acceleration that is a second earlier. Calls that need it wait for it.
     """
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        offered = features(await trio.to_thread.run_sync(probe_features), options.without)
+        offered = await trio.to_thread.run_sync(_offered, options)
         front = Front(offered, os.urandom(8).hex())
         control = await open_listener(options.control)
         data = await open_listener(options.data)
@@ -50,6 +53,10 @@ async def run_agent(options: Options) -> None:
                 events.close()
                 await server.drain(DRAIN_TIMEOUT)
             nursery.cancel_scope.cancel()
+
+
+def _offered(options: Options) -> frozenset[GuestFeature]:
+    return features(probe_features(), options.without, vlan=vlan.is_possible())
 
 
 def _import_parts() -> ModuleType:

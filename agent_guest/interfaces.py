@@ -26,12 +26,12 @@ from taploom.contracts.taploom.guest.v1 import (
 from taploom.link import LinkStatus, Tap, TapError
 from taploom.netlink import NetlinkError
 
-from . import neighbours
-from .kernel import Kernel, NameTakenError
+from . import neighbours, vlan
+from .kernel import TEMPORARY, Kernel, NameTakenError, NoTrunkError
 from .limiter import RepairLimiter
 from .netlink import open_watch_socket
 from .plan import Step
-from .spec import InterfaceSpec, SpecError, check_against
+from .spec import InterfaceSpec, SpecError, TrunkSpec, check_against, check_trunk, trunk_message
 from .state import KernelState, LinkState
 from .watch import touches
 
@@ -44,7 +44,8 @@ RETRY_DELAY = 1.0
 QUIET, LATEST = 0.01, 0.1
 """Seconds without news after which the interfaces are looked at, and after which at any rate."""
 _GONE_POLL = 0.0003
-APPLY_ERRORS = (SpecError, NameTakenError, TapError, NetlinkError)
+_REMOVED = "another program removed the interface"
+APPLY_ERRORS = (SpecError, NameTakenError, NoTrunkError, TapError, NetlinkError)
 """What applying an interface raises when it cannot be done."""
 
 
@@ -65,10 +66,14 @@ class NotDescribedError(Exception):
 class _Managed:
     endpoint_id: str
     tap: Tap | None
-    """None: another program has removed the interface, and it could not be created again yet."""
+    """None: the interface has none (see `trunk`), or is not there."""
     index: int
     spec: InterfaceSpec | None
     adopted: Interface | None = None
+    trunk: TrunkSpec | None = None
+    """What carries it instead of a link of its own."""
+    present: bool = True
+    """False: another program has removed the interface, or what carries it has gone; it is not created again yet."""
 
 
 class Interfaces:
@@ -91,12 +96,13 @@ class Interfaces:
         self._lock = trio.Lock()
         self._thread = trio.CapacityLimiter(1)
         self._packets: socket.socket | None = None
+        self._nudge: trio.MemorySendChannel[None] | None = None
         self._nursery: trio.Nursery | None = None
 
     # -- calls --------------------------------------------------------------------------------------------------
 
     async def adopt(self) -> None:
-        """Takes over the TAPs of the agent that ran before, touching neither addresses nor routes."""
+        """Takes over the interfaces of the agent that ran before, touching neither addresses nor routes."""
         async with self._lock:
             await self._adopt_all()
 
@@ -106,6 +112,9 @@ class Interfaces:
                 await self._adopt(link)
 
     async def _adopt(self, link: LinkState) -> None:
+        if link.kind == vlan.KIND:
+            await self._adopt_child(link)
+            return
         try:
             tap = await self._run(self._kernel.attach, link)
         except TapError as error:
@@ -115,6 +124,20 @@ class Interfaces:
         description = observed(link, state)
         self._managed[link.endpoint_id] = _Managed(link.endpoint_id, tap, link.index, None, description)
         self._links.add(link.endpoint_id, tap)
+        logger.info("adopted interface %s of endpoint %s", link.name, link.endpoint_id)
+
+    async def _adopt_child(self, link: LinkState) -> None:
+        state = await self._run(self._kernel.state)
+        over = state.links.get(link.over)
+        trunk = TrunkSpec(over.endpoint_id, link.tag) if over is not None and over.endpoint_id and link.tag else None
+        if trunk is None:
+            logger.warning(
+                "interface %s of endpoint %s is left alone: it is over none of ours", link.name, link.endpoint_id
+            )
+            return
+        description = observed(link, state)
+        description.trunk_child = trunk_message(trunk)
+        self._managed[link.endpoint_id] = _Managed(link.endpoint_id, None, link.index, None, description, trunk)
         logger.info("adopted interface %s of endpoint %s", link.name, link.endpoint_id)
 
     async def apply(self, spec: InterfaceSpec, secret: bytes = b"") -> InterfaceStatus:
@@ -150,6 +173,7 @@ class Interfaces:
             wanted = {spec.endpoint_id for spec in specs} | kept
             removed = [endpoint_id for endpoint_id in self._managed if endpoint_id not in wanted]
             await self._remove(removed)
+            specs.sort(key=lambda spec: spec.trunk is not None)  # what carries others comes first
             await self._free_names(specs)
             failures: list[tuple[str, Exception]] = []
             done: list[InterfaceSpec] = [
@@ -166,8 +190,11 @@ class Interfaces:
             return sorted(removed), failures
 
     def authorize(self, endpoint_id: str, secret: bytes) -> None:
-        """Lets one link be opened. Raises KeyError for an unknown endpoint, NotDescribedError for an adopted one."""
+        """Lets one link be opened. Raises KeyError for an unknown endpoint, NotDescribedError for an adopted one,
+        SpecError for one that has no link of its own."""
         managed = self._managed[endpoint_id]
+        if managed.trunk is not None:
+            raise SpecError(f"endpoint {endpoint_id} has no link of its own: {managed.trunk.parent_id} carries it")
         if managed.tap is None:
             raise KeyError(endpoint_id)
         if managed.spec is None:
@@ -208,29 +235,69 @@ class Interfaces:
             raise NameTakenError(
                 f"interface name {spec.name} belongs to endpoint {taken[0].endpoint_id}; choose another name"
             )
+        carrier = None if spec.trunk is None else self._trunk_of(spec.trunk).spec
+        if carrier is not None:
+            check_trunk(spec, carrier)
         managed = self._managed.get(spec.endpoint_id)
+        if managed is not None and managed.trunk != spec.trunk:
+            await self._remove([spec.endpoint_id])
+            managed = None
         if managed is not None and not await self._run(self._kernel.exists, managed.index):
             await self._detach(managed)
-        if managed is None or managed.tap is None:
+        if managed is None or not managed.present:
             await self._create(spec)
             return
         before = managed.spec
         try:
-            await self._run(self._kernel.converge_link, managed.index, spec)
+            await self._run(self._kernel.converge_link, managed.index, self._fitted(spec))
         except APPLY_ERRORS:
             if before is not None:
                 await self._try_restore(managed, before)
             raise
         managed.spec, managed.adopted = spec, None
+        await self._settle_children(spec.endpoint_id)
+
+    def _trunk_of(self, trunk: TrunkSpec) -> _Managed:
+        """The interface that carries others so; raises NoTrunkError."""
+        parent = self._managed.get(trunk.parent_id)
+        if parent is None or not parent.present:
+            raise NoTrunkError(
+                f"endpoint {trunk.parent_id}, which is to carry it, has no interface here; apply it first"
+            )
+        return parent
 
     async def _create(self, spec: InterfaceSpec) -> None:
-        tap, index = await self._run(self._kernel.create, spec)
-        self._managed[spec.endpoint_id] = _Managed(spec.endpoint_id, tap, index, spec)
-        self._links.add(spec.endpoint_id, tap)
+        tap: Tap | None = None
+        if spec.trunk is None:
+            tap, index = await self._run(self._kernel.create, spec)
+        else:
+            parent = self._trunk_of(spec.trunk)
+            index = await self._run(self._kernel.create_child, self._fitted(spec), parent.index)
+        self._managed[spec.endpoint_id] = _Managed(spec.endpoint_id, tap, index, spec, trunk=spec.trunk)
+        if tap is not None:
+            self._links.add(spec.endpoint_id, tap)
+            await self._settle_children(spec.endpoint_id)
+        elif self._is_up(self._managed[spec.endpoint_id]):
+            self.greet(spec.endpoint_id)
+
+    async def _settle_children(self, endpoint_id: str) -> None:
+        """Makes what goes over an interface that was made or changed, or makes it fit; what fails is tried again."""
+        for child in self._children(endpoint_id):
+            try:
+                if child.spec is None:
+                    continue
+                if child.present:
+                    fitted = self._fitted(child.spec)
+                    await self._run(self._kernel.converge_link, child.index, fitted, repair=True)
+                else:
+                    await self._create(child.spec)
+            except APPLY_ERRORS as error:
+                logger.warning("interface %s could not be made again: %s", self._name(child), error)
+                self._look()
 
     async def _try_restore(self, managed: _Managed, spec: InterfaceSpec) -> None:
         try:
-            await self._run(self._kernel.converge_link, managed.index, spec)
+            await self._run(self._kernel.converge_link, managed.index, self._fitted(spec))
             await self._run(self._kernel.converge_routes, self._by_index())
         except APPLY_ERRORS as error:
             logger.warning("interface %s could not be put back as it was: %s", spec.name, error)
@@ -259,12 +326,14 @@ class Interfaces:
         doomed = [self._managed[endpoint_id] for endpoint_id in endpoint_ids if endpoint_id in self._managed]
         if not doomed:
             return
-        staying = {index: spec for index, spec in self._by_index().items() if index not in {m.index for m in doomed}}
+        going = {one.index for managed in doomed for one in (managed, *self._children(managed.endpoint_id))}
+        staying = {index: spec for index, spec in self._by_index().items() if index not in going}
         try:
             # The default route moves before its interface goes, so that there is no moment without one.
             await self._run(self._kernel.converge_routes, staying)
         except APPLY_ERRORS as error:
             logger.warning("routes before the removal of %s: %s", ", ".join(endpoint_ids), error)
+        doomed.sort(key=lambda managed: managed.trunk is None)
         for managed in doomed:
             tap, managed.tap = managed.tap, None
             if tap is not None:
@@ -273,6 +342,8 @@ class Interfaces:
             # When this fails the endpoint stays known, so that the next try finds it.
             await self._run(self._kernel.remove, managed.index)
             del self._managed[managed.endpoint_id]
+            for child in self._children(managed.endpoint_id):
+                child.present = False  # the kernel has taken it away with what carried it
 
     async def _take_away(self, tap: Tap, index: int) -> None:
         """Removes a TAP's interface by closing the TAP.
@@ -292,12 +363,15 @@ class Interfaces:
 
     async def _detach(self, managed: _Managed) -> None:
         """Lets go of the TAP of an interface that another program has removed."""
+        managed.present = False
         if managed.tap is not None:
             await self._links.remove(managed.endpoint_id)
             with contextlib.suppress(OSError):
                 managed.tap.set_persist(False)  # it may have gone to another namespace only
             managed.tap.close()
             managed.tap = None
+        for child in self._children(managed.endpoint_id):
+            child.present = child.present and await self._run(self._kernel.exists, child.index)
 
     async def _free_names(self, specs: list[InterfaceSpec]) -> None:
         """Gives interfaces that are to be renamed a name that nobody wants, so that names can be swapped."""
@@ -306,7 +380,7 @@ class Interfaces:
             if managed is None or self._name(managed) == spec.name:
                 continue
             if any(other.name == self._name(managed) for other in specs):
-                temporary = f"tlx{managed.index}"
+                temporary = f"{TEMPORARY}{managed.index}"
                 try:
                     await self._run(self._kernel.rename, managed.index, temporary)
                 except (NetlinkError, NameTakenError) as error:
@@ -322,11 +396,12 @@ class Interfaces:
         """Mends the agent's interfaces when another program changes them; runs until cancelled."""
         limiter = RepairLimiter()
         changed, nudge = trio.open_memory_channel[None](1)
+        self._nudge = changed
         notifications = trio.socket.from_stdlib_socket(open_watch_socket())
         with notifications:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                nursery.start_soon(self._listen, notifications, changed)
+                nursery.start_soon(self._listen, notifications)
                 delay: float | None = None
                 try:
                     while True:
@@ -335,9 +410,9 @@ class Interfaces:
                             await _until_quiet(nudge)
                         delay = await self._mend(limiter)
                 finally:
-                    self._nursery = None
+                    self._nursery = self._nudge = None
 
-    async def _listen(self, notifications: trio.socket.SocketType, changed: trio.MemorySendChannel[None]) -> None:
+    async def _listen(self, notifications: trio.socket.SocketType) -> None:
         while True:
             try:
                 data = await notifications.recv(65536)
@@ -347,21 +422,33 @@ class Interfaces:
                 data = b""  # notifications were lost: whatever they were, look
             indexes = {managed.index for managed in self._managed.values()}
             if indexes and (not data or touches(data, indexes)):
-                with contextlib.suppress(trio.WouldBlock):  # one look is enough for all that came
-                    changed.send_nowait(None)
+                self._look()
+
+    def _look(self) -> None:
+        """Has everything looked at soon."""
+        if self._nudge is not None:
+            with contextlib.suppress(trio.WouldBlock):  # one look is enough for all that came
+                self._nudge.send_nowait(None)
 
     async def _mend(self, limiter: RepairLimiter) -> float | None:
         """One look at everything; returns after how many seconds another look is due, if one is."""
         delay: float | None = None
         async with self._exclusive():
-            specs = self._by_index()
+            specs = {
+                managed.index: self._fitted(managed.spec)
+                for managed in self._managed.values()
+                if managed.spec is not None and (managed.present or not self._waits(managed))
+            }
             try:
                 wrong = await self._run(self._kernel.needs, specs)
             except NetlinkError as error:
                 logger.warning("cannot look at the interfaces: %s", error)
                 return RETRY_DELAY
-            for index, gone in wrong.items():
+            # What carries others comes first: they are made again with it.
+            for index, gone in sorted(wrong.items(), key=lambda item: specs[item[0]].trunk is not None):
                 spec = specs[index]
+                if self._managed[spec.endpoint_id].index != index:
+                    continue
                 wait = limiter.acquire(spec.endpoint_id, trio.current_time())
                 if wait > 0:
                     delay = wait if delay is None else min(delay, wait)
@@ -380,8 +467,10 @@ class Interfaces:
     async def _mend_one(self, index: int, spec: InterfaceSpec, gone: bool) -> str:
         steps: list[Step] = []
         if gone:
-            await self._detach(self._managed[spec.endpoint_id])
-            await self._create(spec)
+            managed = self._managed[spec.endpoint_id]
+            await self._detach(managed)
+            assert managed.spec is not None
+            await self._create(managed.spec)
         else:
             steps = await self._run(lambda: self._kernel.converge_link(index, spec, repair=True))
         steps += await self._run(self._kernel.converge_routes, self._by_index())
@@ -397,14 +486,15 @@ class Interfaces:
     def greet(self, endpoint_id: str) -> None:
         """To be called when an endpoint's link has come up: tells its neighbours. Failing is no harm: they will ask."""
         managed = self._managed.get(endpoint_id)
-        if managed is None or managed.spec is None:
-            return
-        try:
-            if self._packets is None:
-                self._packets = neighbours.open_socket()
-            neighbours.greet(self._packets, managed.index, managed.spec)
-        except OSError as error:
-            logger.debug("greeting the neighbours of %s: %s", managed.spec.name, error)
+        for one in () if managed is None else (managed, *self._children(endpoint_id)):
+            if one.spec is None or not one.present:
+                continue
+            try:
+                if self._packets is None:
+                    self._packets = neighbours.open_socket()
+                neighbours.greet(self._packets, one.index, one.spec)
+            except OSError as error:
+                logger.debug("greeting the neighbours of %s: %s", one.spec.name, error)
 
     # -- helpers ------------------------------------------------------------------------------------------------
 
@@ -412,7 +502,27 @@ class Interfaces:
         return [managed.spec for managed in self._managed.values() if managed.spec is not None]
 
     def _by_index(self) -> dict[int, InterfaceSpec]:
-        return {managed.index: managed.spec for managed in self._managed.values() if managed.spec is not None}
+        return {
+            managed.index: self._fitted(managed.spec)
+            for managed in self._managed.values()
+            if managed.spec is not None and managed.present
+        }
+
+    def _fitted(self, spec: InterfaceSpec) -> InterfaceSpec:
+        """As the kernel is to have it."""
+        parent = self._managed.get(spec.trunk.parent_id) if spec.trunk is not None else None
+        return spec if parent is None else spec.carried_by(parent.spec)
+
+    def _children(self, endpoint_id: str) -> list[_Managed]:
+        """The interfaces that an endpoint's carries."""
+        return [one for one in self._managed.values() if one.trunk is not None and one.trunk.parent_id == endpoint_id]
+
+    def _waits(self, managed: _Managed) -> bool:
+        """Whether an interface waits for the one that is to carry it."""
+        if managed.trunk is None:
+            return False
+        parent = self._managed.get(managed.trunk.parent_id)
+        return parent is None or not parent.present
 
     def _changed(self) -> None:
         self._on_change(self._specs())
@@ -423,16 +533,22 @@ class Interfaces:
             return managed.spec.name
         return managed.adopted.name if managed.adopted is not None else ""
 
+    def _is_up(self, managed: _Managed) -> bool:
+        """Whether frames pass over the link of an interface, or of the one that carries it."""
+        by = managed if managed.trunk is None else self._managed.get(managed.trunk.parent_id)
+        return by is not None and by.tap is not None and self._links.status(by.endpoint_id).up
+
     def _status(self, managed: _Managed) -> InterfaceStatus:
-        if managed.tap is None:
-            return InterfaceStatus(
-                interface=managed.spec.to_message() if managed.spec is not None else managed.adopted,
-                state=InterfaceState.NO_LINK,
-                last_close_reason="another program removed the interface",
-            )
+        description = managed.spec.to_message() if managed.spec is not None else managed.adopted
+        if not managed.present:
+            reason = "the interface that carries it is gone" if self._waits(managed) else _REMOVED
+            return InterfaceStatus(interface=description, state=InterfaceState.NO_LINK, last_close_reason=reason)
+        if managed.trunk is not None:
+            state = InterfaceState.UP if self._is_up(managed) else InterfaceState.NO_LINK
+            return InterfaceStatus(interface=description, state=state)
         link = self._links.status(managed.endpoint_id)
         return InterfaceStatus(
-            interface=managed.spec.to_message() if managed.spec is not None else managed.adopted,
+            interface=description,
             state=InterfaceState.UP if link.up else InterfaceState.NO_LINK,
             link_features=sorted(link.features),
             counters=link.counters,

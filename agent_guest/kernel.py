@@ -6,23 +6,30 @@ import contextlib
 import errno
 import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from taploom.link import Tap, TapError
 from taploom.netlink import NetlinkError
 
-from . import plan
+from . import plan, vlan
 from .netlink import GONE, Netlink
 from .spec import InterfaceSpec, SpecError
 from .state import ALIAS_PREFIX, NAMES_TABLE, KernelState, LinkState
 
 logger = logging.getLogger("taploom.guest.kernel")
 
+TEMPORARY = "tlx"
+"""How names begin that an interface has only until it gets its own."""
+
 
 class NameTakenError(Exception):
     """The interface's name belongs to something that is not the agent's."""
+
+
+class NoTrunkError(Exception):
+    """What is to carry the interface is not here."""
 
 
 class Kernel:
@@ -47,8 +54,8 @@ class Kernel:
     # -- interfaces coming and going ------------------------------------------------------------------------------
 
     def adoptable(self) -> list[LinkState]:
-        """The TAPs that an agent before this one left."""
-        return [link for link in self._netlink.links().values() if link.endpoint_id and link.kind == "tun"]
+        """The TAPs, and VLAN interfaces over them, that an agent before this one left."""
+        return [link for link in self._netlink.links().values() if link.endpoint_id and link.kind in ("tun", vlan.KIND)]
 
     def attach(self, link: LinkState) -> Tap:
         """Opens the TAP of a link that an agent before this one left. Raises TapError."""
@@ -86,10 +93,7 @@ class Kernel:
                     # Made by an agent that opened its TAPs with other flags: of no use to this one.
                     self._netlink.delete_link(link.index)
                     return self._open(spec)
-        for link in links:
-            if link.name == spec.name:
-                owner = f"endpoint {link.endpoint_id}" if link.endpoint_id else "something that is not taploom's"
-                raise NameTakenError(f"interface name {spec.name} belongs to {owner} in this VM; choose another name")
+        _check_name(spec, links)
         tap = Tap.open(spec.name)
         try:
             index = socket.if_nametoindex(spec.name)
@@ -100,6 +104,52 @@ class Kernel:
             tap.close()
             raise
         return tap, index
+
+    def create_child(self, spec: InterfaceSpec, parent: int) -> int:
+        """Creates the VLAN interface as it is described, over the link ``parent``; returns its index.
+
+        Raises as `create`, but for TapError, and NoTrunkError; has taken back what it did then.
+        """
+        index = self._open_child(spec, parent)
+        try:
+            self.converge_link(index, spec)
+        except BaseException:
+            self.remove(index)
+            raise
+        return index
+
+    def _open_child(self, spec: InterfaceSpec, parent: int) -> int:
+        """Makes the VLAN interface, marked as the agent's, or finds the one left for the same endpoint."""
+        assert spec.trunk is not None
+        # A kill may come between making and marking it: until it is marked, its name says whose it is.
+        temporary = f"{TEMPORARY}{parent}.{spec.trunk.tag}"
+        links = self._netlink.links()
+        if parent not in links:
+            raise NoTrunkError(f"the interface of endpoint {spec.trunk.parent_id} is gone from this VM")
+        for link in list(links.values()):
+            if link.kind != vlan.KIND:
+                continue
+            same = (link.over, link.tag) == (parent, spec.trunk.tag)
+            if link.endpoint_id == spec.endpoint_id and same:
+                return link.index
+            if link.endpoint_id == spec.endpoint_id or link.name == temporary:
+                self.remove(link.index)
+                del links[link.index]
+            elif same:
+                raise NameTakenError(
+                    f"tag {link.tag} over {links[parent].name} is {link.name}, which belongs to {_owner(link)} in this"
+                    f" VM; remove that (ip link del {link.name}) or choose another tag"
+                )
+        _check_name(spec, links.values())
+        self._netlink.add_vlan(temporary, parent, spec.trunk.tag)
+        index = socket.if_nametoindex(temporary)
+        try:
+            self._netlink.set_link(index, alias=ALIAS_PREFIX + spec.endpoint_id)
+            self.rename(index, spec.name)
+        except BaseException:
+            self.remove(index)
+            raise
+        return index
 
     def exists(self, index: int) -> bool:
         """Whether there still is a link with this index."""
@@ -234,6 +284,18 @@ class Kernel:
             logger.warning("cannot set net/%s to %s: %s", key, value, error.strerror)
             return False
         return True
+
+
+def _check_name(spec: InterfaceSpec, links: Iterable[LinkState]) -> None:
+    for link in links:
+        if link.name == spec.name:
+            raise NameTakenError(
+                f"interface name {spec.name} belongs to {_owner(link)} in this VM; choose another name"
+            )
+
+
+def _owner(link: LinkState) -> str:
+    return f"endpoint {link.endpoint_id}" if link.endpoint_id else "something that is not taploom's"
 
 
 def _purpose(step: plan.Step) -> str:

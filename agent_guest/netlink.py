@@ -39,6 +39,7 @@ from .state import (
     parse_interface,
     parse_ip,
 )
+from .vlan import IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_LINKINFO, KIND, link_info, read_tag
 
 # linux/rtnetlink.h
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
@@ -55,9 +56,8 @@ WATCHED_GROUPS = RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE | RTMGRP_I
 IFF_UP, IFF_LOWER_UP = 0x1, 0x10000
 IFA_F_NODAD, IFA_F_DADFAILED, IFA_F_TENTATIVE = 0x02, 0x08, 0x40
 
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_IFALIAS = 1, 3, 4, 18, 20
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_IFALIAS = 1, 3, 4, 5, 20
 IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS = 29, 8
-IFLA_INFO_KIND = 1
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_FLAGS = 1, 2, 4, 8
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE = 1, 4, 5, 6, 15
 
@@ -117,6 +117,12 @@ class Netlink(NetlinkSocket):
             body += attribute(IFLA_IFALIAS, alias.encode() + b"\0")
         self.request(body, RTM_SETLINK)
 
+    def add_vlan(self, name: str, over: int, tag: int) -> None:
+        """Makes a VLAN interface over a link. Raises EEXIST when the name or the tag there is taken."""
+        body = _IFINFOMSG.pack(0, 0, 0, 0, 0) + attribute(IFLA_LINK, UINT32.pack(over))
+        body += attribute(IFLA_IFNAME, name.encode() + b"\0") + link_info(tag)
+        self.request(body, RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL)
+
     def delete_link(self, index: int) -> None:
         self.request(_IFINFOMSG.pack(0, 0, index, 0, 0), RTM_DELLINK)
 
@@ -146,6 +152,9 @@ def read_link(message: bytes) -> LinkState | None:
         return None
     _family, _kind, index, flags, _change = _IFINFOMSG.unpack_from(message, HEADER.size)
     found = attributes(message, HEADER.size + _IFINFOMSG.size)
+    info = attributes(found.get(IFLA_LINKINFO, b""), 0)
+    kind = read_text(info.get(IFLA_INFO_KIND))
+    vlan = kind == KIND
     return LinkState(
         index=index,
         name=read_text(found.get(IFLA_IFNAME)),
@@ -154,7 +163,9 @@ def read_link(message: bytes) -> LinkState | None:
         up=bool(flags & IFF_UP),
         carrier=bool(flags & IFF_LOWER_UP),
         alias=read_text(found.get(IFLA_IFALIAS)),
-        kind=read_text(attributes(found.get(IFLA_LINKINFO, b""), 0).get(IFLA_INFO_KIND)),
+        kind=kind,
+        over=(read_number(found.get(IFLA_LINK)) or 0) if vlan else 0,
+        tag=read_tag(info.get(IFLA_INFO_DATA, b"")) if vlan else 0,
     )
 
 

@@ -17,6 +17,7 @@ OPTIONAL_FEATURES = {
     "events": GuestFeature.EVENTS,
     "hosts": GuestFeature.HOSTS,
     "direct-dns": GuestFeature.DIRECT_DNS,
+    "vlan": GuestFeature.VLAN,
 }
 """The features by the names that --without knows."""
 LINK_FEATURES = {
@@ -38,9 +39,16 @@ class Options:
     without: frozenset[str] = frozenset()
 
 
-def features(link_features: frozenset[LinkFeature], without: frozenset[str]) -> frozenset[GuestFeature]:
-    """What the agent offers: what the kernel can and ``without`` does not hide. Offloads need vnet-hdr."""
+def features(
+    link_features: frozenset[LinkFeature], without: frozenset[str], *, vlan: bool = False
+) -> frozenset[GuestFeature]:
+    """What the agent offers: what the kernel can and ``without`` does not hide. Offloads need vnet-hdr.
+
+    Args:
+        vlan: whether the kernel has VLAN interfaces.
+    """
     found = {GuestFeature.RESOLVER, GuestFeature.EVENTS, GuestFeature.HOSTS, GuestFeature.DIRECT_DNS}
+    found |= {GuestFeature.VLAN} if vlan else set()
     found |= {guest for guest, link in LINK_FEATURES.items() if link in link_features}
     found -= {OPTIONAL_FEATURES[name] for name in without}
     if GuestFeature.LINK_VNET_HDR not in found:

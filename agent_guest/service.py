@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 from taploom.contracts.taploom.guest.v1 import (
@@ -30,7 +31,7 @@ from taploom.rpc import RpcError, SendStream, ServerContext, StatusCode
 
 from .events import EventHub, SlowWatcherError, stamped
 from .interfaces import APPLY_ERRORS, Interfaces, NotDescribedError
-from .kernel import NameTakenError
+from .kernel import NameTakenError, NoTrunkError
 from .names import Names, NamesError
 from .resolver.config import ConfigError, ResolverConfig
 from .spec import InterfaceSpec, SpecError, check_endpoint_id
@@ -58,6 +59,8 @@ class GuestService:
             raise RpcError(StatusCode.INVALID_ARGUMENT, "interface is missing")
         if request.link_secret:
             _check_secret(request.link_secret, "link_secret")
+            if request.interface.trunk_child is not None:
+                raise RpcError(StatusCode.INVALID_ARGUMENT, "link_secret: a trunk child has no link of its own")
         try:
             spec = self._known(InterfaceSpec.parse(request.interface))
             status = await self._interfaces.apply(spec, request.link_secret)
@@ -99,11 +102,12 @@ class GuestService:
                 f"the interface of endpoint {request.endpoint_id} was taken over from an earlier agent;"
                 " describe it with Sync or ApplyInterface first",
             ) from None
+        except SpecError as error:
+            raise RpcError(StatusCode.INVALID_ARGUMENT, str(error)) from None
         return AuthorizeLinkResponse()
 
     async def sync(self, request: SyncRequest, context: ServerContext) -> SyncResponse:
-        specs, failures, kept = _parse_snapshot(request)
-        specs = [self._known(spec) for spec in specs]
+        specs, failures, kept = _parse_snapshot(request, self._known)
         resolver = _resolver_config(request.resolver or Resolver())
         try:
             removed, refused = await self._interfaces.sync(specs, kept)
@@ -131,6 +135,8 @@ class GuestService:
                 ) from None
 
     def _known(self, spec: InterfaceSpec) -> InterfaceSpec:
+        if spec.trunk is not None and GuestFeature.VLAN not in self._features:
+            raise SpecError("trunk_child: this agent makes no VLAN interfaces, or this VM's kernel has none (8021q)")
         return spec if GuestFeature.HOSTS in self._features else replace(spec, name_links=())
 
     async def _apply_resolver(self, message: Resolver) -> None:
@@ -157,7 +163,9 @@ def _resolver_config(message: Resolver) -> ResolverConfig:
         raise RpcError(StatusCode.INVALID_ARGUMENT, f"resolver: {error}") from error
 
 
-def _parse_snapshot(request: SyncRequest) -> tuple[list[InterfaceSpec], list[InterfaceFailure], frozenset[str]]:
+def _parse_snapshot(
+    request: SyncRequest, known: Callable[[InterfaceSpec], InterfaceSpec]
+) -> tuple[list[InterfaceSpec], list[InterfaceFailure], frozenset[str]]:
     """The interfaces that can be tried, what is wrong with the others, and the endpoints of the others."""
     specs: list[InterfaceSpec] = []
     failures: list[InterfaceFailure] = []
@@ -167,7 +175,7 @@ def _parse_snapshot(request: SyncRequest) -> tuple[list[InterfaceSpec], list[Int
         try:
             if seen[message.endpoint_id] > 1:
                 raise SpecError("the snapshot has this endpoint twice")
-            specs.append(InterfaceSpec.parse(message))
+            specs.append(known(InterfaceSpec.parse(message)))
         except SpecError as error:
             failures.append(_failure(message.endpoint_id, error))
     parsed = {spec.endpoint_id for spec in specs}
@@ -184,6 +192,8 @@ def _apply_error(error: Exception) -> RpcError:
         return RpcError(StatusCode.INVALID_ARGUMENT, str(error))
     if isinstance(error, NameTakenError):
         return RpcError(StatusCode.ALREADY_EXISTS, str(error))
+    if isinstance(error, NoTrunkError):
+        return RpcError(StatusCode.FAILED_PRECONDITION, str(error))
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EACCES):
         return RpcError(StatusCode.FAILED_PRECONDITION, f"{text}: the agent needs CAP_NET_ADMIN")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from taploom.contracts.taploom.guest.v1 import Interface, NameLink, Route
+from taploom.contracts.taploom.guest.v1 import Interface, NameLink, Route, TrunkChild
 
 from .state import Ip, IpInterface, Network, network, parse_interface, parse_ip
 
@@ -20,6 +20,8 @@ MTU_MIN, MTU_MAX, MTU_MIN_IPV6 = 68, 65521, 1280
 """RFC 791; 65535 less the Ethernet header, drivers/net/tun.c; RFC 8200."""
 MAX_ITEMS = 256
 """Addresses, routes, servers and links of names of one interface."""
+TAGS = range(1, 4095)
+"""IEEE 802.1Q: 0 is no VLAN, 4095 is reserved."""
 
 _T = TypeVar("_T")
 
@@ -34,6 +36,14 @@ class RouteSpec:
 
     destination: Network
     gateway: Ip | None
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkSpec:
+    """What carries an interface: frames with that tag over the interface of another endpoint."""
+
+    parent_id: str
+    tag: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,8 @@ class InterfaceSpec:
     dns_servers: tuple[Ip, ...]
     name_links: tuple[tuple[str, str], ...] = ()
     """(alias, target): what only this container calls another one of the network."""
+    trunk: TrunkSpec | None = None
+    """None: a data link of its own."""
 
     @property
     def wants_ipv6(self) -> bool:
@@ -110,7 +122,12 @@ class InterfaceSpec:
             network_name=message.network_name,
             dns_servers=servers,
             name_links=tuple((link.alias, link.target) for link in message.name_links),
+            trunk=_trunk(message.endpoint_id, message.trunk_child),
         )
+
+    def carried_by(self, parent: InterfaceSpec | None) -> InterfaceSpec:
+        """As it can be over that interface: with an MTU of at most that one's, which the kernel demands too."""
+        return self if parent is None or parent.mtu >= self.mtu else replace(self, mtu=parent.mtu)
 
     def to_message(self) -> Interface:
         """The message again, in canonical spelling."""
@@ -129,7 +146,13 @@ class InterfaceSpec:
             network_name=self.network_name,
             dns_servers=[str(server) for server in self.dns_servers],
             name_links=[NameLink(alias=alias, target=target) for alias, target in self.name_links],
+            trunk_child=None if self.trunk is None else trunk_message(self.trunk),
         )
+
+
+def trunk_message(trunk: TrunkSpec) -> TrunkChild:
+    """The message again."""
+    return TrunkChild(parent_endpoint_id=trunk.parent_id, tag=trunk.tag)
 
 
 def check_endpoint_id(text: str) -> None:
@@ -150,9 +173,37 @@ def check_against(spec: InterfaceSpec, others: list[InterfaceSpec]) -> None:
         both = {address.ip for address in spec.addresses} & {address.ip for address in other.addresses}
         if any(not (ip.version == 6 and ip.is_link_local) for ip in both):
             raise SpecError(f"addresses: {min(map(str, both))} is already an address of endpoint {other.endpoint_id}")
+        if spec.trunk is not None and spec.trunk == other.trunk:
+            raise SpecError(f"trunk_child: tag {spec.trunk.tag} is endpoint {other.endpoint_id}'s there")
         routes = {route.destination for route in spec.routes} & {route.destination for route in other.routes}
         if routes:
             raise SpecError(f"routes: {min(map(str, routes))} is already routed over endpoint {other.endpoint_id}")
+
+
+def check_trunk(spec: InterfaceSpec, parent: InterfaceSpec) -> None:
+    """Raises SpecError when an interface cannot carry one that it is to carry."""
+    if parent.trunk is not None:
+        raise SpecError(
+            f"trunk_child: endpoint {parent.endpoint_id} goes over {parent.trunk.parent_id} itself: name that,"
+            " tags are not nested"
+        )
+    if spec.wants_ipv6 and parent.mtu < MTU_MIN_IPV6:
+        raise SpecError(
+            f"trunk_child: the interface of endpoint {parent.endpoint_id} has an MTU of {parent.mtu}, too small for"
+            f" IPv6, which needs {MTU_MIN_IPV6}"
+        )
+
+
+def _trunk(endpoint_id: str, message: TrunkChild | None) -> TrunkSpec | None:
+    if message is None:
+        return None
+    if not _ENDPOINT_ID.fullmatch(message.parent_endpoint_id):
+        raise SpecError("trunk_child: parent_endpoint_id must be 1 to 64 characters of [a-zA-Z0-9_.-]")
+    if message.parent_endpoint_id == endpoint_id:
+        raise SpecError("trunk_child: an endpoint cannot carry itself")
+    if message.tag not in TAGS:
+        raise SpecError(f"trunk_child: tag {message.tag} is not within 1 to 4094")
+    return TrunkSpec(message.parent_endpoint_id, message.tag)
 
 
 def _check_name(field: str, text: str) -> None:

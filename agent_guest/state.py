@@ -42,6 +42,10 @@ class LinkState:
     carrier: bool = False
     alias: str = ""
     kind: str = ""
+    over: int = 0
+    """Of a VLAN interface: the index of the link that it is over."""
+    tag: int = 0
+    """Of a VLAN interface."""
 
     @property
     def endpoint_id(self) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import trio
 
 from host_bridge import qmp
-from host_bridge.model import CardPlace, GuestRecord
+from host_bridge.model import CardPlace, EndpointRecord, GuestRecord
 from host_bridge.names import clean_text
 from host_bridge.peer import Failure, PeerInfo, PeerState
 from host_bridge.waiting import Backoff, KeyedSignal, Signal
@@ -97,6 +97,10 @@ class CardGuest:
 
     def waits_for(self, key: str) -> str:
         """For nothing."""
+        return ""
+
+    def leaves(self, endpoint: EndpointRecord) -> str:
+        """All of it: that is known of a guest without an agent."""
         return ""
 
     async def wait_gone(self, key: str) -> None:

@@ -36,12 +36,20 @@ def with_prefixes(endpoint: EndpointRecord, network: NetworkRecord) -> list[str]
     return result
 
 
-def guest_interface(endpoint: EndpointRecord, network: NetworkRecord) -> guest.Interface:
+def guest_interface(
+    endpoint: EndpointRecord, network: NetworkRecord, carrier: EndpointRecord | None = None
+) -> guest.Interface:
     """What the guest's agent is to make of an endpoint.
 
     An internal network has a gateway (the helper answers for it), but the guest is not told: without a way out there is
     to be no default route. On the default bridge nobody has a name, so there is nobody to ask.
+
+    Args:
+        carrier: over whose interface tagged frames carry it; None: it has a link of its own.
     """
+    trunk: guest.TrunkChild | None = None
+    if endpoint.carried is not None and carrier is not None:
+        trunk = guest.TrunkChild(parent_endpoint_id=carrier.id, tag=endpoint.carried.tag)
     return guest.Interface(
         endpoint_id=endpoint.id,
         name=endpoint.interface_name,
@@ -57,6 +65,7 @@ def guest_interface(endpoint: EndpointRecord, network: NetworkRecord) -> guest.I
             for alias, target in endpoint.links
             if not network.default_bridge and dns_name(alias) and dns_name(target)
         ],
+        trunk_child=trunk,
     )
 
 
@@ -293,6 +302,7 @@ def bridge_endpoint(
     *,
     link_up: bool,
     qos: Sequence[bridge.QosRule] = (),
+    left_to_guest: str = "",
 ) -> bridge.Endpoint:
     """An endpoint as the bridge's callers see it."""
     return bridge.Endpoint(
@@ -310,6 +320,7 @@ def bridge_endpoint(
         links=dict(endpoint.links),
         driver_options=dict(endpoint.driver_options),
         qos=list(qos),
+        left_to_guest=left_to_guest,
     )
 
 

@@ -492,9 +492,8 @@ class Fabric:
             self._check_helper_takes(record.id)
             link = self._add_link(record) if record.carried is None else None
             label = self.label(record)
-            if link is not None:
-                link.guest.touch(record.id)
-                link.guest.touch(RESOLVER_KEY)
+            self.guests[record.guest_id].touch(record.id)
+            self.guests[record.guest_id].touch(RESOLVER_KEY)
             self.helper.touch(record.id)
             self._touch_others(record)
             await (self._until_up(link) if link is not None else self._until_carried(record))
@@ -555,7 +554,7 @@ class Fabric:
             await self.helper.wait_gone(record.id)
 
     async def _until_carried(self, record: EndpointRecord) -> None:
-        """Waits until the helper has an endpoint that goes over another's link."""
+        """Waits until the helper has an endpoint that goes over another's link, and the guest's agent, if it can."""
         await self._converge(
             lambda condition: self.helper.changes.until(record.id, condition),
             done=lambda: self.helper.has(record.id),
@@ -563,6 +562,19 @@ class Fabric:
             peers=(self.helper,),
             explain=lambda: self.helper.waits_for(record.id),
         )
+        guest = self.guests[record.guest_id]
+        if isinstance(guest, CardGuest):
+            return
+        await self._converge(
+            lambda condition: guest.changes.until(record.id, condition),
+            done=lambda: _told(guest, record.id),
+            refused=lambda: _refusal(guest, record.id),
+            peers=(guest,),
+            explain=lambda: guest.waits_for(record.id),
+        )
+        left = guest.leaves(record)
+        if left:
+            logger.warning("%s: %s", self.label(record), left)
 
     async def _until_up(self, link: DataLink) -> None:
         """Waits until the link is up, with another interface name where the guest has one of its own by that name."""
@@ -757,6 +769,8 @@ class Fabric:
         for other in self.desired.store.endpoints(guest_id=endpoint.guest_id):
             if other.carried is not None:
                 self.helper.touch(other.id)
+                if other.guest_id in self.guests:
+                    self.guests[other.guest_id].touch(other.id)
         network = self.desired.store.network(endpoint.network_id)
         if network is None or not network.default_bridge:
             return
@@ -795,10 +809,32 @@ class Fabric:
         assert network is not None and guest is not None, "foreign keys"
         carrier = self.desired.store.carrier_of(record)
         link = self.links.get(record.id if carrier is None else carrier.id)
-        if carrier is not None and not self.helper.has(record.id):
+        if carrier is not None and self.missing_for(record) is not None:
             link = None
-        qos = rules_message(self.desired.qos.in_force(record, network))
-        return bridge_endpoint(record, network, guest, link_up=link is not None and link.passes, qos=qos)
+        peer = self.guests.get(record.guest_id)
+        return bridge_endpoint(
+            record,
+            network,
+            guest,
+            link_up=link is not None and link.passes,
+            qos=rules_message(self.desired.qos.in_force(record, network)),
+            left_to_guest="" if peer is None else peer.leaves(record),
+        )
+
+    def missing_for(self, record: EndpointRecord) -> Peer[Any] | None:
+        """Who does not have an endpoint that goes over another's link as it is to be: the helper, or the guest's agent
+        as far as it answers; None: nobody."""
+        if not self.helper.has(record.id):
+            return self.helper
+        peer = self.guests.get(record.guest_id)
+        if isinstance(peer, GuestPeer) and peer.connected and not _told(peer, record.id):
+            return peer
+        return None
+
+
+def _told(guest: GuestPeer, key: str) -> bool:
+    """Whether a guest's agent has an endpoint, or is not to have it."""
+    return guest.has(key) or (guest.settled(key) and guest.wanted(key) is None)
 
 
 def _refusal(peer: Peer[Any] | CardGuest, key: str) -> str | None:

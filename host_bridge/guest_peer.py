@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any
 
 from host_bridge.describe import guest_interface, guest_resolver
-from host_bridge.model import GuestRecord
+from host_bridge.model import EndpointRecord, GuestRecord
 from host_bridge.names import clean_text
 from host_bridge.peer import Event, LinkDownEvent, OtherEvent, Peer, PeerInfo, SyncResult, status_code
 from host_bridge.store import Store
@@ -93,11 +93,34 @@ class GuestPeer(Peer[Interface | Resolver]):
         endpoint = self._store.endpoint(key)
         if endpoint is None or endpoint.guest_id != self.record.id:
             return None
-        if endpoint.carried is not None:
-            return None  # tagged frames of another interface: what becomes of them is the guest's business
+        carrier = self._store.carrier_of(endpoint)
+        if endpoint.carried is not None and (carrier is None or not self._makes_vlans):
+            return None
         network = self._store.network(endpoint.network_id)
         assert network is not None, "foreign key"
-        return guest_interface(endpoint, network)
+        return guest_interface(endpoint, network, carrier)
+
+    def requires(self, description: Interface | Resolver) -> str | None:
+        if isinstance(description, Interface) and description.trunk_child is not None:
+            return description.trunk_child.parent_endpoint_id
+        return None
+
+    @property
+    def _makes_vlans(self) -> bool:
+        return self.info is not None and GuestFeature.VLAN in self.info.features
+
+    def leaves(self, endpoint: EndpointRecord) -> str:
+        """What the agent, as far as it has said what it can do, leaves of an endpoint to whoever uses the guest, and
+        why; empty: nothing."""
+        if endpoint.carried is None or self.info is None or self._makes_vlans:
+            return ""
+        carrier = self._store.carrier_of(endpoint)
+        over = "INTERFACE" if carrier is None else carrier.interface_name
+        name, tag = endpoint.interface_name, endpoint.carried.tag
+        return (
+            f"the agent (version {self.info.version}) makes no VLAN interfaces: it is too old, or its VM's kernel "
+            f"has none (8021q); where it has, type there: ip link add link {over} name {name} type vlan id {tag}"
+        )
 
     def _resolver(self) -> Resolver | None:
         features = self.info.features if self.info is not None else frozenset()
@@ -109,7 +132,11 @@ class GuestPeer(Peer[Interface | Resolver]):
         return [RESOLVER_KEY, *(endpoint.id for endpoint in self._store.endpoints(guest_id=self.record.id))]
 
     def claims(self, description: Interface | Resolver) -> frozenset[str]:
-        return frozenset({f"name {description.name}"}) if isinstance(description, Interface) else frozenset()
+        if not isinstance(description, Interface):
+            return frozenset()
+        trunk = description.trunk_child
+        tags = set() if trunk is None else {f"tag {trunk.tag} over {trunk.parent_endpoint_id}"}
+        return frozenset({f"name {description.name}", *tags})
 
     def label(self, key: str) -> str:
         return "the resolver" if key == RESOLVER_KEY else super().label(key)

@@ -248,10 +248,11 @@ class StatusReader:
                 )
         for endpoint in fabric.desired.store.endpoints():
             link = fabric.links.get(endpoint.id)
-            if endpoint.carried is not None and not fabric.helper.has(endpoint.id):
-                failure = fabric.helper.failure(endpoint.id)
-                since = failure.since if failure else fabric.helper.since
-                reason = fabric.helper.waits_for(endpoint.id)
+            lacking = fabric.missing_for(endpoint) if endpoint.carried is not None else None
+            if lacking is not None:
+                failure = lacking.failure(endpoint.id)
+                since = failure.since if failure else lacking.since
+                reason = lacking.waits_for(endpoint.id)
                 pending.append(Pending(subject=f"endpoint {fabric.label(endpoint)}", reason=reason, since=since))
             if link is None or (endpoint.active and link.up):
                 continue

@@ -345,3 +345,6 @@ def print_endpoints(endpoints: list[Endpoint], *, of_guest: bool) -> None:
             for endpoint in endpoints
         ],
     )
+    for endpoint in endpoints:
+        if endpoint.left_to_guest:
+            click.echo(f"\n{endpoint.guest_name}, {endpoint.interface_name}: {endpoint.left_to_guest}")

@@ -236,6 +236,9 @@ class FakeGuest(FakeAgent, GuestServiceBase):
         others = {one.name for key, one in self.interfaces.items() if key != interface.endpoint_id}
         if interface.name in self.own_interfaces | others:
             raise RpcError(StatusCode.ALREADY_EXISTS, f"interface {interface.name} is not mine")
+        trunk = interface.trunk_child
+        if trunk is not None and trunk.parent_endpoint_id not in self.interfaces:
+            raise RpcError(StatusCode.FAILED_PRECONDITION, f"endpoint {trunk.parent_endpoint_id} is not here")
 
     def _status(self, interface: guest.Interface) -> guest.InterfaceStatus:
         up = interface.endpoint_id in self.links
@@ -283,7 +286,7 @@ class FakeGuest(FakeAgent, GuestServiceBase):
         for endpoint_id in removed:
             del self.interfaces[endpoint_id]
         failures = []
-        for endpoint_id, interface in wanted.items():
+        for endpoint_id, interface in sorted(wanted.items(), key=lambda item: item[1].trunk_child is not None):
             try:
                 self._check(interface)
                 self.interfaces[endpoint_id] = interface

@@ -28,6 +28,7 @@ from taploom.contracts.taploom.guest.v1 import (
     Resolver,
     Route,
     SyncRequest,
+    TrunkChild,
     WatchEventsRequest,
     WatchEventsResponse,
 )
@@ -123,6 +124,22 @@ async def test_an_interface_is_made_as_described_changed_in_place_and_removed(gu
             await client.delete_interface(DeleteInterfaceRequest(endpoint_id="ep0"))
         assert (await client.list_interfaces(ListInterfacesRequest())).interfaces == []
     assert [link["ifname"] for link in json.loads(guest.ip("-j", "link"))] == ["lo"]
+
+
+async def test_an_agent_that_makes_no_vlan_interfaces(tmp_path: Path) -> None:
+    trunk = TrunkChild(parent_endpoint_id="ep0", tag=20)
+    child = interface(1, name="eth0.20", trunk_child=trunk)
+    async with running_guest(tmp_path / "g", "--without=vlan") as guest, guest.client() as client:
+        assert GuestFeature.VLAN not in (await client.get_info(GetInfoRequest())).features
+        await client.apply_interface(ApplyInterfaceRequest(interface=interface()))
+        words = "trunk_child: this agent makes no VLAN interfaces"
+        await refused(
+            client.apply_interface(ApplyInterfaceRequest(interface=child)), StatusCode.INVALID_ARGUMENT, words
+        )
+        synced = await client.sync(SyncRequest(interfaces=[child, interface()]))
+        assert [(one.endpoint_id, one.code) for one in synced.failures] == [("ep1", StatusCode.INVALID_ARGUMENT)]
+        assert [one.interface.name for one in synced.interfaces if one.interface] == ["eth0"]
+        assert sorted(link["ifname"] for link in json.loads(guest.ip("-j", "link"))) == ["eth0", "lo"]
 
 
 async def test_applying_the_same_again_touches_nothing(guest: Guest) -> None:
@@ -415,7 +432,7 @@ async def test_features_can_be_hidden(tmp_path: Path) -> None:
     async with (
         running_guest(
             tmp_path / "g",
-            *(f"--without={name}" for name in ("tso", "uso", "resolver", "events", "hosts", "direct-dns")),
+            *(f"--without={name}" for name in ("tso", "uso", "resolver", "events", "hosts", "direct-dns", "vlan")),
         ) as guest,
         guest.client() as client,
     ):

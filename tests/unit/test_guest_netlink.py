@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent_guest import netlink, watch
+from agent_guest import netlink, vlan, watch
 from agent_guest.limiter import RepairLimiter
 from agent_guest.state import AddressState, LinkState, RouteState
 from taploom import netlink as taploom_netlink
@@ -146,3 +146,33 @@ def test_any_bytes_are_read_or_left_out(read: Callable[[bytes], object], body: b
 def test_any_attributes_are_read_or_left_out(read: Callable[[bytes], object], family: int, body: bytes) -> None:
     read(message(16, struct.pack("=BBBBI", family, 24, 0, 0, 7) + body))
     read(message(16, struct.pack("=BBBBBBBBI", family, 24, 0, 0, 254, 3, 0, 1, 0) + body))
+
+
+def vlan_link(info: bytes) -> bytes:
+    body = struct.pack("=BxHiII", 0, 1, 9, 1, 0)
+    body += taploom_netlink.text_attribute(netlink.IFLA_IFNAME, "eth0.20")
+    return message(netlink.RTM_NEWLINK, body + struct.pack("=HHI", 8, netlink.IFLA_LINK, 7) + info)
+
+
+def test_vlan_interfaces_are_read_as_they_are_asked_for() -> None:
+    found = netlink.read_link(vlan_link(vlan.link_info(20)))
+    assert found is not None
+    assert (found.name, found.kind, found.over, found.tag) == ("eth0.20", vlan.KIND, 7, 20)
+    # Of others the link below is not what carries their tags (a veth's is its other end).
+    info = taploom_netlink.attribute(vlan.IFLA_LINKINFO, taploom_netlink.text_attribute(vlan.IFLA_INFO_KIND, "veth"))
+    other = netlink.read_link(vlan_link(info))
+    assert other is not None
+    assert (other.over, other.tag) == (0, 0)
+
+
+def test_other_tags_are_none() -> None:
+    tag = taploom_netlink.attribute(vlan.IFLA_VLAN_ID, struct.pack("=H", 20))
+    protocol = taploom_netlink.attribute(vlan.IFLA_VLAN_PROTOCOL, b"\x88\xa8")
+    assert vlan.read_tag(tag) == 20
+    assert vlan.read_tag(tag + protocol) == 0, "IEEE 802.1ad"
+    assert vlan.read_tag(b"") == 0
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_can_be_a_vlans_description(data: bytes) -> None:
+    assert 0 <= vlan.read_tag(data) <= 0xFFFF

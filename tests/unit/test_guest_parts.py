@@ -57,7 +57,9 @@ async def test_a_closed_hub_ends_watches_after_what_they_have_to_read() -> None:
 
 def test_features_are_what_the_kernel_has_and_nobody_hides() -> None:
     everything = frozenset({LinkFeature.VNET_HDR, LinkFeature.TSO, LinkFeature.USO})
-    assert features(everything, frozenset()) == set(OPTIONAL_FEATURES.values())
+    assert features(everything, frozenset(), vlan=True) == set(OPTIONAL_FEATURES.values())
+    assert GuestFeature.VLAN not in features(everything, frozenset())
+    assert GuestFeature.VLAN not in features(everything, frozenset({"vlan"}), vlan=True)
     always = {GuestFeature.RESOLVER, GuestFeature.EVENTS, GuestFeature.HOSTS, GuestFeature.DIRECT_DNS}
     assert features(frozenset(), frozenset()) == always
     assert GuestFeature.LINK_TSO not in features(everything, frozenset({"tso"}))

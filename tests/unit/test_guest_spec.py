@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent_guest.spec import InterfaceSpec, SpecError, check_against
-from taploom.contracts.taploom.guest.v1 import Interface, NameLink, Route
+from agent_guest.spec import InterfaceSpec, SpecError, TrunkSpec, check_against, check_trunk
+from taploom.contracts.taploom.guest.v1 import Interface, NameLink, Route, TrunkChild
 
 
 def message(**changes: object) -> Interface:
@@ -47,6 +47,11 @@ def test_a_good_description_is_taken_in_canonical_spelling() -> None:
         ({"name_links": [NameLink(alias="a", target="x" * 254)]}, "name_links"),
         ({"name_links": [NameLink(alias="a", target="b")] * 257}, "256"),
         ({"endpoint_id": "a/b"}, "endpoint_id"),
+        ({"trunk_child": TrunkChild(parent_endpoint_id="base")}, "tag 0 is not within 1 to 4094"),
+        ({"trunk_child": TrunkChild(parent_endpoint_id="base", tag=4095)}, "tag 4095"),
+        ({"trunk_child": TrunkChild(tag=20)}, "parent_endpoint_id"),
+        ({"trunk_child": TrunkChild(parent_endpoint_id="a/b", tag=20)}, "parent_endpoint_id"),
+        ({"trunk_child": TrunkChild(parent_endpoint_id="ep", tag=20)}, "cannot carry itself"),
         ({"endpoint_id": "x" * 65}, "64"),
         ({"name": ""}, "interface name"),
         ({"name": "x" * 16}, "15"),
@@ -154,3 +159,32 @@ def test_any_address_text_is_taken_or_refused(value: str) -> None:
             InterfaceSpec.parse(message(**{field: [value]}))
         except SpecError as error:
             assert str(error)
+
+
+def child(endpoint_id: str = "child", parent: str = "base", tag: int = 20, **changes: object) -> InterfaceSpec:
+    trunk = TrunkChild(parent_endpoint_id=parent, tag=tag)
+    return InterfaceSpec.parse(message(endpoint_id=endpoint_id, trunk_child=trunk, **changes))
+
+
+def test_what_goes_over_another_interface() -> None:
+    spec = child()
+    assert spec.trunk == TrunkSpec("base", 20)
+    assert InterfaceSpec.parse(spec.to_message()) == spec
+    # No larger than what carries it; smaller, and itself again, as that changes.
+    for mtu, wanted in ((9000, 1500), (1500, 1500), (1400, 1400)):
+        assert spec.carried_by(InterfaceSpec.parse(message(mtu=mtu))).mtu == wanted
+    assert spec.carried_by(None) == spec
+    check_trunk(spec, InterfaceSpec.parse(message(mtu=1280)))
+    small = {"addresses": ["10.9.0.2/16"], "gateways": [], "routes": [], "mtu": 576}
+    with pytest.raises(SpecError, match="MTU of 576, too small for IPv6"):
+        check_trunk(spec, InterfaceSpec.parse(message(**small)))
+    check_trunk(child(**small), InterfaceSpec.parse(message(**small)))
+    with pytest.raises(SpecError, match="not nested"):
+        check_trunk(spec, child("base", "other"))
+
+
+def test_one_interface_for_a_tag() -> None:
+    elsewhere = {"addresses": ["10.9.0.2/16"], "gateways": [], "routes": [], "dns_servers": []}
+    check_against(child(), [child("two", tag=21, **elsewhere), child("three", parent="other", **elsewhere)])
+    with pytest.raises(SpecError, match="tag 20 is endpoint two's"):
+        check_against(child(), [child("two", **elsewhere)])

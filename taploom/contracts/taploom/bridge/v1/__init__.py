@@ -1463,6 +1463,11 @@ class Endpoint(betterproto2.Message):
     How much it may send and receive there, whoever said it.
     """
 
+    left_to_guest: "str" = betterproto2.field(15, betterproto2.TYPE_STRING)
+    """
+    What is left to whoever uses the guest, and why, for people; empty: nothing.
+    """
+
 
 default_message_pool.register_message("taploom.bridge.v1", "Endpoint", Endpoint)
 

@@ -30,6 +30,7 @@ __all__ = (
     "Route",
     "SyncRequest",
     "SyncResponse",
+    "TrunkChild",
     "WatchEventsRequest",
     "WatchEventsResponse",
     "WatchStarted",
@@ -91,6 +92,11 @@ class GuestFeature(betterproto2.Enum):
     The agent can write upstreams into /etc/resolv.conf instead of answering DNS (Resolver.direct).
     """
 
+    VLAN = 8
+    """
+    The agent makes VLAN interfaces (Interface.trunk_child), and the VM's kernel has them.
+    """
+
     @classmethod
     def betterproto_value_to_renamed_proto_names(cls) -> dict[int, str]:
         return {
@@ -102,6 +108,7 @@ class GuestFeature(betterproto2.Enum):
             5: "GUEST_FEATURE_EVENTS",
             6: "GUEST_FEATURE_HOSTS",
             7: "GUEST_FEATURE_DIRECT_DNS",
+            8: "GUEST_FEATURE_VLAN",
         }
 
     @classmethod
@@ -115,6 +122,7 @@ class GuestFeature(betterproto2.Enum):
             "GUEST_FEATURE_EVENTS": 5,
             "GUEST_FEATURE_HOSTS": 6,
             "GUEST_FEATURE_DIRECT_DNS": 7,
+            "GUEST_FEATURE_VLAN": 8,
         }
 
 
@@ -386,7 +394,8 @@ class Interface(betterproto2.Message):
 
     mtu: "int" = betterproto2.field(8, betterproto2.TYPE_UINT32)
     """
-    The MTU in bytes, 68 to 65535 (1280 at least where IPv6 is used).
+    The MTU in bytes, 68 to 65535 (1280 at least where IPv6 is used). A trunk child has at most that of the interface that
+    carries it, whatever is said here; the tag does not count.
     """
 
     network_name: "str" = betterproto2.field(9, betterproto2.TYPE_STRING)
@@ -402,6 +411,12 @@ class Interface(betterproto2.Message):
     name_links: "list[NameLink]" = betterproto2.field(11, betterproto2.TYPE_MESSAGE, repeated=True)
     """
     Names that only this container has for others on the network.
+    """
+
+    trunk_child: "TrunkChild | None" = betterproto2.field(12, betterproto2.TYPE_MESSAGE, optional=True)
+    """
+    What carries it, where it is not a data link of its own. Not to be sent to an agent without GUEST_FEATURE_VLAN, which would
+    make an interface that leads nowhere.
     """
 
 
@@ -482,7 +497,7 @@ class InterfaceStatus(betterproto2.Message):
         4, betterproto2.TYPE_MESSAGE, optional=True
     )
     """
-    What its link has carried.
+    What its link has carried; unset for a trunk child, whose frames count as its trunk's.
     """
 
     last_close_reason: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
@@ -699,6 +714,27 @@ class SyncResponse(betterproto2.Message):
 
 
 default_message_pool.register_message("taploom.guest.v1", "SyncResponse", SyncResponse)
+
+
+@dataclass(eq=False, repr=False)
+class TrunkChild(betterproto2.Message):
+    """
+    An interface that is tagged frames over another one of the agent's, the trunk: a VLAN interface (IEEE 802.1Q). It has no data link,
+    and is there as long as the trunk is: it is made again when that comes again.
+    """
+
+    parent_endpoint_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    The endpoint whose interface carries it, and is carried by none itself.
+    """
+
+    tag: "int" = betterproto2.field(2, betterproto2.TYPE_UINT32)
+    """
+    Its frames' tag there, 1 to 4094.
+    """
+
+
+default_message_pool.register_message("taploom.guest.v1", "TrunkChild", TrunkChild)
 
 
 @dataclass(eq=False, repr=False)

@@ -121,7 +121,8 @@ class GuestServiceClient:
         metadata: MetadataLike | None = None,
     ) -> ApplyInterfaceResponse:
         """Creates the interface or makes it be as described. INVALID_ARGUMENT when the description cannot be applied;
-        ALREADY_EXISTS when the interface name belongs to something that is not the agent's.
+        ALREADY_EXISTS when the interface name, or the tag, belongs to something that is not the agent's; FAILED_PRECONDITION when
+        what is to carry it is not here.
         """
         return await self._channel.unary_unary(
             _GUEST_APPLY_INTERFACE, request, timeout=timeout, metadata=metadata
@@ -171,7 +172,7 @@ class GuestServiceClient:
         metadata: MetadataLike | None = None,
     ) -> AuthorizeLinkResponse:
         """Lets one data link with this secret be opened for the endpoint, once. A newer secret replaces an unused one.
-        NOT_FOUND when the endpoint has no interface here.
+        NOT_FOUND when the endpoint has no interface here; INVALID_ARGUMENT when another's interface carries it.
         """
         return await self._channel.unary_unary(
             _GUEST_AUTHORIZE_LINK, request, timeout=timeout, metadata=metadata
@@ -220,7 +221,8 @@ class GuestServiceBase(Service):
         context: ServerContext,
     ) -> ApplyInterfaceResponse:
         """Creates the interface or makes it be as described. INVALID_ARGUMENT when the description cannot be applied;
-        ALREADY_EXISTS when the interface name belongs to something that is not the agent's.
+        ALREADY_EXISTS when the interface name, or the tag, belongs to something that is not the agent's; FAILED_PRECONDITION when
+        what is to carry it is not here.
         """
 
     @abc.abstractmethod
@@ -254,7 +256,7 @@ class GuestServiceBase(Service):
         context: ServerContext,
     ) -> AuthorizeLinkResponse:
         """Lets one data link with this secret be opened for the endpoint, once. A newer secret replaces an unused one.
-        NOT_FOUND when the endpoint has no interface here.
+        NOT_FOUND when the endpoint has no interface here; INVALID_ARGUMENT when another's interface carries it.
         """
 
     @abc.abstractmethod

@@ -1,0 +1,137 @@
+"""VLANs over real virtual machines: in the datapath of the helper's kernel, behind a card there, and as interfaces that
+the agent in a guest makes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from system.fabric import camel
+from vmlab import RECOVERY, Lines, Ping, Talk, VmFabric, compile_tool, until, vm_fabric
+
+pytestmark = pytest.mark.system
+
+OFFICE = ("--subnet", "10.120.0.0/24", "--gateway", "10.120.0.1", "--ip-range", "10.120.0.192/26")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory, watch_consoles: Callable[[Path], None]) -> Iterator[VmFabric]:
+    """web is on inner, where larger packets may pass than on base; db is on base. Behind card0, a card of the helper's
+    (a veth: what is at its other end is the LAN), a host is in VLAN 120.
+    """
+    with vm_fabric(compile_tool(tmp_path_factory.mktemp("tool") / "vmtool"), "web", "db") as lab:
+        watch_consoles(lab.path)
+        for command in (
+            "link add card0 type veth peer name trunk0",
+            "link add link trunk0 name trunk0.120 type vlan id 120",
+            "address add 10.120.0.1/24 dev trunk0.120",
+            *(f"link set {name} up" for name in ("card0", "trunk0", "trunk0.120")),
+        ):
+            lab.in_helper("ip", *command.split())
+        lab.run("network", "create", "office", "--vlan", "120", "--uplink", "card0", *OFFICE)
+        lab.run("network", "create", "base", "--ipv6")
+        lab.run("network", "create", "inner", "--ipv6", "--mtu", "9000")
+        lab.run("network", "connect", "inner", "web", "--alias", "front")
+        lab.run("network", "connect", "base", "db")
+        yield lab
+
+
+def trunk(lab: VmFabric, network: str, tag: int, *options: str) -> str:
+    """Connects db by tagged frames over its interface on base; returns the name of the interface that it has then."""
+    lab.run("network", "connect", network, "db", "--parent", "base", "--tag", str(tag), *options)
+    return str(camel(lab.endpoint("db", network), "interface_name"))
+
+
+def link(lab: VmFabric, name: str) -> dict[str, Any]:
+    """A link of db's as `ip` has it; {}: there is none."""
+    shown = lab.guest("db", "ip", "-json", "-details", "link", "show", "dev", name)
+    return dict(json.loads(shown.stdout)[0]) if shown.returncode == 0 else {}
+
+
+def test_a_network_behind_a_card_of_the_helpers(lab: VmFabric) -> None:
+    lab.run("network", "connect", "office", "web", "--priority", "1")
+    assert lab.answers("web", "10.120.0.1")
+    assert lab.answers("helper", lab.address("web", "office"))
+    assert "master ovs-system" in lab.in_helper("ip", "-o", "link", "show", "card0"), "the kernel's datapath has it"
+    lab.run("network", "disconnect", "office", "web")
+
+
+def test_interfaces_that_the_agent_makes(lab: VmFabric) -> None:
+    over = str(camel(lab.endpoint("db", "base"), "interface_name"))
+    name = trunk(lab, "inner", 20, "--alias", "inside", "--priority", "1")
+    office = trunk(lab, "office", 30)
+    assert (name, office) == (f"{over}.20", f"{over}.30")
+    made, parent = link(lab, name), link(lab, over)
+    assert made["linkinfo"]["info_data"]["id"] == 20
+    assert made["address"] == parent["address"] == camel(lab.endpoint("db", "inner"), "mac_address")
+    assert made["mtu"] == parent["mtu"] == 1500, "not the 9000 of its network"
+    assert made["operstate"] == parent["operstate"] == "UP"
+
+    # Both ways, both families, names on either side, and the way out.
+    for family in ("-4", "-6"):
+        assert lab.answers("db", "front", family)
+        assert lab.answers("web", "inside", family)
+    assert lab.in_guest("db", "getent", "hosts", "web.inner").split()[1] == "web.inner"
+    assert f" dev {name} " in lab.in_guest("db", "ip", "route", "show", "default")
+    assert lab.answers("db", "10.120.0.1")
+    assert lab.answers("helper", lab.address("db", "office"))
+    # As large as the parent's frames are, without the tag; and enough at once that segmentation offload takes part.
+    assert lab.answers("db", "front", "-4", "-M", "do", "-s", "1472")
+    server = Lines(lab, "db", "iperf3", "-s", "-1", "--forceflush")
+    until(lambda: any("listening" in line for line in server.so_far()), "iperf3 listens")
+    lab.in_guest("web", "iperf3", "-c", lab.address("db", "inner"), "-n", "8M", timeout=RECOVERY)
+    server.stop()
+    # What is on one tag is not on another, whoever asks.
+    assert not lab.answers("db", lab.address("web", "inner"), "-I", office, "-W", "2")
+    assert not lab.answers("db", lab.address("web", "inner"), "-I", over, "-W", "2")
+    assert lab.silent("web", lab.address("db", "office"), lab.address("db", "base"))
+
+    # The agent that is killed and started again finds it, and nothing on it has noticed.
+    ping, talk = Ping(lab, "db", lab.address("web", "inner")), Talk(lab, "web", "db", lab.address("db", "inner"))
+    lab.in_guest("db", "kill", "-9", str(lab.agent_pid("db")))
+    lab.until_whole()
+    ping.until_goes_on(lab, "after the agent was killed")
+    talk.says("after")
+    assert link(lab, name)["ifindex"] == made["ifindex"]
+    # What another program removes comes back: it alone, and with what carries it.
+    for victim in (name, over):
+        lab.in_guest("db", "ip", "link", "del", victim)
+        ping.until_goes_on(lab, f"after {victim} was removed")
+    talk.says("and after that")
+    talk.close()
+    ping.stop()
+    assert link(lab, name)["ifindex"] != made["ifindex"]
+
+    # What carries it goes, and comes again.
+    lab.run("network", "disconnect", "base", "db")
+    assert not link(lab, name)
+    assert not camel(lab.endpoint("db", "inner"), "link_up")
+    assert lab.silent("web", lab.address("db", "inner"))
+    lab.run("network", "connect", "base", "db")
+    lab.until_whole()
+    assert lab.answers("web", "inside")
+    assert camel(lab.endpoint("db", "inner"), "link_up")
+
+    # Somebody's own stays somebody's, and is told of.
+    lab.in_guest("db", "ip", "link", "add", "link", over, "name", "mine", "type", "vlan", "id", "40")
+    lab.run("network", "create", "third")
+    taken = lab.fails("network", "connect", "third", "db", "--parent", "base", "--tag", "40")
+    assert f"tag 40 over {over} is mine, which belongs to something that is not taploom's" in taken
+    lab.in_guest("db", "ip", "link", "del", "mine")
+
+    # Disconnected, it is gone with its names; the other stays.
+    lab.run("network", "disconnect", "inner", "db")
+    assert not link(lab, name)
+    assert link(lab, office)
+    assert lab.guest("db", "getent", "hosts", "web").returncode == 2
+    assert lab.answers("db", "10.120.0.1")
+    lab.run("network", "disconnect", "office", "db")
+    assert not link(lab, office)
+
+
+def test_the_card_is_free_again(lab: VmFabric) -> None:
+    lab.run("network", "rm", "office")
+    assert "master" not in lab.in_helper("ip", "-o", "link", "show", "card0")
