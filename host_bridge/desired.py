@@ -635,8 +635,6 @@ class DesiredState:
         Raises:
             InvalidError, NotFoundError, PreconditionError, TakenError: it cannot.
         """
-        if self._store.is_container(guest.id):
-            raise InvalidError(f"{guest.name} is a container: connect it to {network.name} itself, without a tag")
         over = self.find_network(carried.parent)
         if over.id == network.id:
             raise InvalidError(f"network {network.name} cannot go over itself: name another that {guest.name} is on")

@@ -567,12 +567,15 @@ class Fabric:
             return
         await self._converge(
             lambda condition: guest.changes.until(record.id, condition),
-            done=lambda: _told(guest, record.id),
+            done=lambda: guest.connected and _told(guest, record.id),
             refused=lambda: _refusal(guest, record.id),
             peers=(guest,),
             explain=lambda: guest.waits_for(record.id),
         )
         left = guest.leaves(record)
+        if left and self.desired.store.is_container(record.guest_id):
+            # Nobody in a container could, or would.
+            raise PreconditionError(f"{self.label(record)}: {left.partition(';')[0]}: connect it without a tag")
         if left:
             logger.warning("%s: %s", self.label(record), left)
 

@@ -24,6 +24,7 @@ from host_bridge.fabric import Fabric, Timing
 from host_bridge.ports import PortPublisher
 from host_bridge.store import Store
 from taploom.address import UnixAddress, open_listener
+from taploom.contracts.taploom.guest.v1 import GuestFeature
 from taploom.contracts.taploom.runtime import v1 as runtime
 from taploom.contracts.taploom.runtime.v1.rpc import RuntimeServiceBase
 from taploom.link import open_dataplane
@@ -70,6 +71,7 @@ class FakeRuntime(RuntimeServiceBase):
         calls: the names of the calls that change something, in order.
         fail: calls that fail, with the error.
         hold: calls that wait until the event is set.
+        guests_without: what the agents of the containers' VMs cannot do.
     """
 
     def __init__(self, directory: Path, nursery: trio.Nursery) -> None:
@@ -81,6 +83,7 @@ class FakeRuntime(RuntimeServiceBase):
         self.calls: list[str] = []
         self.fail: dict[str, RpcError] = {}
         self.hold: dict[str, trio.Event] = {}
+        self.guests_without: set[GuestFeature] = set()
         self.lost_events = False
         self._nursery = nursery
         self._watchers: set[trio.MemorySendChannel[runtime.WatchEventsResponse]] = set()
@@ -196,6 +199,7 @@ class FakeRuntime(RuntimeServiceBase):
             return runtime.BootContainerResponse()
         if container.guest is None:
             guest = FakeGuest(self.directory / request.container_id[:6])
+            guest.features = [feature for feature in guest.features if feature not in self.guests_without]
             await self._nursery.start(guest.run)
             container.guest = guest
         return runtime.BootContainerResponse(

@@ -11,6 +11,7 @@ import pytest
 import trio
 from containers_support import IMAGE, ContainerRig, open_container_rig
 
+from taploom.contracts.taploom.guest.v1 import GuestFeature
 from taploom.rpc import RpcError, StatusCode
 
 
@@ -206,6 +207,49 @@ async def test_several_networks_from_the_start(rig: ContainerRig) -> None:
     guest = rig.runtime.named("web").guest
     assert guest is not None
     assert {one.network_name: one.name for one in guest.interfaces.values()} == {"back": "eth0", "app": "eth1"}
+
+
+async def test_a_network_over_the_interface_on_another(rig: ContainerRig) -> None:
+    for name in ("base", "inner"):
+        await rig.docker("POST", "/networks/create", {"Name": name})
+    tagged = {"DriverOpts": {"taploom.vlan.parent": "base", "taploom.vlan.tag": "20"}}
+    body = {
+        "Image": "box",
+        "Cmd": ["sleep"],
+        "HostConfig": {"NetworkMode": "base"},
+        "NetworkingConfig": {"EndpointsConfig": {"inner": tagged, "base": {}}},
+    }
+    assert (await rig.docker("POST", "/v1.44/containers/create?name=web", body)).status == 201
+
+    async def is_there() -> None:
+        guest = rig.runtime.named("web").guest
+        assert guest is not None
+        found = {one.network_name: one for one in guest.interfaces.values()}
+        assert {name: one.name for name, one in found.items()} == {"base": "eth0", "inner": "eth0.20"}
+        trunk = found["inner"].trunk_child
+        assert trunk is not None
+        assert (trunk.parent_endpoint_id, trunk.tag) == (found["base"].endpoint_id, 20)
+        networks = (await rig.inspect("web"))["NetworkSettings"]["Networks"]
+        assert networks["inner"]["DriverOpts"] == tagged["DriverOpts"]
+        assert networks["inner"]["MacAddress"] == networks["base"]["MacAddress"]
+
+    assert (await rig.docker("POST", "/containers/web/start")).status == 204
+    await is_there()
+    assert (await rig.docker("POST", "/networks/inner/disconnect", {"Container": "web"})).status == 200
+    connect = {"Container": "web", "EndpointConfig": tagged}
+    assert (await rig.docker("POST", "/networks/inner/connect", connect)).status == 200
+    await is_there()
+    # Where the agent in the container's VM cannot, nobody could.
+    await rig.docker("POST", "/containers/web/stop")
+    rig.runtime.guests_without.add(GuestFeature.VLAN)
+    answer = await rig.docker("POST", "/containers/web/start")
+    assert answer.status == 409
+    assert "web on inner: the agent (version 0.1.0) makes no VLAN interfaces" in answer.message
+    assert answer.message.endswith("(8021q): connect it without a tag")
+    assert (await rig.docker("POST", "/networks/inner/disconnect", {"Container": "web"})).status == 200
+    assert (await rig.docker("POST", "/containers/web/start")).status == 204
+    assert (await rig.docker("POST", "/networks/inner/connect", connect)).status == 409
+    assert list((await rig.inspect("web"))["NetworkSettings"]["Networks"]) == ["base"]
 
 
 async def test_restart_policies(rig: ContainerRig) -> None:

@@ -157,6 +157,11 @@ def test_tagged_children_in_one_guest(rig: tuple[Fabric, Lan]) -> None:
         name = camel(over, "interface_name")
         assert camel(endpoint, "interface_name") == f"{name}.20"
         assert camel(endpoint, "link_up")
+        # The agent in the guest makes the interface, or, where the kernel has none such, people are told what to do.
+        made = f"{name}.20@" in running.in_guest("db", "ip", "-brief", "link")
+        assert made is (
+            f"type there: ip link add link {name} name {name}.20" not in running.run("guest", "inspect", "db")
+        )
         # What a VLAN interface takes over from the one that it is on.
         assert camel(endpoint, "mac_address") == camel(over, "mac_address")
         message = Endpoint(

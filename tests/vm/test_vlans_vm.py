@@ -87,7 +87,7 @@ def test_interfaces_that_the_agent_makes(lab: VmFabric) -> None:
     # What is on one tag is not on another, whoever asks.
     assert not lab.answers("db", lab.address("web", "inner"), "-I", office, "-W", "2")
     assert not lab.answers("db", lab.address("web", "inner"), "-I", over, "-W", "2")
-    assert lab.silent("web", lab.address("db", "office"), lab.address("db", "base"))
+    assert lab.silent("web", lab.address("db", "base"))
 
     # The agent that is killed and started again finds it, and nothing on it has noticed.
     ping, talk = Ping(lab, "db", lab.address("web", "inner")), Talk(lab, "web", "db", lab.address("db", "inner"))
@@ -134,4 +134,4 @@ def test_interfaces_that_the_agent_makes(lab: VmFabric) -> None:
 
 def test_the_card_is_free_again(lab: VmFabric) -> None:
     lab.run("network", "rm", "office")
-    assert "master" not in lab.in_helper("ip", "-o", "link", "show", "card0")
+    until(lambda: "master" not in lab.in_helper("ip", "-o", "link", "show", "card0"), "card0 is no port any more")
