@@ -3,14 +3,31 @@ the agent in a guest makes."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from system.fabric import camel
 from vmlab import RECOVERY, Lines, Ping, Talk, VmFabric, compile_tool, until, vm_fabric
+
+from taploom.address import connect, parse_address
+from taploom.contracts.taploom.guest.v1 import (
+    ApplyInterfaceRequest,
+    DeleteInterfaceRequest,
+    GetInfoRequest,
+    GuestFeature,
+    Interface,
+    InterfaceState,
+    InterfaceStatus,
+    ListInterfacesRequest,
+    TrunkChild,
+)
+from taploom.contracts.taploom.guest.v1.rpc import GuestServiceClient
+from taploom.rpc import RpcError, StatusCode, open_channel
 
 pytestmark = pytest.mark.system
 
@@ -59,6 +76,72 @@ def test_a_network_behind_a_card_of_the_helpers(lab: VmFabric) -> None:
     lab.run("network", "disconnect", "office", "web")
 
 
+@contextlib.asynccontextmanager
+async def agent(lab: VmFabric) -> AsyncIterator[GuestServiceClient]:
+    """db's agent, called beside the bridge, which knows nothing of these endpoints and leaves them alone."""
+    stream = await connect(parse_address(lab.json("guest", "inspect", "db")["address"]))
+    async with open_channel(stream) as channel:
+        yield GuestServiceClient(channel)
+
+
+def described(endpoint_id: str, name: str, number: int, **changes: object) -> Interface:
+    values: dict[str, object] = {"mac_address": f"02:00:00:00:00:{number:02x}", "mtu": 1500, **changes}
+    return Interface(endpoint_id=endpoint_id, name=name, addresses=[f"10.99.{number}.2/24"], **values)  # type: ignore[arg-type]
+
+
+async def test_the_contract(lab: VmFabric) -> None:
+    async with agent(lab) as client:
+
+        async def apply(interface: Interface) -> InterfaceStatus:
+            done = await client.apply_interface(ApplyInterfaceRequest(interface=interface), timeout=RECOVERY)
+            assert done.status is not None
+            return done.status
+
+        async def refused(interface: Interface, code: StatusCode, words: str) -> None:
+            with pytest.raises(RpcError, match=words) as caught:
+                await apply(interface)
+            assert caught.value.code == code
+
+        assert GuestFeature.VLAN in (await client.get_info(GetInfoRequest(), timeout=RECOVERY)).features
+        base = described("x0", "x0", 1)
+        child = described("x1", "x0.7", 2, mtu=9000, trunk_child=TrunkChild(parent_endpoint_id="x0", tag=7))
+        await refused(child, StatusCode.FAILED_PRECONDITION, "endpoint x0, which is to carry it, has no interface here")
+        await apply(base)
+        status = await apply(child)
+        assert (status.interface, status.state) == (child, InterfaceState.NO_LINK)
+        assert status.counters is None
+        first = link(lab, "x0.7")
+        assert (first["link"], first["address"], first["mtu"]) == ("x0", child.mac_address, 1500)
+        assert first["linkinfo"]["info_data"]["id"] == 7
+        nested = described("x2", "x2", 3, trunk_child=TrunkChild(parent_endpoint_id="x1", tag=8))
+        await refused(nested, StatusCode.INVALID_ARGUMENT, "tags are not nested")
+        same = described("x2", "x2", 3, trunk_child=child.trunk_child)
+        await refused(same, StatusCode.INVALID_ARGUMENT, "tag 7 is endpoint x1's there")
+        # In place: its own changes and those of what carries it. Another tag is another interface.
+        await apply(described("x0", "x0", 1, mtu=1400))
+        assert (link(lab, "x0.7")["ifindex"], link(lab, "x0.7")["mtu"]) == (first["ifindex"], 1400)
+        await apply(base)
+        assert link(lab, "x0.7")["mtu"] == 1500
+        await apply(dataclasses.replace(child, name="lab7", mtu=1300))
+        assert (link(lab, "lab7")["ifindex"], link(lab, "lab7")["mtu"]) == (first["ifindex"], 1300)
+        child.trunk_child = TrunkChild(parent_endpoint_id="x0", tag=9)
+        await apply(child)
+        assert not link(lab, "lab7")
+        assert link(lab, "x0.7")["linkinfo"]["info_data"]["id"] == 9
+        # It waits for what carries it.
+        await client.delete_interface(DeleteInterfaceRequest(endpoint_id="x0"), timeout=RECOVERY)
+        listed = (await client.list_interfaces(ListInterfacesRequest(), timeout=RECOVERY)).interfaces
+        reasons = {one.interface.endpoint_id: one.last_close_reason for one in listed if one.interface is not None}
+        assert reasons["x1"] == "the interface that carries it is gone"
+        assert not link(lab, "x0.7")
+        await apply(base)
+        assert link(lab, "x0.7")["link"] == "x0"
+        for endpoint_id in ("x0", "x1"):
+            await client.delete_interface(DeleteInterfaceRequest(endpoint_id=endpoint_id), timeout=RECOVERY)
+        assert not link(lab, "x0")
+        assert not link(lab, "x0.7")
+
+
 def test_interfaces_that_the_agent_makes(lab: VmFabric) -> None:
     over = str(camel(lab.endpoint("db", "base"), "interface_name"))
     name = trunk(lab, "inner", 20, "--alias", "inside", "--priority", "1")
@@ -96,10 +179,10 @@ def test_interfaces_that_the_agent_makes(lab: VmFabric) -> None:
     ping.until_goes_on(lab, "after the agent was killed")
     talk.says("after")
     assert link(lab, name)["ifindex"] == made["ifindex"]
-    # What another program removes comes back: it alone, and with what carries it.
-    for victim in (name, over):
-        lab.in_guest("db", "ip", "link", "del", victim)
-        ping.until_goes_on(lab, f"after {victim} was removed")
+    # What another program takes away comes back: it alone, and with what carries it.
+    for change in (("del", name), ("del", over), ("set", over, "down")):
+        lab.in_guest("db", "ip", "link", *change)
+        ping.until_goes_on(lab, f"after {change}")
     talk.says("and after that")
     talk.close()
     ping.stop()
@@ -128,8 +211,11 @@ def test_interfaces_that_the_agent_makes(lab: VmFabric) -> None:
     assert link(lab, office)
     assert lab.guest("db", "getent", "hosts", "web").returncode == 2
     assert lab.answers("db", "10.120.0.1")
+    # Also where there was no agent to tell, so that the next one finds what is not to be there.
+    lab.in_guest("db", "kill", "-9", str(lab.agent_pid("db")))
     lab.run("network", "disconnect", "office", "db")
-    assert not link(lab, office)
+    until(lambda: not link(lab, office), f"{office} is gone\n{lab.logs()}")
+    lab.until_whole()
 
 
 def test_the_card_is_free_again(lab: VmFabric) -> None:
