@@ -12,6 +12,8 @@ from test_policy_lab import rows
 
 pytestmark = pytest.mark.system
 
+PAYLOAD = 1400  # bytes of a datagram
+
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Fabric]:
@@ -31,10 +33,12 @@ def udp(lab: Fabric, *options: str, seconds: int = 3, offered: str = "40M", fami
 
     A sender that gets no processor for some of the time sends less than its limit: it is measured until it did.
     """
-    command = ("iperf3", "-J", "-u", "-b", offered, "-t", str(seconds), "-l", "1400", *options)
+    command = ("iperf3", "-J", "-u", "-b", offered, "-t", str(seconds), "-l", str(PAYLOAD), *options)
     end = json.loads(lab.in_guest("web", *command, "-c", lab.address("db", "app", family)))["end"]
-    arrived = end["sum"]["packets"] - end["sum"]["lost_packets"]
-    return float(arrived * (1400 + (42 if family == 4 else 62)) * 8 / end["sum"]["seconds"] / 1e6)
+    # Which side's `sum` is of, differs between releases of iperf3.
+    received = end["sum_received"]
+    packets = received["bytes"] / PAYLOAD
+    return float(packets * (PAYLOAD + (42 if family == 4 else 62)) * 8 / received["seconds"] / 1e6)
 
 
 def tcp(lab: Fabric, *options: str, seconds: int = 5) -> float:

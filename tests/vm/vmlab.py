@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import signal
 import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,13 @@ RECOVERY = 480.0
 PAUSE = 0.3
 
 TOOL = "/run/vmtool"
+# The image's modules are in one file, which an interpreter has to be told.
+_PROGRAM = """import sys
+sys.path.insert(0, "/usr/lib/taploom")
+import start
+start.Bundle().install()
+exec(compile({program!r}, {path!r}, "exec"), {{"__name__": "__main__"}})
+"""
 _DROPPED = ("link_up", "linkUp", "connected", "problem", "status")
 
 
@@ -43,6 +52,7 @@ class VmFabric(Fabric):
     def __init__(self, tool: Path) -> None:
         super().__init__()
         self._tool = tool
+        self._programs: set[tuple[str, str]] = set()
 
     def up(self, *guests: str) -> None:
         self.run("lab", "up", "--vm", *(part for guest in guests for part in ("--guest", guest)), timeout=900)
@@ -57,6 +67,26 @@ class VmFabric(Fabric):
     def write(self, guest: str, path: str, text: str) -> None:
         """Writes a file in a VM."""
         self._write(guest, path, text.encode())
+
+    def guest(self, name: str, *command: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        return super().guest(name, *self._command(name, command), timeout=timeout)
+
+    def in_guest(self, name: str, *command: str, timeout: float = 60) -> str:
+        return super().in_guest(name, *self._command(name, command), timeout=timeout)
+
+    def start_in_guest(self, name: str, *command: str, **options: Any) -> subprocess.Popen[str]:
+        return super().start_in_guest(name, *self._command(name, command), **options)
+
+    def _command(self, guest: str, command: Sequence[str]) -> Sequence[str]:
+        """A command as it is in a VM: tests' Python programs, by path or with -c, run with the image's interpreter."""
+        if not command or command[0] != sys.executable:
+            return command
+        text, *arguments = command[2:] if command[1] == "-c" else (Path(command[1]).read_text(), *command[2:])
+        path = f"/run/{hashlib.sha256(text.encode()).hexdigest()[:16]}.py"
+        if (guest, path) not in self._programs:
+            self.write(guest, path, _PROGRAM.format(program=text, path=path))
+            self._programs.add((guest, path))
+        return ["/usr/bin/python3", "-I", "-S", "-B", path, *arguments]
 
     def _write(self, guest: str, path: str, data: bytes) -> None:
         subprocess.run(
