@@ -57,7 +57,7 @@ echo "== tests over virtual machines"
 start=$(date +%s)
 # Two files at a time: a VM that boots keeps a processor busy, one that waits does not. Those that take longest begin
 # first.
-files=(tests/vm/test_{fabric_vm,lab_vm,helper_image}.py)
+files=(tests/vm/test_{fabric_vm,features_vm,lab_vm,helper_image}.py)
 for file in tests/vm/test_*.py; do
 	[[ " ${files[*]} " == *" $file "* ]] || files+=("$file")
 done
