@@ -217,7 +217,7 @@ def test_trace(lab: VmFabric, probers: dict[str, Prober]) -> None:
         hands = [step.text for path in found.paths for step in path.steps]
         assert any(text.startswith("the load balancer at ") and ":7001" in text for text in hands), hands
         left = [step.text for path in told(lab, "web", OUTSIDE[4]).paths for step in path.steps]
-        assert any("NAT" in text or "address" in text for text in left), left
+        assert any(text.startswith("its source becomes ") for text in left), left
         assert told(lab, "web", "nosuch").verdict == TraceVerdict.STOPS
     finally:
         lab.run("lb", "rm", "shop")
@@ -235,7 +235,10 @@ def test_limits(lab: VmFabric) -> None:
         limit = ("--network", "app", "--rate", f"{RATE}mbit", "--burst", "80k")
         lab.run("qos", "set", "web", *limit, "--dscp", "46")
         for options in ((), ("-R",)):
-            assert udp(lab, *options, offered=OFFERED) == pytest.approx(RATE, rel=0.1), options
+            until(
+                lambda o=options: abs(udp(lab, *o, offered=OFFERED) / RATE - 1) < 0.1,
+                f"the rate is the limit {options}",
+            )  # type: ignore[misc]
         with capture(
             lab, "db", "--network", "app", "--filter", "udp port 5201 and ip[1] == 0xb8", "--count", "5"
         ) as found:
@@ -261,7 +264,7 @@ def test_limits(lab: VmFabric) -> None:
                 sending.wait()
         assert len(found.packets) == 5
         lab.run("qos", "rm", "web", "--network", "app")
-        assert udp(lab, offered=OFFERED, seconds=1) > 2 * RATE
+        until(lambda: udp(lab, offered=OFFERED, seconds=1) > 2 * RATE, "there is no limit any more")
     finally:
         server.kill()
         server.wait()
