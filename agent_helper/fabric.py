@@ -158,6 +158,7 @@ class Fabric:
         self._numbers = itertools.count()  # of interfaces; a name is never used twice, see _open_tap
         self.uplink: UplinkSpec | None = None
         self.policy = PolicySpec()
+        self._limit_flows: dict[str, list[str]] = {}
         self.balancers: tuple[BalancerSpec, ...] = ()
         self._backends: frozenset[str] = frozenset()
         self._balancer_changes = Changes()
@@ -827,7 +828,7 @@ class Fabric:
         if not limits:
             return {}
         stack = self._stack
-        return await qos_counters.read_counters(stack.socket, stack.mgmt, stack.list_meters, limits)
+        return await qos_counters.read_counters(stack.socket, stack.mgmt, stack.list_meters, limits, self._limit_flows)
 
     def _enter_members(self, members: Mapping[str, EndpointPolicy | None]) -> None:
         for endpoint_id, member in members.items():

@@ -38,7 +38,11 @@ class Limited:
 
 
 async def read_counters(
-    db_socket: Path, mgmt: Path, list_meters: Callable[[], Awaitable[str]], limits: Mapping[tuple[str, bool], str]
+    db_socket: Path,
+    mgmt: Path,
+    list_meters: Callable[[], Awaitable[str]],
+    limits: Mapping[tuple[str, bool], str],
+    known: dict[str, list[str]],
 ) -> dict[tuple[str, bool], Limited]:
     """What each limit has done; limits that are not programmed yet are left out.
 
@@ -47,21 +51,26 @@ async def read_counters(
         mgmt: where the integration bridge takes OpenFlow connections.
         list_meters: asks ovn-controller for `meter-table-list`.
         limits: the uuids of rows of QoS.
+        known: the logical flows of limits as `flows_of` gives them; it is brought up to date where it is not.
 
     Raises:
         UnavailableError: a daemon does not answer.
     """
     try:
         with trio.fail_after(_TIMEOUT):
-            flows = await flows_of(db_socket, _STAGES)
             meters = meters_of(await list_meters())
+            # They are sought among all of the fabric's, and seldom change: only when one that is wanted has no meter.
+            if not all(any(flow in meters for flow in known.get(uuid[:8], ())) for uuid in limits.values()):
+                flows = await flows_of(db_socket, _STAGES)
+                known.clear()
+                known.update(flows)
             (answer,) = await openflow.multipart(mgmt, openflow.METER, [_ALL])
             counted = parse_meters(answer)
     except (OSError, trio.TooSlowError, trio.BrokenResourceError, ValueError, struct.error) as exc:
         raise UnavailableError(f"the limits' counters cannot be read now ({exc}); try again") from exc
     found = {}
     for key, uuid in limits.items():
-        for flow in flows.get(uuid[:8], ()):
+        for flow in known.get(uuid[:8], ()):
             one = counted.get(meters.get(flow, 0))
             if one is not None:
                 found[key] = one

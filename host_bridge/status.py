@@ -92,8 +92,8 @@ class StatusReader:
         self._interfaces: dict[str, tuple[GuestPeer, _Polled[list[InterfaceStatus]]]] = {}
 
     async def read(self) -> Status:
-        """The status now. Takes at most `POLL_TIMEOUT` seconds, whatever agents do; a little more where limits are in
-        force whose rates were not measured lately."""
+        """The status now. Takes at most `POLL_TIMEOUT` seconds, whatever agents do; some seconds at most where limits
+        are in force whose rates a slow helper has to tell."""
         await self._poll()
         components = [
             Component(name="bridge", state=ComponentState.OK, version=__version__, since=self._started),
@@ -122,7 +122,7 @@ class StatusReader:
                 nursery.start_soon(self._health.refresh)
                 nursery.start_soon(self._endpoints.refresh)
                 if any(self._limits(endpoint) for endpoint in fabric.desired.store.endpoints()):
-                    nursery.start_soon(self._rates.measure, POLL_TIMEOUT)
+                    nursery.start_soon(self._rates.measure)
             else:
                 self._health.forget()
                 self._endpoints.forget()

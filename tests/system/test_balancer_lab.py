@@ -55,7 +55,7 @@ class Balanced:
         return all(at_once(*requests, *(lambda ping=ping: not self.lab.answers(*ping) for ping in pings)))
 
     def until_names(self, wanted: set[str], guest: str, target: str, protocol: str = "tcp") -> None:
-        until(lambda: self.names(guest, target, 80, protocol, 20) == wanted, f"{wanted} answer {guest} at {target}", 30)
+        until(lambda: self.names(guest, target, 80, protocol, 20) == wanted, f"{wanted} answer {guest} at {target}")
 
     def written(self, text: str) -> str:
         path = self.lab.path / "lb.yaml"

@@ -243,7 +243,7 @@ def test_limits(lab: VmFabric) -> None:
             lab, "db", "--network", "app", "--filter", "udp port 5201 and ip[1] == 0xb8", "--count", "5"
         ) as found:
             sending = lab.start_in_guest(
-                "web", "iperf3", "-u", "-b", OFFERED, "-t", "60", "-c", lab.address("db", "app")
+                "web", "iperf3", "-u", "-b", OFFERED, "-t", "600", "-c", lab.address("db", "app")
             )
             try:
 
@@ -255,7 +255,6 @@ def test_limits(lab: VmFabric) -> None:
                     )
                     (way,) = [one for one in link["qos"] if one["rule"]["direction"] == "out"]
                     passed, dropped = way["passed_bits_per_second"], way["dropped_bits_per_second"]
-                    print(passed, dropped)
                     return passed is not None and abs(passed / 1e6 - RATE) < RATE / 10 and dropped > 2e6
 
                 until(measured, "rates in the status")
@@ -313,7 +312,9 @@ def test_capture(lab: VmFabric) -> None:
         lab.in_guest("mal", "ping", "-n", "-c1", "-W20", db)
     assert [block.name for block in blocks(found.data) if isinstance(block, Interface)] == ["web@app"]
     echoes = [one for one in found.packets if one.data[12:14] == b"\x08\x00"]
-    assert [one.direction for one in echoes] == [OUTBOUND, INBOUND] * 3
+    # An answer may take longer than the next request waits.
+    assert sorted(one.direction for one in echoes) == sorted([OUTBOUND, INBOUND] * 3)
+    assert echoes[0].direction == OUTBOUND
     (statistics,) = [block for block in blocks(found.data) if isinstance(block, Statistics)]
     assert (statistics.accepted, statistics.dropped) == (len(found.packets), 0)
     assert found.said == f"{len(found.packets)} packets captured\n"
@@ -353,11 +354,11 @@ def test_load_balancer(lab: VmFabric, balanced: Balanced) -> None:
     backends = ("--backend", "guest=db", "--backend", "guest=mal", "--publish", "127.0.0.1::80")
     both = {"db", "mal"}
     try:
-        lab.run(*create, *backends, "--health-check", "interval=1s,timeout=2s,failures=2")
+        lab.run(*create, *backends, "--health-check", "interval=1s,timeout=10s,failures=2")
         for target in (*balanced.addresses("shop").values(), "shop"):
-            assert balanced.names("web", target) == both, target
-            assert balanced.names("web", target, protocol="udp") == both, target
-        assert balanced.names("db", "shop") == both, "one that is its own client"
+            balanced.until_names(both, "web", target)
+            balanced.until_names(both, "web", target, "udp")
+        balanced.until_names(both, "db", "shop")  # one that is its own client
         published = lab.json("lb", "show", "shop")["balancer"]["published"][0]["host_port"]
         asked = [sys.executable, CLIENT, "127.0.0.1", str(published), "tcp", "12"]
         answers = json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
@@ -365,10 +366,10 @@ def test_load_balancer(lab: VmFabric, balanced: Balanced) -> None:
         until(lambda: balanced.health("shop") == {"db": {"up"}, "mal": {"up"}}, "both are up")
         balanced.stop("mal")
         until(lambda: balanced.health("shop")["mal"] == {"down"}, "mal is down")
-        assert balanced.names("web", "shop") == {"db"}
+        balanced.until_names({"db"}, "web", "shop")
         balanced.serve("mal")
         until(lambda: balanced.health("shop")["mal"] == {"up"}, "mal is up again")
-        assert balanced.names("web", "shop") == both
+        balanced.until_names(both, "web", "shop")
     finally:
         lab.run("lb", "rm", "shop")
 
