@@ -70,6 +70,15 @@ def environment(run_dir: Path, name: str = "") -> dict[str, str]:
     return {**os.environ, "LC_ALL": "C.UTF-8", **folders, **(_VSWITCHD_MALLOC if name == "ovs-vswitchd" else {})}
 
 
+def niceness(name: str, kernel_datapath: bool) -> int:
+    """What is added to a daemon's niceness.
+
+    Packets in the userspace data path wait for vswitchd's main thread, which visits all ports in turn; who is given a
+    processor before it is, many packets pay for. (-10 is also what ovs-ctl(8) gives it.)
+    """
+    return -10 if name == "ovs-vswitchd" and not kernel_datapath else 0
+
+
 def command(name: str, program: str, run_dir: Path) -> list[str]:
     """A daemon's command line; `program` is its path."""
     own = {

@@ -21,7 +21,7 @@ from pathlib import Path
 from agent_helper import daemons, links
 from agent_helper.schemas import Record, create_database, read_schema
 from taploom.arguments import plain_options
-from taploom.children import die_with
+from taploom.children import add_nice, die_with
 
 _ADDRESS = r"vsock:(any|[1-9]\d{0,8}):[1-9]\d{0,8}|unix:/.{1,90}"
 _RIGHT = {
@@ -91,7 +91,8 @@ def start_daemons(argv: Sequence[str]) -> Early | None:
         return None
     database, mgmt = daemons.database_socket(run_dir), daemons.mgmt_socket(run_dir)
     after = {"ovsdb-server": None, "ovs-vswitchd": database, "ovn-northd": database, "ovn-controller": mgmt}
-    pids = {name: _start(name, programs[name], state_dir, after[name]) for name in names}
+    nice = {name: daemons.niceness(name, kernel_datapath) for name in names}
+    pids = {name: _start(name, programs[name], state_dir, after[name], nice[name]) for name in names}
     return Early(state_dir, kernel_datapath, lock, acl_log, pids)
 
 
@@ -144,7 +145,7 @@ def _uuid() -> str:
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
-def _start(name: str, program: str, state_dir: Path, after: Path | None) -> int:
+def _start(name: str, program: str, state_dir: Path, after: Path | None, nice: int) -> int:
     """Starts a daemon once somebody listens on the socket `after`; returns its process id."""
     run_dir = state_dir / "run"
     parent = os.getpid()
@@ -153,6 +154,7 @@ def _start(name: str, program: str, state_dir: Path, after: Path | None) -> int:
         return pid
     try:
         die_with(parent)
+        add_nice(nice)
         os.setsid()
         log = os.open(state_dir / "log" / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for number, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), log, log)):

@@ -266,6 +266,7 @@ class Stack:
             daemons.command(name, self.programs[name], self.run_dir),
             env=daemons.environment(self.run_dir, name),
             adopt=0 if self._early is None else self._early.pids[name],
+            nice=daemons.niceness(name, self.kernel_datapath),
             log=self.log_dir / f"{name}.log",
             backoff_max=1.0,
             on_change=self._on_daemon,

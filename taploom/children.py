@@ -3,6 +3,7 @@ else. Linux only."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -19,6 +20,13 @@ def die_with(parent: int) -> None:
     """
     if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) or os.getppid() != parent:
         os._exit(127)
+
+
+def add_nice(increment: int) -> None:
+    """To be called in a child between fork and exec: nice(2). Where that is not allowed, nothing is changed."""
+    if increment:
+        with contextlib.suppress(OSError):
+            os.nice(increment)
 
 
 class Adopted:

@@ -20,7 +20,7 @@ from typing import Literal
 
 import trio
 
-from taploom.children import Adopted, die_with
+from taploom.children import Adopted, add_nice, die_with
 
 logger = logging.getLogger("taploom.supervise")
 
@@ -49,6 +49,7 @@ class SupervisedProcess:
         netns: a network namespace to start in: a name under /run/netns or an absolute path to pin one
             (such as /proc/self/fd/N).
         new_netns: start in a new network namespace of its own.
+        nice: added to our own niceness; below 0 it comes before others, where we may do that (CAP_SYS_NICE).
         backoff_max: the longest pause between restarts, in seconds.
         ready: returns once the process answers; None: it is ready when started. Cancelled if the process ends.
         on_change: called (in the trio thread) after each change of `state`.
@@ -66,6 +67,7 @@ class SupervisedProcess:
         env: Mapping[str, str] | None = None,
         netns: str | None = None,
         new_netns: bool = False,
+        nice: int = 0,
         backoff_max: float = 5.0,
         ready: Callable[[], Awaitable[None]] | None = None,
         on_change: Callable[[SupervisedProcess], None] | None = None,
@@ -83,6 +85,7 @@ class SupervisedProcess:
         self._env = dict(env) if env is not None else None
         self._netns = netns
         self._new_netns = new_netns
+        self._nice = nice
         self._backoff_max = backoff_max
         self._ready = ready
         self._on_change = on_change
@@ -154,9 +157,11 @@ class SupervisedProcess:
         if netns is not None and not netns.startswith("/"):
             netns = f"/run/netns/{netns}"
         new_netns = self._new_netns
+        nice = self._nice
 
         def in_child() -> None:
             die_with(parent)
+            add_nice(nice)
             if netns is not None:
                 fd = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
                 if _libc.setns(fd, _CLONE_NEWNET):

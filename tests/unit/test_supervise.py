@@ -71,6 +71,13 @@ async def test_a_child_that_was_taken_over_is_stopped(tmp_path: Path) -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
+async def test_started_with_its_niceness(tmp_path: Path, nursery: trio.Nursery) -> None:
+    process = SupervisedProcess("sleeper", ["sleep", "1000"], log=tmp_path / "log", nice=3)
+    await nursery.start(process.run)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, process.pid) == min(own + 3, 19)
+
+
 async def test_started_only_when_ready(tmp_path: Path, nursery: trio.Nursery) -> None:
     answered = trio.Event()
     process = SupervisedProcess("sleeper", ["sleep", "1000"], log=tmp_path / "log", ready=answered.wait)
