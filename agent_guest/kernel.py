@@ -190,7 +190,7 @@ class Kernel:
 
         ``repair``: addresses that others added are left alone.
         """
-        link = self._netlink.links().get(index)
+        link = self._netlink.link(index)
         if link is None:
             raise NetlinkError(errno.ENODEV, f"interface {spec.name} has been removed by another program")
         steps = plan.plan_link(spec, link, ALIAS_PREFIX + spec.endpoint_id)

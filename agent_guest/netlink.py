@@ -18,6 +18,7 @@ from taploom.netlink import (
     NLM_F_EXCL,
     NLM_F_REPLACE,
     UINT32,
+    NetlinkError,
     NetlinkSocket,
     attribute,
     attributes,
@@ -64,7 +65,7 @@ RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE = 1, 4, 5, 6, 15
 _IFINFOMSG = struct.Struct("=BxHiII")  # family, type, index, flags, change
 _IFADDRMSG = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
 _RTMSG = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
-_ALL_LINKS = _IFINFOMSG.pack(0, 0, 0, 0, 0) + attribute(IFLA_EXT_MASK, UINT32.pack(RTEXT_FILTER_SKIP_STATS))
+_WITHOUT_STATISTICS = attribute(IFLA_EXT_MASK, UINT32.pack(RTEXT_FILTER_SKIP_STATS))
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 _ANY: dict[int, bytes] = {socket.AF_INET: bytes(4), socket.AF_INET6: bytes(16)}
 
@@ -76,7 +77,17 @@ class Netlink(NetlinkSocket):
 
     def links(self) -> dict[int, LinkState]:
         """Every link of the namespace, by index."""
-        return {link.index: link for link in self.dump(_ALL_LINKS, RTM_GETLINK, read_link)}
+        body = _IFINFOMSG.pack(0, 0, 0, 0, 0) + _WITHOUT_STATISTICS
+        return {link.index: link for link in self.dump(body, RTM_GETLINK, read_link)}
+
+    def link(self, index: int) -> LinkState | None:
+        """The link with this index, if there is one."""
+        try:
+            return read_link(self.request(_IFINFOMSG.pack(0, 0, index, 0, 0) + _WITHOUT_STATISTICS, RTM_GETLINK))
+        except NetlinkError as error:
+            if error.errno in GONE:
+                return None
+            raise
 
     def addresses(self) -> list[AddressState]:
         """Every address of the namespace."""
