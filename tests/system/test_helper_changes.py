@@ -306,6 +306,31 @@ async def test_a_cancelled_call_leaves_nothing_half_done() -> None:
         await eventually(lambda: len(interfaces(rig)) == 4 + SpareTaps.COUNT)
 
 
+async def test_endpoints_have_spare_taps_while_there_are_some() -> None:
+    async with helper() as rig:
+        await rig.counted()
+        first = rig.spares()
+        await rig.apply(network(1), network(2, mtu=9000))
+        a, b = await rig.guest(endpoint(1, 2, "web")), await rig.guest(endpoint(1, 3, "db"))
+        taps = {status.tap for status in await endpoints(rig)}
+        assert taps <= first
+        assert a.ping("10.77.1.3")
+        assert b.ping("10.77.1.2")
+        (jumbo,) = await rig.apply(endpoint(2, 2, "jumbo"))
+        assert jumbo.tap not in first
+        await rig.counted()
+        second = rig.spares()
+        assert not second & taps
+        # More at once than there are.
+        await rig.apply(*(endpoint(1, 10 + n, f"many{n}") for n in range(2 * SpareTaps.COUNT)))
+        found = {status.tap for status in await endpoints(rig)}
+        assert len(found) == 3 + 2 * SpareTaps.COUNT
+        assert found & second
+        await rig.delete_network("n1")
+        await rig.counted()
+        assert not rig.spares() & (found | first)
+
+
 BAD_NETWORKS = {
     "no id": network(1, network_id=""),
     "id with a slash": network(1, network_id="a/b"),

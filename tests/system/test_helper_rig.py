@@ -340,10 +340,10 @@ class Rig:
             counts[table] = len(self.db("sb", "--bare", "--columns=_uuid", "list", table).split())
         return counts
 
-    def spares(self) -> int:
-        """How many TAPs are plugged for nobody yet."""
+    def spares(self) -> set[str]:
+        """The TAPs that are plugged for nobody yet."""
         found = self.db("conf", "--bare", "--columns=name", "find", "Interface", "external_ids:taploom-spare=true")
-        return len(found.split())
+        return set(found.split())
 
     async def counted(self) -> dict[str, int]:
         """As `count`, once no spare TAP is missing and what has been removed is gone."""
@@ -351,7 +351,7 @@ class Rig:
 
         def settled() -> bool:
             found = self.count(), self.spares(), self.count()
-            return found[0] == found[2] and found[1] == spares
+            return found[0] == found[2] and len(found[1]) == spares
 
         await eventually(settled)
         return self.count()
