@@ -109,7 +109,7 @@ class _Vm:
             await trio.sleep(_POLL)
 
     async def _offer_vsock(self, pid: int, first: bool, task_status: trio.TaskStatus[None]) -> None:
-        await self.machine.wait_vsock_listens()
+        await self.machine.wait_vsock_listens(pid)
         try:
             if first:
                 task_status.started()
@@ -121,7 +121,7 @@ class _Vm:
             logger.warning("container %s: %s", self.container.id, error)
 
     async def _end_wedged(self, child: children.Child) -> None:
-        await self.machine.wait_vsock_listens()
+        await self.machine.wait_vsock_listens(child.pid)
         await until_wedged(child.pid, self.machine.directory / "vsock.log")
         child.kill()
 

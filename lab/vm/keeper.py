@@ -110,7 +110,7 @@ class KeptMachine:
         self._on_change(process)
 
     async def _vsock_ready(self) -> None:
-        await self.machine.wait_vsock_listens()
+        await self.machine.wait_vsock_listens(self.vsock.pid)
         if not self._lost:
             return
         try:

@@ -213,9 +213,16 @@ class Machine:
             self.console.rename(self.console.with_name("console.log.1"))
         self.console.touch(mode=0o600)
 
-    async def wait_vsock_listens(self) -> None:
-        """Returns once vhost-device-vsock takes QEMU's connection; nobody is to try, for it takes one only."""
-        while not _listens(self.vhost_socket):
+    async def wait_vsock_listens(self, pid: int) -> None:
+        """Returns once vhost-device-vsock takes QEMU's connection; nobody is to try, for it takes one only.
+
+        The thread that serves the queues may begin a moment after that: it is waited for too, as one that is not there
+        counts as lost later.
+
+        Args:
+            pid: its process.
+        """
+        while not (_listens(self.vhost_socket) and device.serves(pid)):
             await trio.sleep(_POLL)
 
     async def open_vsock(self, pid: int) -> None:
