@@ -191,7 +191,7 @@ class Machine:
 
         Linux patches its own code on x86_64 by way of a breakpoint that the other processors may run into until all
         have been told. Of two that are emulated at the same time, one can still have it translated afterwards: the
-        kernel knows of no breakpoint there then, and panics ("Oops: int3"; QEMU 7.2, one run of kernel/verify of ten).
+        kernel knows of no breakpoint there then, and panics ("Oops: int3"; QEMU 7.2, one run of kernel/verify in six).
         """
         return "single" if self.arch == "x86_64" and self.cpus > 1 else "multi"
 
