@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -68,17 +67,7 @@ def main(quick: bool, only: tuple[str, ...], vm: bool, as_json: bool, output: Fi
     settings = {"quick": quick, "paths": list(only), "mtus": MTUS, **dataclasses.asdict(plan)}
     document = report.as_json(machine, settings, results)
     tables = report.grids({**machine, "kind": "quick: not a measurement" if quick else "full"}, results)
-    output.mkdir(parents=True, exist_ok=True)
-    for name, text in (("latest.json", json.dumps(document, indent=2) + "\n"), ("latest.md", report.markdown(tables))):
-        temporary = output / f"{name}.tmp"
-        temporary.write_text(text)
-        temporary.replace(output / name)
-    if as_json:
-        print(json.dumps(document, indent=2))
-    else:
-        # A pipe or a file has no width of its own: the tables are not to be folded to 80 columns there.
-        report.print_tables(Console(width=None if sys.stdout.isatty() else 160), tables)
-        print(f"written to {output}/latest.md and latest.json")
+    report.publish(document, tables, as_json=as_json, output=output, name="latest")
 
 
 def _measure_vms(quick: bool, as_json: bool, output: FilePath) -> None:
@@ -92,12 +81,8 @@ def _measure_vms(quick: bool, as_json: bool, output: FilePath) -> None:
         messages.print(f"bench: {error}", style="bold red", markup=False)
         sys.exit(1)
     machine["kind"] = "quick: not a measurement" if quick else "full"
-    document = vm.write(output, machine, figures)
-    if as_json:
-        print(json.dumps(document, indent=2))
-    else:
-        report.print_tables(Console(width=None if sys.stdout.isatty() else 160), vm.grids(machine, figures))
-        print(f"written to {output}/vm.md and vm.json")
+    document = {"machine": machine, **dataclasses.asdict(figures)}
+    report.publish(document, vm.grids(machine, figures), as_json=as_json, output=output, name="vm")
 
 
 def _build(run: Run, name: str, messages: Console) -> Path:

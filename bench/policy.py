@@ -125,16 +125,7 @@ def main(*, rules: int, endpoints: int, connects: int, quick: bool, as_json: boo
         "figures": [dataclasses.asdict(one) for one in measured],
     }
     tables = _tables(machine, size, measured)
-    output.mkdir(parents=True, exist_ok=True)
-    for name, text in (("policy.json", json.dumps(document, indent=2) + "\n"), ("policy.md", report.markdown(tables))):
-        temporary = output / f"{name}.tmp"
-        temporary.write_text(text)
-        temporary.replace(output / name)
-    if as_json:
-        click.echo(json.dumps(document, indent=2))
-    else:
-        report.print_tables(Console(width=None if sys.stdout.isatty() else 160), tables)
-        click.echo(f"written to {output}/policy.md and policy.json")
+    report.publish(document, tables, as_json=as_json, output=output, name="policy")
 
 
 def _measure(run: Run, number: int, programs: Path | None, size: Size, messages: Console) -> Figures:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import statistics
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -198,6 +201,28 @@ def _published_row(published: PublishedResult) -> tuple[str, ...]:
         _spread(published.connections, 0),
         str(published.failed),
     )
+
+
+def publish(document: dict[str, Any], tables: list[Grid], *, as_json: bool, output: Path | None, name: str) -> None:
+    """Writes NAME.json and NAME.md, each whole or not at all, and prints one of the two.
+
+    Args:
+        output: the directory; None: nothing is written.
+    """
+    text = json.dumps(document, indent=2) + "\n"
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        for file, content in ((f"{name}.json", text), (f"{name}.md", markdown(tables))):
+            temporary = output / f"{file}.tmp"
+            temporary.write_text(content)
+            temporary.replace(output / file)
+    if as_json:
+        print(text, end="")
+        return
+    # A pipe or a file has no width of its own: the tables are not to be folded to 80 columns there.
+    print_tables(Console(width=None if sys.stdout.isatty() else 160), tables)
+    if output is not None:
+        print(f"written to {output}/{name}.md and {name}.json")
 
 
 def print_tables(console: Console, tables: list[Grid]) -> None:

@@ -7,11 +7,9 @@ turn. Both times are read by the image's init from the clock of the VM, which be
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,10 +24,10 @@ from bench.machine import describe
 from bench.run import BenchError
 from lab.vm.errors import MachineError
 from lab.vm.machine import Machine, running
+from lab.vm.tools import host_architecture
 
 BUILD = Path(__file__).parents[1] / "build"
-HERE = os.uname().machine.replace("aarch64", "arm64")
-RESULTS = Path(__file__).parent / "results"
+HERE = host_architecture()
 _TIMEOUT = 600.0  # s
 _SAID = re.compile(r"taploom-init: (init|agent answers) after (\d+\.\d+) s")
 
@@ -79,18 +77,11 @@ def main(*, arch: str, boots: int, as_json: bool, table: Path | None, output: Pa
         raise SystemExit(1) from error
     document = {"machine": machine, "images": [{**dataclasses.asdict(one), "path": str(one.path)} for one in images]}
     tables = _grids(machine, images)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "starts.json").write_text(json.dumps(document, indent=2) + "\n")
-        (output / "starts.md").write_text(report.markdown(tables))
     if table is not None:
         with table.open("a") as lines:
             for name, *_, measured, wanted, reached in tables[1].rows:
                 lines.write(f"start: {name}, {boots} boots, median\t{measured}\t{wanted}: {reached}\n")
-    if as_json:
-        click.echo(json.dumps(document))
-    else:
-        report.print_tables(Console(width=None if sys.stdout.isatty() else 160), tables)
+    report.publish(document, tables, as_json=as_json, output=output, name="starts")
 
 
 async def _measure(arch: str, images: list[Image], boots: int, say: Callable[[str], None]) -> None:

@@ -12,7 +12,6 @@ All write as much at once as taploom does (28 KiB), and the relay on the host is
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -29,7 +28,7 @@ from typing import Any
 import trio
 
 from bench.machine import describe
-from bench.report import Grid, markdown
+from bench.report import Grid
 from bench.run import BenchError, Run
 from bench.vsockpeer import PORT, Operation, Result, compile_static, open_stream, result
 from taploom.address import Address, parse_address
@@ -340,17 +339,3 @@ def grids(machine: dict[str, str], figures: Figures) -> list[Grid]:
 
 def _loads(figures: Figures) -> str:
     return ", ".join(f"{load:.1f}" for load in figures.load)
-
-
-def write(output: Path, machine: dict[str, str], figures: Figures) -> dict[str, Any]:
-    """Writes vm.md and vm.json; returns the JSON document."""
-    document = {"machine": machine, **dataclasses.asdict(figures)}
-    output.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("vm.json", json.dumps(document, indent=2) + "\n"),
-        ("vm.md", markdown(grids(machine, figures))),
-    ):
-        temporary = output / f"{name}.tmp"
-        temporary.write_text(text)
-        temporary.replace(output / name)
-    return document

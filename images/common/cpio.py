@@ -15,6 +15,9 @@ from typing import BinaryIO
 
 from .tools import BuildError, run, source_date_epoch
 
+ZSTD_LEVEL = 12
+"""Of all images. 19 would make the helper's initramfs 12 % smaller in eight times the time."""
+
 _ALIGN = 4
 _BLOCK = 512
 _MAX_SIZE = 0xFFFFFFFF
@@ -98,11 +101,8 @@ def write_newc(root: Path, out: Path, *, devices: Iterable[Device] = (), mtime: 
 
 
 def compress(source: Path, out: Path) -> None:
-    """zstd in a single thread: with the same zstd the same bytes, which the kernel (CONFIG_RD_ZSTD) unpacks.
-
-    Level 19 would make the helper's initramfs 12 % smaller in eight times the time.
-    """
-    run(["zstd", "-q", "-f", "-12", "--single-thread", "--no-check", source, "-o", out])
+    """zstd in a single thread: with the same zstd the same bytes, which the kernel (CONFIG_RD_ZSTD) unpacks."""
+    run(["zstd", "-q", "-f", f"-{ZSTD_LEVEL}", "--single-thread", "--no-check", source, "-o", out])
 
 
 def concatenate(parts: Sequence[Path], out: Path) -> None:

@@ -114,8 +114,7 @@ class LinkServer:
         Its carrier is on then: each change of an interface is a message to all who listen, and a virtual switch may
         have a lot to do for each. What is queued before its first link comes is thrown away by then.
         """
-        tap.set_offloads(self._features)
-        tap.set_carrier(True)
+        _prepare(tap, self._features)
 
     def add(self, endpoint_id: str, tap: Tap) -> None:
         """Serve links for ``endpoint_id`` with ``tap``, which stays the caller's. Raises ValueError for a known id."""

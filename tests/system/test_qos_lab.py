@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from fabric import Fabric, fabric, until
@@ -41,6 +42,19 @@ def udp(lab: Fabric, *options: str, seconds: int = 3, offered: str = "40M", fami
     return float(packets * (PAYLOAD + (42 if family == 4 else 62)) * 8 / received["seconds"] / 1e6)
 
 
+def outgoing(lab: Fabric, guest: str, network: str) -> tuple[Any, Any]:
+    """What the limit of what a guest sends on a network lets through and drops, in bits per second, as `status` has it;
+    None before it was measured.
+    """
+    (link,) = [
+        one
+        for one in lab.status()["links"]
+        if (one["endpoint"]["guest_name"], one["endpoint"]["network_name"]) == (guest, network)
+    ]
+    (way,) = [one for one in link["qos"] if one["rule"]["direction"] == "out"]
+    return way["passed_bits_per_second"], way["dropped_bits_per_second"]
+
+
 def tcp(lab: Fabric, *options: str, seconds: int = 5) -> float:
     """Mbit/s of TCP, after the first second."""
     command = ("iperf3", "-J", "-t", str(seconds), "-O", "1", *options, "-c", lab.address("db", "app"))
@@ -65,9 +79,7 @@ def test_rates(lab: Fabric) -> None:
     try:
 
         def measured() -> bool:
-            (link,) = [link for link in lab.status()["links"] if link["endpoint"]["guest_name"] == "web"]
-            (out,) = [one for one in link["qos"] if one["rule"]["direction"] == "out"]
-            passed, dropped = out["passed_bits_per_second"], out["dropped_bits_per_second"]
+            passed, dropped = outgoing(lab, "web", "app")
             return passed is not None and 9e6 < passed < 11e6 and bool(15e6 < dropped < 28e6)
 
         until(measured, "rates in the status")

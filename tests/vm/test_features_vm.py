@@ -25,7 +25,7 @@ from test_capture_lab import blocks, tcpdump
 from test_mirror_lab import transfer
 from test_policy_lab import Connection
 from test_policy_property import Prober, apply
-from test_qos_lab import udp
+from test_qos_lab import outgoing, udp
 from test_trace_lab import check, told
 from vmlab import VmFabric, compile_tool, until, vm_fabric
 
@@ -248,13 +248,7 @@ def test_limits(lab: VmFabric) -> None:
             try:
 
                 def measured() -> bool:
-                    (link,) = (
-                        one
-                        for one in lab.status()["links"]
-                        if (one["endpoint"]["guest_name"], one["endpoint"]["network_name"]) == ("web", "app")
-                    )
-                    (way,) = [one for one in link["qos"] if one["rule"]["direction"] == "out"]
-                    passed, dropped = way["passed_bits_per_second"], way["dropped_bits_per_second"]
+                    passed, dropped = outgoing(lab, "web", "app")
                     return passed is not None and abs(passed / 1e6 - RATE) < RATE / 10 and dropped > 2e6
 
                 until(measured, "rates in the status")

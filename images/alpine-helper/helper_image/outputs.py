@@ -35,7 +35,8 @@ def write_root(tree: Path, tools: Path, out: Path) -> None:
     when = str(source_date_epoch())
     out.unlink(missing_ok=True)
     same = ("-all-root", "-no-xattrs", "-no-exports", "-all-time", when, "-mkfs-time", when, "-processors", "1")
-    form = ("-comp", "zstd", "-Xcompression-level", "12", "-b", "128K", "-noappend", "-no-progress", "-quiet")
+    zstd = ("-comp", "zstd", "-Xcompression-level", str(cpio.ZSTD_LEVEL))
+    form = (*zstd, "-b", "128K", "-noappend", "-no-progress", "-quiet")
     # mksquashfs refuses to be told the time twice.
     run(["env", "-u", "SOURCE_DATE_EPOCH", "mksquashfs", whole, out, *form, *same])
     shutil.rmtree(whole)
