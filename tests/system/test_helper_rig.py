@@ -225,12 +225,13 @@ class Rig:
             while True:
                 try:
                     stream = await connect(UnixAddress(str(self.folder / "control.sock")))
-                except OSError:
+                    # What an agent that was killed had just forked may still listen, and end.
+                    await self.nursery.start(self._hold_channel, stream)
+                except (OSError, RpcError):
                     assert self.process.poll() is None, self.log()
                     await trio.sleep(0.01)
                 else:
                     break
-            await self.nursery.start(self._hold_channel, stream)
             while not (await self.client.get_health(GetHealthRequest())).ready:
                 assert self.process.poll() is None, self.log()
                 await trio.sleep(0.01)
