@@ -29,6 +29,7 @@ from lab.vm import device, tools
 from lab.vm.accelerator import accelerator, console_device, machine_type
 from lab.vm.errors import MachineError
 from lab.vm.qmp import Qmp, QmpError, open_qmp
+from lab.vm.timestamp import timestamp_khz
 from taploom.address import HybridAddress, connect
 
 # Between the host's CID 2 and the first that the lab's VMs use nothing else is. Each VM has a device of its own, so the
@@ -175,8 +176,7 @@ class Machine:
             # Whether the timer ticks is asked with a time limit that an emulated processor does not always keep.
             words.append("no_timer_check")
             if self._accelerator() == "tcg":
-                # The rate of the processor's own clock is measured at boot, and wrong by any factor on a busy host.
-                words.append("clocksource=hpet")
+                words.append(_clock())
                 # Code that is patched has to be translated anew, and nobody needs the jitter of an emulated clock.
                 words += ["noreplace-smp", "initcall_blacklist=jent_mod_init"]
                 # An emulated processor does not speculate; guarding against it costs at each indirect call.
@@ -309,10 +309,21 @@ def _cpu(arch: str, accel: str) -> str:
     if arch == "x86_64":
         # QEMU 7.2 restores wrong flags when an interrupt comes right after cmpxchg16b: kernels then panic in SLUB.
         # With erms, kernel and C library copy and clear with 'rep movsb', which is emulated byte by byte; without it,
-        # eight bytes at a time. With la57, the page tables that are walked in software have a fifth level.
-        return "max,-cx16,-erms,-la57"
+        # eight bytes at a time. With la57, the page tables that are walked in software have a fifth level. Guarding the
+        # kernel from programs' memory costs with each copy between them, and is not what these VMs are for.
+        return "max,-cx16,-erms,-la57,-smap,-smep,-umip,-pku"
     # Emulating pointer authentication, as 'max' does on arm64, costs more than everything else.
     return "cortex-a72"
+
+
+def _clock() -> str:
+    """Which clock a kernel on emulated x86_64 processors is to use.
+
+    It would measure the rate of the processor's own, the TSC, when it boots, and be wrong by any factor on a busy host.
+    Told the rate, it has a clock that it and its programs read without a device's being emulated.
+    """
+    khz = timestamp_khz()
+    return "clocksource=hpet" if khz is None else f"clocksource=tsc tsc=reliable tsc_early_khz={khz}"
 
 
 def _escaped(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import platform
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lab.vm.artefacts import Artefacts
 from lab.vm.errors import MachineError
 from lab.vm.machine import Drive, Machine, Share
 from lab.vm.progress import BootProgress, stage
+from lab.vm.timestamp import timestamp_khz
 
 
 @pytest.fixture
@@ -38,7 +40,13 @@ def machine(tmp_path: Path, **more: object) -> Machine:
     return Machine("web", tmp_path / "web", Path("/k/vmlinuz"), accelerator="tcg", **more)  # type: ignore[arg-type]
 
 
-def test_qemu_is_given_no_network_of_its_own_and_memory_that_the_vsock_shares(programs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("khz", "clock"), [(2100001, "clocksource=tsc tsc=reliable tsc_early_khz=2100001"), (None, "clocksource=hpet")]
+)
+def test_qemu_is_given_no_network_of_its_own_and_memory_that_the_vsock_shares(
+    programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, khz: int | None, clock: str
+) -> None:
+    monkeypatch.setattr("lab.vm.machine.timestamp_khz", lambda: khz)
     command = machine(tmp_path, initrd=Path("/i"), append="quiet", memory_mib=300, cpus=2).qemu_command()
     assert command[0] == str(programs / "qemu-system-x86_64")
     assert "-nodefaults" in command and options(command, "-nic") == ["none"] and options(command, "-netdev") == []
@@ -46,10 +54,16 @@ def test_qemu_is_given_no_network_of_its_own_and_memory_that_the_vsock_shares(pr
     assert options(command, "-m") == ["300M"] and options(command, "-smp") == ["2"]
     assert options(command, "-initrd") == ["/i"]
     assert options(command, "-append") == [
-        "console=ttyS0 panic=-1 no_timer_check clocksource=hpet noreplace-smp initcall_blacklist=jent_mod_init "
+        f"console=ttyS0 panic=-1 no_timer_check {clock} noreplace-smp initcall_blacklist=jent_mod_init "
         "mitigations=off sysctl.net.ipv4.tcp_tso_rtt_log=14 quiet"
     ]
     assert "vhost-user-vsock-pci,id=vsockdev0,chardev=vsock0,bus=vsockport" in options(command, "-device")
+
+
+def test_the_timestamp_counter_is_measured_where_it_runs_steadily() -> None:
+    khz = timestamp_khz()
+    steady = platform.machine() == "x86_64" and " constant_tsc " in Path("/proc/cpuinfo").read_text()
+    assert (khz is not None and 100_000 < khz < 10_000_000) if steady else khz is None
 
 
 def test_an_arm_machine(programs: Path, tmp_path: Path) -> None:
