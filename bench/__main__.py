@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import report
 from bench.machine import describe
-from bench.measure import FULL, QUICK, Bench, Results, idle_cpus
+from bench.measure import FULL, QUICK, Bench, Results
 from bench.paths import Path
+from bench.processes import busy_cpus
 from bench.run import BenchError, Run, open_run
 
 RESULTS = FilePath(__file__).parent / "results"
@@ -55,7 +56,7 @@ def main(quick: bool, only: tuple[str, ...], vm: bool, as_json: bool, output: Fi
     machine = describe()
     try:
         with open_run() as run:
-            busy = idle_cpus(plan.idle_seconds)
+            busy = busy_cpus(plan.idle_seconds)
             machine["busy before"] = f"{busy:.2f} CPUs{' (NOT a quiet machine)' if busy > QUIET else ''}"
             paths = [_build(run, name, messages) for name in only]
             for path in paths:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import statistics
 import time
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 
 from bench.paths import IPERF_PORT, PROBE_PORT, HotConnect, How, Link, Path, Published
+from bench.processes import CpuTimes, busy_cpus
 from bench.run import BenchError, Netns, Run, wait_for
 
 UDP_PAYLOAD = 64
@@ -166,7 +166,7 @@ class Bench:
         Raises:
             BenchError: a link does not work from the start. What fails later is in `Results.failures`.
         """
-        began, busy = time.monotonic(), _cpu_times()
+        began, times = time.monotonic(), CpuTimes.now()
         servers = [link.server for link in self._links] + [published.server for published, _ in self._published]
         for netns in dict.fromkeys(servers):
             self._run.spawn_ready(*netns.command(*self._run.netprobe("serve", PROBE_PORT)), name="netprobe")
@@ -182,9 +182,7 @@ class Bench:
                 self._hot(path.name, path.hot, "CLI")
         for path in self._paths:
             self._results.memory += [_memory(path.name, process.label, process.pid) for process in path.processes()]
-        after = _cpu_times()
-        total = sum(after) - sum(busy)
-        self._results.stolen = (after[2] - busy[2]) / total if total else 0.0
+        self._results.stolen = times.stolen_since()
         self._results.seconds = time.monotonic() - began
         return self._results
 
@@ -196,7 +194,7 @@ class Bench:
         pairs = list(zip(self._links, self._results.links, strict=True))
         turned = pairs[number % len(pairs) :] + pairs[: number % len(pairs)]
         first = [(link, result) for link, result in turned if _is_first(link, self._paths)]
-        idle = idle_cpus(self._plan.idle_seconds)
+        idle = busy_cpus(self._plan.idle_seconds)
         self._results.idle_cpus.append(idle)
         prefix = f"round {number + 1}/{self._plan.rounds}"
         for link, result in turned:
@@ -349,21 +347,6 @@ def hot_median(result: HotResult) -> float:
 def _is_first(link: Link, paths: list[Path]) -> bool:
     """Small packets do not depend on the MTU: they are measured on each path's first link only."""
     return any(link is path.links[0] for path in paths)
-
-
-def _cpu_times() -> tuple[float, float, float]:
-    """CPU-seconds of the machine since its start: busy, idle, stolen; proc_stat(5)."""
-    line = FilePath("/proc/stat").read_text().splitlines()[0]
-    user, nice, system, idle, iowait, irq, softirq, steal = (int(value) for value in line.split()[1:9])
-    tick = os.sysconf("SC_CLK_TCK")
-    return (user + nice + system + irq + softirq) / tick, (idle + iowait) / tick, steal / tick
-
-
-def idle_cpus(seconds: float) -> float:
-    """How many CPUs are busy now, while nothing is measured. Takes `seconds`: an interval, not a wait for something."""
-    before, began = _cpu_times(), time.monotonic()
-    time.sleep(seconds)
-    return (_cpu_times()[0] - before[0]) / (time.monotonic() - began)
 
 
 def _memory(path: str, label: str, pid: int) -> MemoryResult:

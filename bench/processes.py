@@ -1,9 +1,50 @@
-"""Finding a path's processes in /proc."""
+"""A path's processes and what the processors do, from /proc."""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
+
+_AT_REST = 0.1  # processors busy, at most
+_LOOK = 0.1  # s
+
+
+class CpuTimes(NamedTuple):
+    """CPU-seconds of the machine since its start; stolen is what the hypervisor gave to others (proc_stat(5))."""
+
+    busy: float
+    idle: float
+    stolen: float
+
+    @staticmethod
+    def now() -> CpuTimes:
+        line = Path("/proc/stat").read_text().splitlines()[0]
+        user, nice, system, idle, iowait, irq, softirq, steal = (int(value) for value in line.split()[1:9])
+        tick = os.sysconf("SC_CLK_TCK")
+        return CpuTimes((user + nice + system + irq + softirq) / tick, (idle + iowait) / tick, steal / tick)
+
+    def stolen_since(self) -> float:
+        """The part of all processors' time since then that was stolen."""
+        now = CpuTimes.now()
+        total = sum(now) - sum(self)
+        return (now.stolen - self.stolen) / total if total else 0.0
+
+
+def busy_cpus(seconds: float) -> float:
+    """How many CPUs are busy now. Takes `seconds`: an interval, not a wait for something."""
+    before, began = CpuTimes.now(), time.monotonic()
+    time.sleep(seconds)
+    return (CpuTimes.now().busy - before.busy) / (time.monotonic() - began)
+
+
+def wait_at_rest(most: float) -> None:
+    """Returns once the machine has next to nothing to do, after `most` seconds at the latest."""
+    end = time.monotonic() + most
+    while time.monotonic() < end and busy_cpus(_LOOK) > _AT_REST:
+        pass
 
 
 def children(pid: int) -> list[int]:
