@@ -23,6 +23,7 @@ from taploom.contracts.taploom.guest.v1 import (
     InterfaceState,
     InterfaceStatus,
 )
+from taploom.contracts.taploom.link.v1 import LinkCounters
 from taploom.link import LinkStatus, Tap, TapError
 from taploom.netlink import NetlinkError
 
@@ -205,9 +206,18 @@ class Interfaces:
         """Brings `lo` up, for whoever listens there. Raises NetlinkError."""
         await self._run(self._kernel.loopback_up)
 
-    def statuses(self) -> list[InterfaceStatus]:
+    async def statuses(self) -> list[InterfaceStatus]:
         """Every interface, by name."""
+        children = [managed for managed in self._managed.values() if managed.trunk is not None and managed.present]
+        counters: dict[int, LinkCounters] = {}
+        if children:
+            with contextlib.suppress(NetlinkError):  # what else there is to say is true without them
+                counters = await self._run(self._kernel.counters, [child.index for child in children])
         found = [self._status(managed) for managed in self._managed.values()]
+        carried = {child.endpoint_id: counters.get(child.index) for child in children}
+        for status in found:
+            if status.interface is not None and status.interface.endpoint_id in carried:
+                status.counters = carried[status.interface.endpoint_id]
         return sorted(found, key=lambda status: status.interface.name if status.interface else "")
 
     async def close(self) -> None:

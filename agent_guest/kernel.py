@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from taploom.contracts.taploom.link.v1 import LinkCounters
 from taploom.link import Tap, TapError
 from taploom.netlink import NetlinkError
 
@@ -44,6 +45,11 @@ class Kernel:
 
     def state(self) -> KernelState:
         return self._netlink.state()
+
+    def counters(self, indexes: Iterable[int]) -> dict[int, LinkCounters]:
+        """What these VLAN interfaces have carried, by index; nothing for those that are gone."""
+        found = {index: self._netlink.counters(index) for index in indexes}
+        return {index: counters for index, counters in found.items() if counters is not None}
 
     def loopback_up(self) -> None:
         """Brings `lo` up, and with it 127.0.0.0/8."""

@@ -12,6 +12,7 @@ import functools
 import socket
 import struct
 
+from taploom.contracts.taploom.link.v1 import LinkCounters
 from taploom.netlink import (
     HEADER,
     NLM_F_CREATE,
@@ -40,7 +41,7 @@ from .state import (
     parse_interface,
     parse_ip,
 )
-from .vlan import IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_LINKINFO, KIND, link_info, read_tag
+from .vlan import IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_LINKINFO, KIND, link_info, read_counters, read_tag
 
 # linux/rtnetlink.h
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
@@ -57,7 +58,7 @@ WATCHED_GROUPS = RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE | RTMGRP_I
 IFF_UP, IFF_LOWER_UP = 0x1, 0x10000
 IFA_F_NODAD, IFA_F_DADFAILED, IFA_F_TENTATIVE = 0x02, 0x08, 0x40
 
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_IFALIAS = 1, 3, 4, 5, 20
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_IFALIAS, IFLA_STATS64 = 1, 3, 4, 5, 20, 23
 IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS = 29, 8
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_FLAGS = 1, 2, 4, 8
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE = 1, 4, 5, 6, 15
@@ -88,6 +89,16 @@ class Netlink(NetlinkSocket):
             if error.errno in GONE:
                 return None
             raise
+
+    def counters(self, index: int) -> LinkCounters | None:
+        """What the VLAN interface with this index has carried; None when there is none."""
+        try:
+            answer = self.request(_IFINFOMSG.pack(0, 0, index, 0, 0), RTM_GETLINK)
+        except NetlinkError as error:
+            if error.errno in GONE:
+                return None
+            raise
+        return read_counters(attributes(answer, HEADER.size + _IFINFOMSG.size).get(IFLA_STATS64, b""))
 
     def addresses(self) -> list[AddressState]:
         """Every address of the namespace."""

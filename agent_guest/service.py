@@ -79,7 +79,7 @@ class GuestService:
         return DeleteInterfaceResponse()
 
     async def list_interfaces(self, request: ListInterfacesRequest, context: ServerContext) -> ListInterfacesResponse:
-        return ListInterfacesResponse(interfaces=self._interfaces.statuses())
+        return ListInterfacesResponse(interfaces=await self._interfaces.statuses())
 
     async def apply_resolver(self, request: ApplyResolverRequest, context: ServerContext) -> ApplyResolverResponse:
         if request.resolver is None:
@@ -116,7 +116,9 @@ class GuestService:
         for endpoint_id, reason in refused:
             failures.append(_failure(endpoint_id, reason))
         await self._set_names(resolver)
-        return SyncResponse(interfaces=self._interfaces.statuses(), removed_endpoint_ids=removed, failures=failures)
+        return SyncResponse(
+            interfaces=await self._interfaces.statuses(), removed_endpoint_ids=removed, failures=failures
+        )
 
     async def watch_events(
         self, request: WatchEventsRequest, stream: SendStream[WatchEventsResponse], context: ServerContext

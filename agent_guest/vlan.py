@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import struct
 
+from taploom.contracts.taploom.link.v1 import LinkCounters
 from taploom.netlink import (
     NLM_F_CREATE,
     NLM_F_EXCL,
@@ -21,6 +22,8 @@ IFLA_VLAN_ID, IFLA_VLAN_PROTOCOL = 1, 5
 KIND = "vlan"
 _ETH_P_8021Q = b"\x81\x00"  # in network byte order
 _TAG = struct.Struct("=H")
+_STATISTICS = struct.Struct("=8Q")  # struct rtnl_link_stats64 begins with them
+_ETHERNET_HEADER = 14
 _NO_LINK = bytes(16)  # struct ifinfomsg that names none
 
 
@@ -28,6 +31,22 @@ def link_info(tag: int) -> bytes:
     """The attribute that makes a new link be one."""
     data = attribute(IFLA_VLAN_ID, _TAG.pack(tag))
     return attribute(IFLA_LINKINFO, text_attribute(IFLA_INFO_KIND, KIND) + attribute(IFLA_INFO_DATA, data))
+
+
+def read_counters(data: bytes) -> LinkCounters | None:
+    """What an interface has carried out of its IFLA_STATS64; None where the kernel says nothing of it."""
+    if len(data) < _STATISTICS.size:
+        return None
+    rx_frames, tx_frames, rx_bytes, tx_bytes, _rx_errors, _tx_errors, rx_drops, tx_drops = _STATISTICS.unpack_from(data)
+    return LinkCounters(
+        tx_frames=tx_frames,
+        tx_bytes=tx_bytes,
+        rx_frames=rx_frames,
+        # A VLAN interface counts what it receives without the Ethernet header, what it sends with it (net/8021q).
+        rx_bytes=rx_bytes + rx_frames * _ETHERNET_HEADER,
+        rx_drops=rx_drops,
+        tx_drops=tx_drops,
+    )
 
 
 def read_tag(data: bytes) -> int:

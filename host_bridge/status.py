@@ -176,7 +176,8 @@ class StatusReader:
         }
         links = []
         for record in self._fabric.desired.store.endpoints():
-            link = self._fabric.links.get(record.id)
+            carrier = self._fabric.desired.store.carrier_of(record)
+            link = self._fabric.links.get(record.id if carrier is None else carrier.id)
             if link is None or not record.active:
                 continue
             _, polled = self._interfaces.get(record.guest_id, (None, None))
@@ -188,7 +189,12 @@ class StatusReader:
                 ),
                 None,
             )
-            links.append(self._link(link, ours, theirs.get(record.id)))
+            if carrier is None:
+                links.append(self._link(link, ours, theirs.get(record.id)))
+            elif ours is not None:
+                links.append(self._carried(link, record, ours))
+            else:
+                continue  # an agent that makes no such interfaces, or does not count them
             links[-1].endpoint = self._fabric.endpoint_message(record)
             links[-1].qos = [self._link_qos(record.id, rule) for rule in links[-1].endpoint.qos]
         return links
@@ -232,6 +238,19 @@ class StatusReader:
                 # The agents remember across restarts of the bridge, the bridge across theirs.
                 message.reconnects = max(message.reconnects, counters.reconnects)
         return message
+
+    def _carried(self, link: DataLink, record: EndpointRecord, counters: LinkCounters) -> Link:
+        """Of an endpoint that another's link carries, whose frames that link counts too."""
+        lacking = self._fabric.missing_for(record)
+        return Link(
+            up=link.up and lacking is None,
+            problem=link.waits_for() if lacking is None else lacking.waits_for(record.id),
+            tx_frames=counters.tx_frames,
+            tx_bytes=counters.tx_bytes,
+            rx_frames=counters.rx_frames,
+            rx_bytes=counters.rx_bytes,
+            drops=counters.rx_drops + counters.tx_drops,
+        )
 
     def _pending(self) -> list[Pending]:
         fabric = self._fabric

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from host_bridge.names import clean_text
 from host_bridge.view.rates import Rates, bits, octets, rates_between
+from host_bridge.vlan import OPTION_PARENT
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -38,6 +39,8 @@ class Row:
     received_frames: int
     drops: int
     problem: str
+    carried: bool
+    """By another endpoint's link, which counts its frames too."""
 
 
 _BY: dict[str, Callable[[Row], float]] = {
@@ -70,6 +73,7 @@ def rows(before: Status, now: Status, order: str) -> list[Row]:
             received_frames=link.rx_frames,
             drops=link.drops,
             problem="" if link.up else clean_text(link.problem),
+            carried=OPTION_PARENT in link.endpoint.driver_options,
         )
         for link in now.links
         if link.endpoint is not None
@@ -88,9 +92,10 @@ def render(found: Sequence[Row], order: str, *, room: int | None = None, hints: 
     from rich.table import Table
     from rich.text import Text
 
+    linked = [row.rates for row in found if not row.carried]
     heading = Text.assemble(
-        (f"{bits(sum(row.rates.sent_bits for row in found))} from guests, ", "bold"),
-        (f"{bits(sum(row.rates.received_bits for row in found))} to guests", "bold"),
+        (f"{bits(sum(rates.sent_bits for rates in linked))} from guests, ", "bold"),
+        (f"{bits(sum(rates.received_bits for rates in linked))} to guests", "bold"),
         (f"  {len(found)} endpoints, {sum(not row.up for row in found)} down; sorted by {order}", "dim"),
     )
     spare = 0 if room is None else 4 + hints

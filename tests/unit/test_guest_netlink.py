@@ -15,6 +15,7 @@ from agent_guest import netlink, vlan, watch
 from agent_guest.limiter import RepairLimiter
 from agent_guest.state import AddressState, LinkState, RouteState
 from taploom import netlink as taploom_netlink
+from taploom.contracts.taploom.link.v1 import LinkCounters
 
 
 def message(kind: int, body: bytes, flags: int = 0) -> bytes:
@@ -176,3 +177,23 @@ def test_other_tags_are_none() -> None:
 @given(st.binary(max_size=60))
 def test_any_bytes_can_be_a_vlans_description(data: bytes) -> None:
     assert 0 <= vlan.read_tag(data) <= 0xFFFF
+
+
+def test_what_a_vlan_interface_has_carried() -> None:
+    statistics = struct.pack("=24Q", 10, 20, 1000, 2000, 1, 2, 3, 4, *range(16))
+    found = vlan.read_counters(statistics)
+    # Received bytes come without the Ethernet headers of 14 bytes.
+    assert found == LinkCounters(tx_frames=20, tx_bytes=2000, rx_frames=10, rx_bytes=1140, rx_drops=3, tx_drops=4)
+    assert vlan.read_counters(b"") is None
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_can_be_statistics(data: bytes) -> None:
+    assert (vlan.read_counters(data) is None) == (len(data) < 64)
+
+
+def test_an_interface_of_this_machines_is_counted() -> None:
+    with netlink.Netlink() as rtnetlink:
+        counters = rtnetlink.counters(1)  # lo
+        assert counters is not None
+        assert rtnetlink.counters(0x7FFFFFFF) is None

@@ -307,6 +307,12 @@ def test_a_table_of_rates() -> None:
     lines = printed(render(table_rows(before, now, "sent"), "sent")).splitlines()
     assert lines[0] == "16.0 kbit/s from guests, 24.0 kbit/s to guests  3 endpoints, 0 down; sorted by sent"
     assert lines[3].split()[:6] == ["a", "app", "eth0", "up", "16.0", "kbit/s"]
+    # What goes over another endpoint's link is in that one's figures too.
+    for link in now.links:
+        if link.endpoint is not None and link.endpoint.guest_name == "b":
+            link.endpoint.driver_options = {"taploom.vlan.parent": "app"}
+    heading = printed(render(table_rows(before, now, "sent"), "sent")).splitlines()[0]
+    assert heading.startswith("16.0 kbit/s from guests, 0 bit/s to guests  3 endpoints")
 
 
 @pytest.mark.parametrize("room", [6, 10, 24, 40, 70])

@@ -69,6 +69,14 @@ def link(lab: VmFabric, name: str) -> dict[str, Any]:
     return dict(json.loads(shown.stdout)[0]) if shown.returncode == 0 else {}
 
 
+def links(lab: VmFabric) -> dict[str, Any]:
+    """What `taploom status` says of db's networks."""
+    found = lab.json("status")["links"]
+    return {
+        camel(link["endpoint"], "network_name"): link for link in found if camel(link["endpoint"], "guest_name") == "db"
+    }
+
+
 def test_a_network_behind_a_card_of_the_helpers(lab: VmFabric) -> None:
     lab.run("network", "connect", "office", "web", "--priority", "1")
     assert lab.answers("web", "10.120.0.1")
@@ -110,7 +118,9 @@ async def test_the_contract(lab: VmFabric) -> None:
         await apply(base)
         status = await apply(child)
         assert (status.interface, status.state) == (child, InterfaceState.NO_LINK)
-        assert status.counters is None
+        listed = (await client.list_interfaces(ListInterfacesRequest(), timeout=RECOVERY)).interfaces
+        (one,) = [one for one in listed if one.interface == child]
+        assert one.counters is not None, "nothing yet, and that is known"
         first = link(lab, "x0.7")
         assert (first["link"], first["address"], first["mtu"]) == ("x0", child.mac_address, 1500)
         assert first["linkinfo"]["info_data"]["id"] == 7
@@ -168,6 +178,9 @@ def test_interfaces_that_the_agent_makes(lab: VmFabric) -> None:
     until(lambda: any("listening" in line for line in server.so_far()), "iperf3 listens")
     lab.in_guest("web", "iperf3", "-c", lab.address("db", "inner"), "-n", "8M", timeout=RECOVERY)
     server.stop()
+    counted = links(lab)
+    assert min(int(camel(counted[network], "rx_bytes")) for network in ("inner", "base")) > 8 << 20
+    assert counted["inner"]["up"]
     # What is on one tag is neither on another nor on none.
     for other in (office, over):
         assert not lab.answers("db", lab.address("web", "inner"), "-I", other, "-W", "1")
@@ -192,6 +205,7 @@ def test_interfaces_that_the_agent_makes(lab: VmFabric) -> None:
     lab.run("network", "disconnect", "base", "db")
     assert not link(lab, name)
     assert not camel(lab.endpoint("db", "inner"), "link_up")
+    assert "inner" not in links(lab)
     assert lab.silent("web", lab.address("db", "inner"))
     lab.run("network", "connect", "base", "db")
     lab.until_whole()

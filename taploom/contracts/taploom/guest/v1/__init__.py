@@ -497,7 +497,8 @@ class InterfaceStatus(betterproto2.Message):
         4, betterproto2.TYPE_MESSAGE, optional=True
     )
     """
-    What its link has carried; unset for a trunk child, whose frames count as its trunk's.
+    What its link has carried. For a trunk child: what its interface has, which its trunk's link counts too; unset where
+    the agent does not say so.
     """
 
     last_close_reason: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
