@@ -1,27 +1,19 @@
 """Makes a helper agent do all that it can, so that a tracer beside it sees every module that it imports.
 
-    python3 exercise.py DIRECTORY COMMAND…
-
-Runs in network, mount and PID namespaces of its own, as the builder starts it. COMMAND starts the agent with its
-sockets in DIRECTORY. Ends with 0 when the agent did everything and ended by SIGTERM.
+Runs as images/common/exercise.py starts it; see images/common/exercised.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import secrets
-import signal
 import subprocess
-import sys
-from pathlib import Path
 
-from taploom.lean import without_unused
-
-without_unused()  # before the imports below: the root has no OpenSSL
+from exercised import FEATURES, exercise  # first: it knows what the root has not
 
 import trio
 
-from taploom.address import Address, connect, parse_address
+from taploom.address import Address
 from taploom.contracts.taploom.helper.v1 import (
     ApplyEndpointRequest,
     ApplyNetworkRequest,
@@ -43,10 +35,8 @@ from taploom.contracts.taploom.helper.v1 import (
     WatchEventsRequest,
 )
 from taploom.contracts.taploom.helper.v1.rpc import CaptureServiceClient, HelperServiceClient
-from taploom.contracts.taploom.link.v1 import LinkFeature
 from taploom.link.dial import dial_link
-from taploom.link.handshake import RefusedError
-from taploom.rpc import RpcError, open_channel
+from taploom.rpc import Channel, RpcError
 
 SECONDS = 300.0
 UPLINK = Uplink(
@@ -75,32 +65,11 @@ WEB = Endpoint(
 )
 
 
-async def main(directory: Path, command: list[str]) -> None:
+async def calls(channel: Channel, data: Address) -> None:
     """The whole exercise."""
-    control, data = (parse_address(f"unix:{directory}/{name}.sock") for name in ("control", "data"))
-    process = subprocess.Popen(command)
-    try:
-        while True:
-            try:
-                stream = await connect(control)
-                break
-            except OSError:
-                if process.poll() is not None:
-                    raise SystemExit(f"the agent ended with {process.returncode}") from None
-                await trio.sleep(0.05)
-        async with open_channel(stream) as channel:
-            client = HelperServiceClient(channel)
-            while not (await client.get_health(GetHealthRequest())).ready:
-                await trio.sleep(0.05)
-            await _calls(client, CaptureServiceClient(channel), data)
-        await _garbage(control, data)
-    finally:
-        process.send_signal(signal.SIGTERM)
-    if await trio.to_thread.run_sync(process.wait):
-        raise SystemExit(f"the agent ended with {process.returncode}")
-
-
-async def _calls(client: HelperServiceClient, captures: CaptureServiceClient, data: Address) -> None:
+    client, captures = HelperServiceClient(channel), CaptureServiceClient(channel)
+    while not (await client.get_health(GetHealthRequest())).ready:
+        await trio.sleep(0.05)
     await client.get_info(GetInfoRequest())
     async with client.watch_events(WatchEventsRequest()) as events:
         await events.receive()
@@ -110,8 +79,7 @@ async def _calls(client: HelperServiceClient, captures: CaptureServiceClient, da
         await client.apply_endpoint(ApplyEndpointRequest(endpoint=WEB))
         secret = secrets.token_bytes(32)
         await client.authorize_link(AuthorizeLinkRequest(endpoint_id="web", secret=secret))
-        features = frozenset({LinkFeature.VNET_HDR, LinkFeature.TSO, LinkFeature.USO})
-        link, _ = await dial_link(data, endpoint_id="web", secret=secret, features=features)
+        link, _ = await dial_link(data, endpoint_id="web", secret=secret, features=FEATURES)
         await events.receive()
         await client.authorize_streams(AuthorizeStreamsRequest(secret=secrets.token_bytes(32)))
         await client.list_endpoints(ListEndpointsRequest())
@@ -138,22 +106,5 @@ async def _calls(client: HelperServiceClient, captures: CaptureServiceClient, da
         await client.delete_network(DeleteNetworkRequest(network_id="app"))
 
 
-async def _garbage(control: Address, data: Address) -> None:
-    """Bytes that are no HTTP/2, no handshake and a wrong secret: the agent's own error messages."""
-    for address in (control, data):
-        stream = await connect(address)
-        with contextlib.suppress(trio.BrokenResourceError):
-            await stream.send_all(b"\xff" * 64)
-            await stream.receive_some()
-        await stream.aclose()
-    with contextlib.suppress(RefusedError):
-        await dial_link(data, endpoint_id="nobody", secret=b"x" * 32, features=())
-
-
-async def _bounded(directory: Path, command: list[str]) -> None:
-    with trio.fail_after(SECONDS):
-        await main(directory, command)
-
-
 if __name__ == "__main__":
-    trio.run(_bounded, Path(sys.argv[1]), sys.argv[2:])
+    exercise(calls, seconds=SECONDS)

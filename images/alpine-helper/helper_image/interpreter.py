@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import tempfile
@@ -10,33 +9,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from images.common import bundle, python, wheels
-from images.common.tools import BuildError, run
+from images.common.exercise import Exercise
+from images.common.tools import BuildError
 
 from .recipe import CHECKOUT, FILES, Recipe
 
 SITE = "usr/lib/taploom"
-_SHARED = "/run/exercise"
-# $1 the root with everything, $2 the root that the agent runs in, mounted below it, $3 the folder that both see as $4
-# is here.
-_NAMESPACES = """
-mount -t proc proc "$1/proc"
-mount --rbind /dev "$1/dev"
-mount -t sysfs sysfs "$1/sys"
-mkdir -p "$1$3" "$1/image"
-mount --bind "$4" "$1$3"
-if [ "$2" != "$1" ]; then
-	mount --bind "$2" "$1/image"
-	mount -t tmpfs tmpfs "$1/image/run"
-	mkdir -p "$1/image$3"
-	mount --bind "$4" "$1/image$3"
-	mount -t proc proc "$1/image/proc"
-	mount -t sysfs sysfs "$1/image/sys"
-	mount --rbind /dev "$1/image/dev"
-fi
-root=$1
-shift 4
-exec chroot "$root" /usr/bin/busybox sh -c 'busybox ip link set lo up; exec "$@"' sh "$@"
-"""
 _OPTIMIZE = 2
 _EXTENSION = re.compile(r"\.cpython-\d+-[\w-]+\.so$")
 
@@ -77,7 +55,7 @@ def trace(root: Path, recipe: Recipe) -> set[str]:
     Raises:
         BuildError: not root, or the agent fails.
     """
-    used = python.used_modules([_exercise(root, root, recipe, bundle.START_PATH)])
+    used = _exercise(recipe).modules(bundle.START_PATH, root, root)
     return {name for name in used if _is_module(name, recipe)}
 
 
@@ -89,7 +67,7 @@ def verify(root: Path, tree: Path, recipe: Recipe) -> None:
     """
     present = python.module_files(tree, _folders(recipe)) | bundle.modules(tree).keys()
     landmark = f"{_library(recipe)}/os.pyc"
-    used = python.used_modules([_exercise(root, tree, recipe, f"{bundle.START_PATH}c")])
+    used = _exercise(recipe).modules(f"{bundle.START_PATH}c", root, tree)
     python.check(present, used, landmarks=[landmark, *bundle.OWN])
 
 
@@ -105,41 +83,15 @@ def _is_module(name: str, recipe: Recipe) -> bool:
     return any(name.startswith(f"{folder}/") for folder in _folders(recipe)) and name != bundle.START_PATH
 
 
-def _exercise(root: Path, image: Path, recipe: Recipe, start: str) -> Path:
-    """Runs exercise.py in `root` with the agent in `image`, which may be the same, as `start` starts it; returns the
-    tracer's report."""
-    if os.geteuid():
-        raise BuildError("it needs root: the agent is run in the image, in namespaces of its own")
-    shared = root / "exercise"
-    shutil.rmtree(shared, ignore_errors=True)
-    shared.mkdir()
-    for file in (Path(__file__).with_name("exercise.py"), python.TRACER):
-        shutil.copy(file, shared)
-    interpreter = f"/usr/bin/python{recipe.python}"
-    later = [part for name in recipe.python_later for part in ("--import", name)]
-    agent = [
-        interpreter,
-        "-I",
-        "-S",
-        "-B",
-        f"{_SHARED}/tracer.py",
-        "--report",
-        f"{_SHARED}/report",
-        "--path",
+def _exercise(recipe: Recipe) -> Exercise:
+    return Exercise(
+        Path(__file__).with_name("exercise.py"),
+        f"/usr/bin/python{recipe.python}",
         f"/{SITE}",
-    ]
-    agent += [*later, start, recipe.python_program, "--control", f"unix:{_SHARED}/control.sock"]
-    agent += ["--data", f"unix:{_SHARED}/data.sock", "--state-dir", f"{_SHARED}/state", "--net", "kernel"]
-    enter = [] if image == root else ["/usr/bin/busybox", "chroot", "/image"]
-    run(
-        [
-            *("unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--uts"),
-            *("sh", "-ec", _NAMESPACES, "sh", root, image, _SHARED, shared),
-            *(interpreter, "-B", f"{_SHARED}/exercise.py", _SHARED, *enter, *agent),
-        ],
-        env={"PYTHONPATH": f"/{SITE}", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/"},
+        recipe.python_program,
+        later=recipe.python_later,
+        options=("--state-dir", "{shared}/state", "--net", "kernel"),
     )
-    return shared / "report"
 
 
 def install(

@@ -1,24 +1,16 @@
 """Makes a guest agent do all that it can, so that a tracer beside it sees every module that it imports.
 
-    python3 exercise.py DIRECTORY COMMAND…
-
-Runs in network, mount and PID namespaces of its own, as the builder starts it. COMMAND starts the agent with its
-sockets in DIRECTORY. Ends with 0 when the agent did everything and ended by SIGTERM.
+Runs as images/common/exercise.py starts it; see images/common/exercised.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import secrets
-import signal
 import socket
 import subprocess
-import sys
-from pathlib import Path
 
-from taploom.lean import without_unused
-
-without_unused()  # before the imports below: the root has no OpenSSL
+from exercised import FEATURES, exercise  # first: it knows what the root has not
 
 import dns.message
 import dns.query
@@ -26,7 +18,7 @@ import dns.rcode
 import dns.rdatatype
 import trio
 
-from taploom.address import Address, connect, parse_address
+from taploom.address import Address
 from taploom.contracts.taploom.guest.v1 import (
     ApplyInterfaceRequest,
     ApplyResolverRequest,
@@ -42,10 +34,8 @@ from taploom.contracts.taploom.guest.v1 import (
     WatchEventsRequest,
 )
 from taploom.contracts.taploom.guest.v1.rpc import GuestServiceClient
-from taploom.contracts.taploom.link.v1 import LinkFeature
 from taploom.link.dial import dial_link
-from taploom.link.handshake import RefusedError
-from taploom.rpc import RpcError, open_channel
+from taploom.rpc import Channel, RpcError
 
 SECONDS = 120.0
 WEB = Interface(
@@ -71,31 +61,14 @@ RESOLVER = Resolver(
 )
 
 
-async def main(directory: Path, command: list[str]) -> None:
-    """The whole exercise."""
-    control, data = (parse_address(f"unix:{directory}/{name}.sock") for name in ("control", "data"))
-    process = subprocess.Popen(command)
-    try:
+async def calls(channel: Channel, data: Address) -> None:
+    """The whole exercise, with a resolver that the agent's asks."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as upstream:
+        upstream.bind(("127.0.0.53", 53))
         async with trio.open_nursery() as nursery:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as upstream:
-                upstream.bind(("127.0.0.53", 53))
-                nursery.start_soon(trio.to_thread.run_sync, _upstream, upstream)
-                while True:
-                    try:
-                        stream = await connect(control)
-                        break
-                    except OSError:
-                        if process.poll() is not None:
-                            raise SystemExit(f"the agent ended with {process.returncode}") from None
-                        await trio.sleep(0.05)
-                async with open_channel(stream) as channel:
-                    await _calls(GuestServiceClient(channel), data)
-                await _garbage(control, data)
-                upstream.sendto(b"", ("127.0.0.53", 53))  # ends the thread
-    finally:
-        process.send_signal(signal.SIGTERM)
-    if await trio.to_thread.run_sync(process.wait):
-        raise SystemExit(f"the agent ended with {process.returncode}")
+            nursery.start_soon(trio.to_thread.run_sync, _upstream, upstream)
+            await _calls(GuestServiceClient(channel), data)
+            upstream.sendto(b"", ("127.0.0.53", 53))  # ends the thread
 
 
 async def _calls(client: GuestServiceClient, data: Address) -> None:
@@ -105,8 +78,7 @@ async def _calls(client: GuestServiceClient, data: Address) -> None:
         await client.sync(SyncRequest(interfaces=[], resolver=Resolver()))
         secret = secrets.token_bytes(32)
         await client.apply_interface(ApplyInterfaceRequest(interface=WEB, link_secret=secret))
-        features = frozenset({LinkFeature.VNET_HDR, LinkFeature.TSO, LinkFeature.USO})
-        link, _ = await dial_link(data, endpoint_id=WEB.endpoint_id, secret=secret, features=features)
+        link, _ = await dial_link(data, endpoint_id=WEB.endpoint_id, secret=secret, features=FEATURES)
         await events.receive()
         await client.apply_resolver(ApplyResolverRequest(resolver=RESOLVER))
         await trio.to_thread.run_sync(_queries)
@@ -149,22 +121,5 @@ def _upstream(sock: socket.socket) -> None:
         sock.sendto(response.to_wire(), source)
 
 
-async def _garbage(control: Address, data: Address) -> None:
-    """Bytes that are no HTTP/2, no handshake and a wrong secret: the agent's own error messages."""
-    for address in (control, data):
-        stream = await connect(address)
-        with contextlib.suppress(trio.BrokenResourceError):
-            await stream.send_all(b"\xff" * 64)
-            await stream.receive_some()
-        await stream.aclose()
-    with contextlib.suppress(RefusedError):
-        await dial_link(data, endpoint_id="nobody", secret=b"x" * 32, features=())
-
-
-async def _bounded(directory: Path, command: list[str]) -> None:
-    with trio.fail_after(SECONDS):
-        await main(directory, command)
-
-
 if __name__ == "__main__":
-    trio.run(_bounded, Path(sys.argv[1]), sys.argv[2:])
+    exercise(calls, seconds=SECONDS)

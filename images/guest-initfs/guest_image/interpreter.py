@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import tempfile
@@ -12,35 +11,16 @@ from pathlib import Path
 
 from images.common import bundle, debian, wheels
 from images.common import python as pythons
-from images.common.tools import BuildError, run
+from images.common.exercise import Exercise
+from images.common.tools import BuildError
 
 from .recipe import CHECKOUT, FILES, Recipe
 
 _NATIVE = {"x86_64": "x86_64", "aarch64": "arm64"}
 _TRIPLETS = {"x86_64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}
 _LOADERS = ("usr/lib64/ld-linux-*.so.*", "usr/lib/ld-linux-*.so.*", "usr/lib/*/ld-linux-*.so.*")
-_SHARED = "/run/exercise"
 _OPTIMIZE = 2
 _EXERCISE = Path(__file__).with_name("exercise.py")
-# $1 the root with everything, $2 the root that the agent runs in, mounted below it, $3 the folder that both see.
-_NAMESPACES = """
-mount -t proc proc "$1/proc"
-mount --rbind /dev "$1/dev"
-mount -t sysfs sysfs "$1/sys"
-mkdir -p "$1$3" "$1/image"
-mount --bind "$4" "$1$3"
-if [ "$2" != "$1" ]; then
-	mount --bind "$2" "$1/image"
-	mount -t tmpfs tmpfs "$1/image/run"
-	mkdir -p "$1/image$3"
-	mount --bind "$4" "$1/image$3"
-	mount -t proc proc "$1/image/proc"
-	mount --rbind /dev "$1/image/dev"
-fi
-root=$1
-shift 4
-exec chroot "$root" /usr/bin/busybox sh -c 'busybox ip link set lo up; exec "$@"' sh "$@"
-"""
 
 
 def native_arch() -> str:
@@ -97,7 +77,7 @@ def host_command(root: Path) -> list[str | Path]:
 
 def trace(recipe: Recipe, root: Path) -> Trace:
     """Exercises the agent in the root with everything, and says which modules' files it imported."""
-    used = pythons.used_modules([_exercise(recipe, root, root, bundle.START_PATH)])
+    used = _exercise(recipe).modules(bundle.START_PATH, root, root)
     triplet = _TRIPLETS[native_arch()]
     return Trace(tuple(sorted(name.replace(triplet, "TRIPLET") for name in used if _is_module(recipe, name))))
 
@@ -140,8 +120,8 @@ def verify(recipe: Recipe, full: Path, root: Path) -> None:
     Raises:
         BuildError: something fails there, or files that nothing imports; each is named.
     """
-    report = _exercise(recipe, full, root, f"{bundle.START_PATH}c")
-    pythons.check(_present(recipe, root), pythons.used_modules([report]), landmarks=_landmarks(recipe))
+    used = _exercise(recipe).modules(f"{bundle.START_PATH}c", full, root)
+    pythons.check(_present(recipe, root), used, landmarks=_landmarks(recipe))
 
 
 def check_names(recipe: Recipe, arch: str, traced: Trace, root: Path) -> None:
@@ -170,25 +150,5 @@ def _is_module(recipe: Recipe, name: str) -> bool:
     return any(name.startswith(f"{folder}/") for folder in _folders(recipe)) and name != bundle.START_PATH
 
 
-def _exercise(recipe: Recipe, full: Path, root: Path, start: str) -> Path:
-    """Runs exercise.py in ``full`` with the agent in ``root``; returns the tracer's report."""
-    if os.geteuid() != 0:
-        raise BuildError("tracing the agent needs root: it makes namespaces and TAP devices")
-    shared = full / "exercise"
-    shutil.rmtree(shared, ignore_errors=True)
-    shared.mkdir()
-    shutil.copy(_EXERCISE, shared)
-    shutil.copy(pythons.TRACER, shared)
-    python = recipe.interpreter
-    enter = [] if root == full else ["/usr/bin/busybox", "chroot", "/image"]
-    imports = [part for name in recipe.lazy for part in ("--import", name)]
-    tracer = [python, "-I", "-S", "-B", f"{_SHARED}/tracer.py", "--report", f"{_SHARED}/report"]
-    tracer += ["--path", recipe.folder, *imports]
-    agent = [start, recipe.module, "--control", f"unix:{_SHARED}/control.sock", "--data", f"unix:{_SHARED}/data.sock"]
-    unshare = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--uts"]
-    exercise = [python, "-B", f"{_SHARED}/exercise.py", _SHARED, *enter, *tracer, *agent]
-    run(
-        [*unshare, "sh", "-ec", _NAMESPACES, "sh", full, root, _SHARED, shared, *exercise],
-        env={"PYTHONPATH": recipe.folder, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
-    )
-    return shared / "report"
+def _exercise(recipe: Recipe) -> Exercise:
+    return Exercise(_EXERCISE, recipe.interpreter, recipe.folder, recipe.module, later=recipe.lazy)
