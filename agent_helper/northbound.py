@@ -18,7 +18,9 @@ BALANCER = "taploom-balancer"
 KERNEL_PORT = "uplink-kernel"
 # Routers speak with the kernel only. That each knows where every other one on the uplink is would be a flow for each
 # pair of them and family, all of which ovn-northd goes through for each change (ovn-nb(5), "Logical_Router").
-_ROUTER = {"chassis": CHASSIS, "dynamic_neigh_routers": "true"}
+# Neither does one learn from what guests broadcast: it knows where they are from their ports, and what it learns has
+# ovn-northd go through everything again.
+_ROUTER = {"chassis": CHASSIS, "dynamic_neigh_routers": "true", "always_learn_from_arp_request": "false"}
 _DEFAULT = {4: "0.0.0.0/0", 6: "::/0"}
 
 
@@ -214,6 +216,8 @@ def ensure_endpoint(txn: Txn, spec: EndpointSpec, network: NetworkSpec) -> tuple
         carried = {"parent_name": [endpoint_port(spec.child.parent_id)], "tag": [spec.child.tag]}
     name = endpoint_port(spec.endpoint_id)
     port, new = _ensure_port(txn, switch, name, "", addresses, security=addresses, **carried)
+    if new:
+        port.up = [False]  # what ovn-northd would write, and go through everything once more for
     dhcp_rows.ensure_endpoint(txn, spec, network, port, new=new)
     return port, new
 

@@ -59,7 +59,7 @@ _NB_TABLES = {
     "NB_Global": ["nb_cfg", "hv_cfg", "options"],
     "Logical_Switch_Port": [
         *("name", "type", "options", "addresses", "port_security", "enabled", "dhcpv4_options", "dhcpv6_options"),
-        *("parent_name", "tag", "external_ids"),
+        *("parent_name", "tag", "up", "external_ids"),
     ],
     "Logical_Switch": ["name", "ports", "acls", "qos_rules", "load_balancer", "other_config", "external_ids"],
     "Logical_Router": ["name", "ports", "static_routes", "policies", "nat", "load_balancer", "options", "external_ids"],
