@@ -45,10 +45,10 @@ from host_bridge.model import (
 from host_bridge.peer import CALL_TIMEOUT, PERMANENT, Peer
 from host_bridge.policy.log import PolicyLog
 from host_bridge.policy.model import Group, NetworkDefault
-from host_bridge.policy.state import Changes
 from host_bridge.qos.messages import rules_message
 from host_bridge.qos.model import Said
 from host_bridge.qos.state import Entry
+from host_bridge.sources import Changes
 from taploom.address import Address
 from taploom.contracts.taploom.bridge import v1 as bridge
 from taploom.contracts.taploom.helper.v1 import HelperFeature, StreamWanted

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from host_bridge.describe import endpoint_names
 from host_bridge.model import EndpointRecord, GuestRecord, NetworkRecord
-from host_bridge.policy.model import Selector
+from host_bridge.selectors import Selector
 from host_bridge.store import Store
 
 _MAX_LABELS = 4096

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 
 from host_bridge.balancer.model import PROTOCOLS, Balancer, HealthCheck, Place, Port, Publish
 from host_bridge.names import dns_name, shown
-from host_bridge.policy.check import Source, check_name, check_selector
+from host_bridge.selectors import check_selector
+from host_bridge.sources import Source, check_name
 
 MAX_BALANCERS = 500
 # Of one load balancer. OVN writes all of one port's backends into one text of the database.

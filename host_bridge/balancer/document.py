@@ -20,7 +20,7 @@ from host_bridge.documents import (
     scalar_of,
     text_of,
 )
-from host_bridge.policy.model import Selector
+from host_bridge.selectors import Selector
 
 T = TypeVar("T")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from host_bridge.balancer.model import Backend, Balancer, HealthCheck, Place, Port, Publish
-from host_bridge.policy.model import Selector
+from host_bridge.selectors import Selector
 from taploom.contracts.taploom.bridge import v1 as bridge
 
 

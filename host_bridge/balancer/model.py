@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from host_bridge.policy.model import Selector
+from host_bridge.selectors import Selector
 from host_bridge.values import line_field
 
 TCP, UDP = "tcp", "udp"

@@ -8,9 +8,9 @@ from typing import Protocol
 
 from host_bridge.balancer.model import UDP, Balancer, Publish
 from host_bridge.errors import BridgeError, TakenError
-from host_bridge.policy.check import Source
 from host_bridge.ports import PortBinding, PublishedPort
 from host_bridge.ports import model as ports
+from host_bridge.sources import Source
 
 logger = logging.getLogger("taploom.bridge.balancer")
 

@@ -15,8 +15,7 @@ from host_bridge.errors import BridgeError, ExhaustedError, NotFoundError, Taken
 from host_bridge.model import EndpointRecord, NetworkRecord
 from host_bridge.names import shown
 from host_bridge.places import Places, fits
-from host_bridge.policy.check import Source
-from host_bridge.policy.state import Changes
+from host_bridge.sources import Changes, Source
 from host_bridge.store import Store
 from taploom.contracts.taploom.helper import v1 as helper
 

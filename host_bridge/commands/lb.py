@@ -145,7 +145,7 @@ def create(
     """
     from host_bridge.balancer.model import Backend, Balancer, Place
     from host_bridge.balancer.parts import parse_port, parse_publish
-    from host_bridge.policy.model import Selector
+    from host_bridge.selectors import Selector
 
     selectors = []
     for kind, value in backends:

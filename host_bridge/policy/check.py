@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from host_bridge.errors import InvalidError
 from host_bridge.names import shown
 from host_bridge.policy.model import (
     ACTIONS,
@@ -26,32 +24,15 @@ from host_bridge.policy.model import (
     Peer,
     Ports,
     Rule,
-    Selector,
 )
+from host_bridge.selectors import check_selector
+from host_bridge.sources import Source, check_name
 
 MAX_GROUPS = 1000
 MAX_RULES = 5000
 # Of one rule, or members of one group.
 MAX_ITEMS = 256
-_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}", re.ASCII)
-_MAX_TEXT = 255
 _FAMILY = {ICMP: 4, ICMPV6: 6}
-
-
-class Source:
-    """Where a policy comes from, for messages."""
-
-    def __init__(self, name: str = "") -> None:
-        self._name = name
-
-    def wrong(self, line: int, message: str) -> InvalidError:
-        """The error that something at a line is wrong."""
-        return InvalidError(self.text(line, message))
-
-    def text(self, line: int, message: str) -> str:
-        """What is to be said of a line."""
-        where = ":".join(part for part in (self._name, str(line) if line else "") if part)
-        return f"{where}: {message}" if where else message
 
 
 def checked_groups(source: Source, groups: Iterable[Group]) -> dict[str, Group]:
@@ -243,31 +224,6 @@ def _subnet(source: Source, line: int, text: str) -> ipaddress.IPv4Network | ipa
     if interface.ip != interface.network.network_address:
         raise source.wrong(line, f"{shown(text)} has bits behind its prefix: write {interface.network}")
     return interface.network
-
-
-def check_selector(source: Source, selector: Selector) -> None:
-    """Raises InvalidError unless the selector gives something that may be."""
-    given = selector.given()
-    if not given:
-        raise source.wrong(selector.line, "this selects nobody: give a guest, an alias, a label, a network or a group")
-    if "group" in given and len(given) > 1:
-        others = ", ".join(sorted(given.keys() - {"group"}))
-        raise source.wrong(selector.line, f"a group stands by itself: leave out {others}, or write another entry")
-    for name, value in given.items():
-        if len(value) > _MAX_TEXT or not value.isprintable() or value != value.strip():
-            raise source.wrong(selector.line, f"{name} {shown(value)} is not allowed: nothing can be called so")
-    if selector.label.startswith("="):
-        raise source.wrong(selector.line, f"label {shown(selector.label)} has no key: write KEY or KEY=VALUE")
-
-
-def check_name(source: Source, line: int, kind: str, name: str) -> None:
-    """Raises InvalidError unless something may be called so."""
-    if not _NAME.fullmatch(name):
-        raise source.wrong(
-            line,
-            f"{kind} name {shown(name)} is not allowed: use 1 to 63 letters, digits, '_', '.' and '-', the first one a "
-            "letter or digit",
-        )
 
 
 def _limit(source: Source, line: int, whose: str, what: str, items: Sequence[object]) -> None:

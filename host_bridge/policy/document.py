@@ -33,8 +33,8 @@ from host_bridge.policy.model import (
     Peer,
     Ports,
     Rule,
-    Selector,
 )
+from host_bridge.selectors import Selector
 
 _NUMBER = re.compile(r"[0-9]{1,9}", re.ASCII)
 _RANGE = re.compile(r"([0-9]{1,9})\s*-\s*([0-9]{1,9})", re.ASCII)

@@ -19,8 +19,8 @@ from host_bridge.policy.model import (
     Peer,
     Ports,
     Rule,
-    Selector,
 )
+from host_bridge.selectors import Selector
 from taploom.contracts.taploom.bridge import v1 as bridge
 
 _ACTIONS = {

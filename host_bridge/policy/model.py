@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from host_bridge.selectors import Selector
 from host_bridge.values import line_field
 
 IN, OUT = "in", "out"
@@ -24,23 +25,6 @@ MAX_PRIORITY = 1000
 OPTION_POLICY = "taploom.policy"
 # The label of a container that names groups that it is in, separated by commas.
 LABEL_GROUPS = "taploom.groups"
-
-
-@dataclass(frozen=True, slots=True)
-class Selector:
-    """Guests' places on networks: those that fit all that is given; or the members of a group."""
-
-    guest: str = ""
-    alias: str = ""
-    label: str = ""
-    network: str = ""
-    group: str = ""
-    line: int = line_field()
-
-    def given(self) -> dict[str, str]:
-        """What is given, by name."""
-        found = {name: getattr(self, name) for name in ("guest", "alias", "label", "network", "group")}
-        return {name: value for name, value in found.items() if value}
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from host_bridge.errors import NotFoundError, PreconditionError
 from host_bridge.model import EndpointRecord, GuestRecord, NetworkRecord
 from host_bridge.names import shown
 from host_bridge.places import Place, Places, fits
-from host_bridge.policy.check import Source, check_defaults, check_together, checked_groups
+from host_bridge.policy.check import check_defaults, check_together, checked_groups
 from host_bridge.policy.model import (
     ALLOW,
     ANY,
@@ -33,8 +33,9 @@ from host_bridge.policy.model import (
     Group,
     NetworkDefault,
     Rule,
-    Selector,
 )
+from host_bridge.selectors import Selector
+from host_bridge.sources import Changes, Source
 from host_bridge.store import Store
 from taploom.contracts.taploom.helper import v1 as helper
 
@@ -59,16 +60,6 @@ class PolicyGroupNotFoundError(NotFoundError):
     def __init__(self, name: str) -> None:
         super().__init__(f"policy group {shown(name)} not found: 'taploom policy ls' lists those there are")
         self.name = name
-
-
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """What an apply did with groups, by their names in order."""
-
-    created: tuple[str, ...] = ()
-    updated: tuple[str, ...] = ()
-    unchanged: tuple[str, ...] = ()
-    removed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

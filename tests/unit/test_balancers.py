@@ -28,8 +28,8 @@ from host_bridge.documents import DocumentError
 from host_bridge.errors import ActiveEndpointsError, InvalidError, NotFoundError, TakenError
 from host_bridge.ipam import highest_free
 from host_bridge.model import ContainerRecord, EndpointOptions, EndpointRecord, NetworkOptions
-from host_bridge.policy.check import Source
 from host_bridge.ports import PortBinding, PublishedPort
+from host_bridge.sources import Source
 from host_bridge.store import Store
 from host_bridge.values import to_json
 from taploom.contracts.taploom.bridge import v1 as bridge

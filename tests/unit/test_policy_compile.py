@@ -25,7 +25,8 @@ from host_bridge.desired import DesiredState
 from host_bridge.errors import InvalidError, NotFoundError, PreconditionError
 from host_bridge.model import ContainerRecord, EndpointOptions, EndpointRecord, NetworkOptions
 from host_bridge.policy.document import read
-from host_bridge.policy.model import Group, NetworkDefault, Rule, Selector
+from host_bridge.policy.model import Group, NetworkDefault, Rule
+from host_bridge.selectors import Selector
 from host_bridge.store import Store
 from taploom.contracts.taploom.helper import v1 as helper
 

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from host_bridge.documents import MAX_SIZE, DocumentError
 from host_bridge.errors import InvalidError
-from host_bridge.policy.check import MAX_ITEMS, Source, check_defaults, check_together, checked_groups
+from host_bridge.policy.check import MAX_ITEMS, check_defaults, check_together, checked_groups
 from host_bridge.policy.document import read
 from host_bridge.policy.messages import default_message, from_default, from_message, to_message
-from host_bridge.policy.model import Group, Peer, Ports, Rule, Selector, from_json
+from host_bridge.policy.model import Group, Peer, Ports, Rule, from_json
+from host_bridge.selectors import Selector
+from host_bridge.sources import Source
 from host_bridge.values import to_json
 from taploom.contracts.taploom.bridge import v1 as bridge
 
