@@ -95,7 +95,7 @@ def to_svg(found: Topology) -> str:
 
 def summary(found: Topology) -> str:
     """The fabric in one line."""
-    rate = sum(place.rates.bits for place in found.places if place.rates is not None) / 2
+    rate = sum(place.rates.bits for place in found.places if place.rates is not None and not place.carried) / 2
     return ", ".join(
         [
             count(len(found.networks), "network"),

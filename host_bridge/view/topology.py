@@ -11,7 +11,7 @@ from host_bridge.addressing import ROUTED, Addressing
 from host_bridge.model import OPTION_ICC, OPTION_MASQUERADE, parse_bool
 from host_bridge.names import clean_text
 from host_bridge.view.rates import Rates, rates_between
-from host_bridge.vlan import place_of
+from host_bridge.vlan import OPTION_PARENT, place_of
 
 if TYPE_CHECKING:
     from taploom.contracts.taploom.bridge.v1 import (
@@ -40,6 +40,7 @@ class Place:
         rates: what it carries now; None: not measured.
         sent_limit, received_limit: bits per second that it may send and get at most; 0: no limit.
         sent_bytes, received_bytes, drops: since its agent started; drops are frames.
+        carried: by another place's link, which counts its frames too.
     """
 
     id: str
@@ -57,6 +58,7 @@ class Place:
     sent_bytes: int = 0
     received_bytes: int = 0
     drops: int = 0
+    carried: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +211,7 @@ def topology(
                 problem="" if endpoint.link_up else _problem(links.get(endpoint.id)),
                 groups=tuple(groups.get(f"{endpoint.guest_name}@{network.name}", ())),
                 rates=rates.get(endpoint.id),
+                carried=OPTION_PARENT in endpoint.driver_options,
                 **_limits(endpoint),
                 **_totals(links.get(endpoint.id)),
             )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from host_bridge.view.canvas import cut, rows, text_width
-from host_bridge.view.drawing import to_svg
+from host_bridge.view.drawing import summary, to_svg
 from host_bridge.view.page import to_page
 from host_bridge.view.rates import Rates, bits, octets, rates_between
 from host_bridge.view.table import ORDERS, render
@@ -154,6 +154,10 @@ def test_put_together() -> None:
         ("mixed", {4: "nat", 6: "routed"}, False, False, "allow"),
         ("routed", {4: "routed"}, False, False, "allow"),
     ]
+    assert "5.0 kbit/s switched" in summary(found)
+    networks[0].endpoints[0].driver_options = {"taploom.vlan.parent": "back"}
+    carried = topology(networks, guests, policy, now, before, balancers=[balancer])
+    assert "switched" not in summary(carried), "what carries it has the same frames"
     web, db = found.networks[0].places
     assert (web.groups, web.rates, web.problem) == (("front", "all"), Rates(10000, 0, 12, 0, 0), "")
     assert (db.groups, db.up, db.problem) == (("all",), False, "the agent of db does not answer")
