@@ -208,16 +208,14 @@ class Interfaces:
 
     async def statuses(self) -> list[InterfaceStatus]:
         """Every interface, by name."""
-        children = [managed for managed in self._managed.values() if managed.trunk is not None and managed.present]
+        children = [
+            managed.index for managed in self._managed.values() if managed.trunk is not None and managed.present
+        ]
         counters: dict[int, LinkCounters] = {}
         if children:
             with contextlib.suppress(NetlinkError):  # what else there is to say is true without them
-                counters = await self._run(self._kernel.counters, [child.index for child in children])
-        found = [self._status(managed) for managed in self._managed.values()]
-        carried = {child.endpoint_id: counters.get(child.index) for child in children}
-        for status in found:
-            if status.interface is not None and status.interface.endpoint_id in carried:
-                status.counters = carried[status.interface.endpoint_id]
+                counters = await self._run(self._kernel.counters, children)
+        found = [self._status(managed, counters.get(managed.index)) for managed in self._managed.values()]
         return sorted(found, key=lambda status: status.interface.name if status.interface else "")
 
     async def close(self) -> None:
@@ -548,14 +546,15 @@ class Interfaces:
         by = managed if managed.trunk is None else self._managed.get(managed.trunk.parent_id)
         return by is not None and by.tap is not None and self._links.status(by.endpoint_id).up
 
-    def _status(self, managed: _Managed) -> InterfaceStatus:
+    def _status(self, managed: _Managed, carried: LinkCounters | None = None) -> InterfaceStatus:
+        """How an interface is; `carried` is what one without a link of its own has carried, where that was asked."""
         description = managed.spec.to_message() if managed.spec is not None else managed.adopted
         if not managed.present:
             reason = "the interface that carries it is gone" if self._waits(managed) else _REMOVED
             return InterfaceStatus(interface=description, state=InterfaceState.NO_LINK, last_close_reason=reason)
         if managed.trunk is not None:
             state = InterfaceState.UP if self._is_up(managed) else InterfaceState.NO_LINK
-            return InterfaceStatus(interface=description, state=state)
+            return InterfaceStatus(interface=description, state=state, counters=carried)
         link = self._links.status(managed.endpoint_id)
         return InterfaceStatus(
             interface=description,
