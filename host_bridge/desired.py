@@ -659,7 +659,7 @@ class DesiredState:
             assert network is not None, "foreign key"
             return self._interface_name(guest, network, options)
         name = f"{parent.interface_name[: 14 - len(str(tag))]}.{tag}"
-        if any(endpoint.interface_name == name for endpoint in self._store.endpoints(guest_id=guest.id)):
+        if name in self._store.interface_names(guest.id):
             raise TakenError(f"guest {guest.name} has an interface {shown(name)} already: give another name")
         return name
 
@@ -748,7 +748,7 @@ class DesiredState:
         A container's interfaces are counted as with Docker: what is connected again has the next number. Another guest,
         which may run for years, has the lowest free one.
         """
-        taken = {endpoint.interface_name for endpoint in self._store.endpoints(guest_id=guest.id)}
+        taken = self._store.interface_names(guest.id)
         asked = options.get(OPTION_INTERFACE, "")
         if asked and not refused:
             if not _INTERFACE.fullmatch(asked):

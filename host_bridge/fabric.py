@@ -765,15 +765,14 @@ class Fabric:
         return link
 
     def _touch_others(self, endpoint: EndpointRecord) -> None:
-        """Tells who goes by this endpoint: load balancers, mirrors, and the guests that have a link to it on the
-        default bridge, whose /etc/hosts has its address."""
+        """Tells who goes by this endpoint: load balancers, mirrors, what it carries, and the guests that have a link to
+        it on the default bridge, whose /etc/hosts has its address."""
         self.helper.touch(BALANCERS_KEY)
         self.helper.touch(MIRRORS_KEY)
-        for other in self.desired.store.endpoints(guest_id=endpoint.guest_id):
-            if other.carried is not None:
-                self.helper.touch(other.id)
-                if other.guest_id in self.guests:
-                    self.guests[other.guest_id].touch(other.id)
+        for child_id in self.desired.store.carried_by(endpoint):
+            self.helper.touch(child_id)
+            if endpoint.guest_id in self.guests:
+                self.guests[endpoint.guest_id].touch(child_id)
         network = self.desired.store.network(endpoint.network_id)
         if network is None or not network.default_bridge:
             return

@@ -39,6 +39,7 @@ from host_bridge.model import (
 from host_bridge.policy.tables import PolicyTables, create_tables
 from host_bridge.qos.tables import QosTable
 from host_bridge.qos.tables import create_table as create_qos
+from host_bridge.vlan import OPTION_PARENT
 
 DATABASE = "bridge.db"
 _LOCK = "bridge.lock"
@@ -622,6 +623,10 @@ class Store(PolicyTables, QosTable, balancer_tables.BalancerTables, mirror_table
         row = self._first(f"{_ENDPOINTS} WHERE e.id = ?", endpoint_id)
         return None if row is None else _endpoint(row)
 
+    def interface_names(self, guest_id: str) -> set[str]:
+        """The names of the guest's interfaces."""
+        return {name for (name,) in self._all("SELECT interface_name FROM endpoints WHERE guest_id = ?", guest_id)}
+
     def guests_with_links(self, network_id: str) -> list[str]:
         """The ids of the guests that have names of their own for others on the network."""
         rows = self._all("SELECT guest_id FROM endpoints WHERE network_id = ? AND links <> '[]'", network_id)
@@ -637,6 +642,16 @@ class Store(PolicyTables, QosTable, balancer_tables.BalancerTables, mirror_table
         carried = endpoint.carried
         over = None if carried is None else self.network_id_of(carried.parent)
         return None if over is None else self.endpoint_of(over, endpoint.guest_id)
+
+    def carried_by(self, endpoint: EndpointRecord) -> list[str]:
+        """The ids of the endpoints that go over this one's interface, or did while it was there."""
+        rows = self._all(
+            "SELECT e.id FROM endpoints e JOIN networks n ON n.id = ?1"
+            f" WHERE e.guest_id = ?2 AND json_extract(e.driver_options, '$.\"{OPTION_PARENT}\"') = n.name",  # noqa: S608 (a constant)
+            endpoint.network_id,
+            endpoint.guest_id,
+        )
+        return [endpoint_id for (endpoint_id,) in rows]
 
     # Containers
 

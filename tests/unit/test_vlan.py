@@ -202,7 +202,10 @@ def test_endpoints_over_another(desired: DesiredState) -> None:
     mac = "02:00:00:00:00:77"
     third = desired.connect("third", "vm", carried(tag="21", mac_address=mac))
     assert third.mac_address == mac
+    assert set(desired.store.carried_by(base)) == {inner.id, third.id}
+    assert desired.store.carried_by(inner) == []
     desired.disconnect("base", "vm")
+    assert set(desired.store.carried_by(base)) == {inner.id, third.id}
     assert desired.store.carrier_of(inner) is None
     assert desired.store.carrier_of(third) is None
     again = desired.connect("base", "vm")
