@@ -585,12 +585,14 @@ class Fabric:
         while True:
             await self._converge(
                 link.changes.until,
-                done=lambda: (link.up and link.guest.settled(RESOLVER_KEY)) or link.removed,
+                done=lambda: link.up or link.removed,
                 refused=lambda: self._link_refusal(link),
                 peers=link.peers,
                 explain=link.waits_for,
                 retry=lambda: self._name_refused(link),
             )
+            if link.up:
+                await self._until_names_settled(link)
             if link.up or link.removed:
                 return
             endpoint = self.desired.store.endpoint(link.endpoint_id)
@@ -608,6 +610,16 @@ class Fabric:
                 "%s has an interface %s of its own: using %s", link.guest.subject, endpoint.interface_name, name
             )
             link.guest.touch(link.endpoint_id)
+
+    async def _until_names_settled(self, link: DataLink) -> None:
+        guest = link.guest
+        await self._converge(
+            lambda condition: guest.changes.until(RESOLVER_KEY, condition),
+            done=lambda: guest.settled(RESOLVER_KEY),
+            refused=lambda: None,
+            peers=(),
+            explain=lambda: guest.waits_for(RESOLVER_KEY),
+        )
 
     @staticmethod
     def _name_refused(link: DataLink) -> bool:
@@ -708,11 +720,6 @@ class Fabric:
 
         def changed(key: str) -> None:
             peer = this()
-            if key == RESOLVER_KEY:
-                for one in self.links.values():
-                    if one.guest is peer:
-                        one.changes.notify()
-                return
             if key:
                 link = self.links.get(key)
                 if link is not None:

@@ -24,6 +24,7 @@ from typing import Generic, TypeVar
 import betterproto2
 import trio
 
+from host_bridge.claims import Claims
 from host_bridge.names import clean_text
 from host_bridge.waiting import Backoff, KeyedSignal, Signal
 from taploom.address import Address, AddressError, connect
@@ -190,7 +191,7 @@ class Peer(abc.ABC, Generic[D]):
         self._sync_patience = Patience(call_timeout, MOST_PATIENCE * call_timeout)
         self._synced = False
         self._applied: dict[str, bytes] = {}
-        self._claims: dict[str, frozenset[str]] = {}
+        self._claims = Claims()
         # An Apply that failed may have been applied all the same: such an object is deleted when it is not wanted.
         self._unsure: set[str] = set()
         self._dirty: set[str] = set()
@@ -467,7 +468,9 @@ class Peer(abc.ABC, Generic[D]):
         self._unsure = set(result.failures)
         self._busy.clear()
         self._applied = {key: bytes(d) for key, d in snapshot.items() if key not in result.failures}
-        self._claims = {key: self.claims(d) for key, d in snapshot.items()}
+        self._claims.clear()
+        for key, description in snapshot.items():
+            self._claims.put(key, self.claims(description))
         before = self._failures
         self._failures = {}
         for key, (code, message) in result.failures.items():
@@ -542,9 +545,9 @@ class Peer(abc.ABC, Generic[D]):
             if required is not None and required not in self._applied:
                 return False
             return not any(
-                other != key and self._claims[other] & claims and self.wanted(other) is None
-                for other in self._claims
-                if other in self._applied or other in self._unsure
+                other != key and (other in self._applied or other in self._unsure) and self.wanted(other) is None
+                for claim in claims
+                for other in self._claims.holders(claim)
             )
 
         while not ready():
@@ -557,12 +560,12 @@ class Peer(abc.ABC, Generic[D]):
         if description is None:
             await self.delete(key, within)
             self._applied.pop(key, None)
-            self._claims.pop(key, None)
+            self._claims.put(key, frozenset())
             self._unsure.discard(key)
         else:
             secret = self._link_secret(key)
             self._unsure.add(key)
-            self._claims[key] = self.claims(description)
+            self._claims.put(key, self.claims(description))
             await self.apply(key, description, secret, within)
             self._applied[key] = bytes(description)
             self._unsure.discard(key)

@@ -647,9 +647,10 @@ class Store(PolicyTables, QosTable, balancer_tables.BalancerTables, mirror_table
         """The ids of the endpoints that go over this one's interface, or did while it was there."""
         rows = self._all(
             "SELECT e.id FROM endpoints e JOIN networks n ON n.id = ?1"
-            f" WHERE e.guest_id = ?2 AND json_extract(e.driver_options, '$.\"{OPTION_PARENT}\"') = n.name",  # noqa: S608 (a constant)
+            " WHERE e.guest_id = ?2 AND json_extract(e.driver_options, ?3) = n.name",
             endpoint.network_id,
             endpoint.guest_id,
+            f'$."{OPTION_PARENT}"',
         )
         return [endpoint_id for (endpoint_id,) in rows]
 

@@ -77,10 +77,11 @@ class _Compiled:
 
     groups: Mapping[str, Group]
     message: helper.Policy
-    # What makes an endpoint a member, by the id of the group that the helper knows.
-    selectors: Mapping[str, Sequence[Selector]]
+    # What makes an endpoint a member, and the id of the group that the helper knows: by the guest that is named, or "".
+    selectors: Mapping[str, Sequence[tuple[Selector, str]]]
     names: Mapping[str, str]  # the helper's id of a user's group -> its name
     denies: Mapping[str, tuple[bool, bool]]  # by that id: whether it has a list for in, for out
+    holders: Mapping[str, Sequence[str]]  # by a group's name: those that have it as a member
     references: Mapping[str, RuleRef]
     rule_ids: Mapping[RuleRef, str] = field(default_factory=dict)
 
@@ -265,22 +266,16 @@ class PolicyState:
         compiled = self._now()
         direct = {
             group_id
-            for group_id, selectors in compiled.selectors.items()
-            if any(fits(selector, place) for selector in selectors)
+            for guest in (place.guest, "")
+            for selector, group_id in compiled.selectors.get(guest, ())
+            if fits(selector, place)
         }
         direct |= {_group_id(name) for name in _named(place.labels) if name in compiled.groups}
         return sorted(direct | self._including(direct))
 
     def _including(self, group_ids: set[str]) -> set[str]:
         """The groups that have one of these as a member, and so on."""
-        names = self._now().names
-        holders: dict[str, list[str]] = {}
-        for group in self.groups.values():
-            for member in group.members:
-                if member.group:
-                    holders.setdefault(member.group, []).append(group.name)
-        if not holders:
-            return set()
+        names, holders = self._now().names, self._now().holders
         found: set[str] = set()
         todo = [names[group_id] for group_id in group_ids if group_id in names]
         while todo:
@@ -303,7 +298,8 @@ def _named(labels: Mapping[str, str]) -> list[str]:
 
 def _compile(groups: Mapping[str, Group]) -> _Compiled:
     messages: dict[str, helper.PolicyGroup] = {}
-    selectors: dict[str, list[Selector]] = {}
+    selectors: dict[str, list[tuple[Selector, str]]] = {}
+    holders: dict[str, list[str]] = {}
     names: dict[str, str] = {}
     denies: dict[str, tuple[bool, bool]] = {}
     references: dict[str, RuleRef] = {}
@@ -311,7 +307,11 @@ def _compile(groups: Mapping[str, Group]) -> _Compiled:
     for group in groups.values():
         group_id = _group_id(group.name)
         names[group_id] = group.name
-        selectors[group_id] = [member for member in group.members if not member.group]
+        for member in group.members:
+            if member.group:
+                holders.setdefault(member.group, []).append(group.name)
+            else:
+                selectors.setdefault(member.guest, []).append((member, group_id))
         denies[group_id] = (group.incoming is not None, group.outgoing is not None)
         messages[group_id] = helper.PolicyGroup(group_id=group_id)
     for group in groups.values():
@@ -335,11 +335,11 @@ def _compile(groups: Mapping[str, Group]) -> _Compiled:
                     peer_id = _digest("s", json.dumps(sorted(peer.selector.given().items())))
                     if peer_id not in messages:
                         messages[peer_id] = helper.PolicyGroup(group_id=peer_id)
-                        selectors[peer_id] = [peer.selector]
+                        selectors.setdefault(peer.selector.guest, []).append((peer.selector, peer_id))
                     message.peers.append(helper.PolicyPeer(group_id=peer_id))
             messages[_group_id(group.name)].rules.append(message)
     policy = helper.Policy(groups=[messages[group_id] for group_id in sorted(messages)])
-    return _Compiled(groups, policy, selectors, names, denies, references, rule_ids)
+    return _Compiled(groups, policy, selectors, names, denies, holders, references, rule_ids)
 
 
 def _rule_message(rule_id: str, log_name: str, direction: str, rule: Rule) -> helper.PolicyRule:
