@@ -513,7 +513,7 @@ class Fabric:
             return endpoint.there and parent is not None and parent.spec.child is None and self.is_up(parent)
         if endpoint.tap is None:
             return False
-        return vswitch.is_installed(self._stack.conf.mirrors["Interface"].rows.get(endpoint.tap.name))
+        return self._stack.is_installed(endpoint.tap.name)
 
     def _network_of(self, spec: EndpointSpec) -> NetworkState:
         network = self.networks.get(spec.network_id)
@@ -759,7 +759,7 @@ class Fabric:
 
                     nursery.start_soon(until_gone)
                     if tap is not None:
-                        await self._stack.conf.mirrors["Interface"].wait(tap.name, vswitch.is_installed)
+                        await self._stack.until_installed(tap.name)
                     await self._until_joined(endpoint.network)
                     nursery.cancel_scope.cancel()
             if endpoint.gone.is_set():
@@ -966,8 +966,8 @@ class Fabric:
             logger.warning("mirrors are not as they should be: %s", exc)
 
     async def _come_into_force(self, *changes: Changes) -> None:
-        """Returns once no packet is treated any more as it was before the changes. Nothing that is new waits here: it
-        is told by `ovn-installed`."""
+        """Returns once no packet is treated any more as it was before the changes. Nothing that is new waits here: its
+        flows come as a whole."""
         pending = [(one, one.made) for one in changes if one.in_force < one.made]
         if not pending:
             return

@@ -18,13 +18,14 @@ from pathlib import Path
 
 import trio
 
-from agent_helper import daemons, links
+from agent_helper import daemons, links, vswitch
 from agent_helper.daemons import BRIDGE, CHASSIS, SCHEMAS
 from agent_helper.early import Early, bind_acl_log
 from agent_helper.errors import SetupError, UnavailableError
 from agent_helper.ovsdb import Database, Txn, Values
 from agent_helper.packet_sockets import enlarge_packet_sockets
 from agent_helper.policy_log import PolicyLog
+from agent_helper.port_flows import PortFlows
 from agent_helper.schemas import create_database, read_schema
 from taploom.contracts.taploom.helper.v1 import PolicyLogged
 from taploom.supervise import SupervisedProcess
@@ -155,6 +156,7 @@ class Stack:
         self._enlargings_asked = self._enlargings_done = 0
         self._enlarged: tuple[int, set[str]] = (0, set())
         self._early = early
+        self._flows = PortFlows(self.mgmt, partial(self._connectable, self.mgmt))
         self.env = daemons.environment(self.run_dir)
 
     @property
@@ -229,6 +231,7 @@ class Stack:
                 if self.on_logged is not None:
                     acl_log = bind_acl_log(self.run_dir) if self._early is None else self._early.acl_log
                     await nursery.start(PolicyLog(acl_log, self.on_logged).run)
+                nursery.start_soon(self._flows.run)
                 nursery.start_soon(self._run_controller)
                 nursery.start_soon(self._kick_controller)
                 nursery.start_soon(self._prove_connections)
@@ -498,6 +501,26 @@ class Stack:
         """To be called on each change of a daemon's state."""
         self._daemon_changed.set()
         self._daemon_changed = trio.Event()
+
+    def is_installed(self, interface: str) -> bool:
+        """Whether all flows of a plugged interface's logical port are programmed."""
+        row = self.conf.mirrors["Interface"].rows.get(interface)
+        return vswitch.is_installed(row) or (row is not None and any(self._flows.has(port) for port in row["ofport"]))
+
+    async def until_installed(self, interface: str) -> None:
+        """Returns once all flows of a plugged interface's logical port are programmed, whoever tells it first."""
+        mirror = self.conf.mirrors["Interface"]
+        async with trio.open_nursery() as nursery:
+
+            async def until_flows() -> None:
+                row = await mirror.wait(interface, vswitch.is_port)
+                if row is not None:
+                    await self._flows.wait(next(iter(row["ofport"])))
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(until_flows)
+            await mirror.wait(interface, vswitch.is_installed)
+            nursery.cancel_scope.cancel()
 
     async def wait_programmed(self) -> None:
         """Returns once the chassis has programmed all that the northbound database had when this was called."""

@@ -15,6 +15,7 @@ import pytest
 import trio
 from test_helper_rig import Guest, Rig, endpoint, eventually, helper, network, rpc_status, sh
 
+from agent_helper.port_flows import PortFlows
 from agent_helper.spares import SpareTaps
 from taploom.contracts.taploom.helper.v1 import (
     ApplyEndpointRequest,
@@ -248,3 +249,30 @@ async def test_the_agent_ends_cleanly_and_starts_in_the_same_place() -> None:
         assert interfaces(rig) == {"lo"}
         assert "Traceback" not in rig.log()
         await rig.start()
+
+
+async def test_flows_of_ports_are_told() -> None:
+    async with helper() as rig, trio.open_nursery() as nursery:
+        mgmt = rig.state / "run" / "br-int.mgmt"
+
+        async def until_there() -> None:
+            await eventually(mgmt.exists)
+
+        flows = PortFlows(mgmt, until_there)
+        nursery.start_soon(flows.run)
+        await rig.apply(network(1))
+        (status,) = await rig.apply(endpoint(1, 2, "web"))
+        assert status.port_up
+        port = int(rig.db("conf", "get", "Interface", status.tap, "ofport"))
+        # Nobody is told that a port is there before vswitchd has all of its flows.
+        rows = sh("ovs-ofctl", "dump-flows", f"unix:{mgmt}", f"table=0,in_port={port}")
+        assert f"in_port={port}" in rows
+        with trio.fail_after(60):
+            await flows.wait(port)
+            before = (await rig.daemons())["ovs-vswitchd"].pid
+            os.kill(before, signal.SIGKILL)
+            await eventually(lambda: not flows.has(port))
+            await flows.wait(port)
+            await rig.delete_endpoint("e1-2")
+            await eventually(lambda: not flows.has(port))
+        nursery.cancel_scope.cancel()
