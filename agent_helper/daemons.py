@@ -20,9 +20,13 @@ SCHEMAS = {
 BRIDGE_COLUMNS = {"fail_mode": "secure", "other_config": {"disable-in-band": "true"}}
 
 # For each port and turn of its loop, the userspace data path allocates 32 buffers of the port's MTU and frees them
-# again. glibc gives the top of the heap back and takes it anew each time, which adds 0.4 ms to a round trip once a port
-# has a large MTU; so it is told to keep it (mallopt(3), environment variables).
-_VSWITCHD_MALLOC = {
+# again, which with many ports is most of what it does. jemalloc, where it is installed, takes half the time for it than
+# glibc does; it is told to keep as many, and as large ones, at hand for each thread (jemalloc(3), "opt.").
+_JEMALLOC = f"/usr/lib/{os.uname().machine}-linux-gnu/libjemalloc.so.2", "/usr/lib64/libjemalloc.so.2"
+_JEMALLOC_CONF = "tcache_max:131072,tcache_nslots_small_min:64,tcache_nslots_large:64"
+# glibc gives the top of the heap back and takes it anew each time, which adds 0.4 ms to a round trip once a port has a
+# large MTU; so it is told to keep it (mallopt(3), environment variables).
+_GLIBC_MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
     "MALLOC_TOP_PAD_": str(32 << 20),
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
@@ -67,7 +71,15 @@ def remotes(run_dir: Path) -> str:
 def environment(run_dir: Path, name: str = "") -> dict[str, str]:
     """The whole environment of a daemon; ovsdb-server, ovs-vswitchd and ovn-controller find one another by it."""
     folders = {f"{who}_{what}DIR": str(run_dir) for who in ("OVS", "OVN") for what in ("RUN", "LOG", "DB", "SYSCONF")}
-    return {**os.environ, "LC_ALL": "C.UTF-8", **folders, **(_VSWITCHD_MALLOC if name == "ovs-vswitchd" else {})}
+    return {**os.environ, "LC_ALL": "C.UTF-8", **folders, **(_vswitchd_memory() if name == "ovs-vswitchd" else {})}
+
+
+def _vswitchd_memory() -> dict[str, str]:
+    for library in _JEMALLOC:
+        if Path(library).exists():
+            others = os.environ.get("LD_PRELOAD")
+            return {"LD_PRELOAD": f"{others}:{library}" if others else library, "MALLOC_CONF": _JEMALLOC_CONF}
+    return _GLIBC_MALLOC
 
 
 def niceness(name: str, kernel_datapath: bool) -> int:

@@ -6,8 +6,8 @@ cd "$(dirname "$0")/.."
 
 . scripts/debian.sh
 
-packages="openvswitch-switch ovn-central ovn-host dnsmasq-base nftables crun busybox-static iproute2 iputils-ping \
-iperf3 dnsutils tcpdump isc-dhcp-client procps util-linux ca-certificates curl git"
+packages="openvswitch-switch ovn-central ovn-host dnsmasq-base nftables libjemalloc2 crun busybox-static iproute2 \
+iputils-ping iperf3 dnsutils tcpdump isc-dhcp-client procps util-linux ca-certificates curl git"
 # Node.js comes from the distribution only where there is no npm at all: another source's nodejs brings its own.
 command -v npm >/dev/null || packages="$packages npm"
 # The docker command drives a lab; any that is there does. Debian 12 has it in one package with the daemon, which is not
