@@ -16,6 +16,7 @@ import trio
 from host_bridge.api import GuestApi, NetworkApi, StatusApi
 from host_bridge.balancer.api import BalancerApi
 from host_bridge.balancer.publishing import BalancerPorts
+from host_bridge.capture.api import CaptureApi
 from host_bridge.desired import DesiredState
 from host_bridge.fabric import Fabric, Timing
 from host_bridge.host_addresses import HostAddresses
@@ -27,6 +28,7 @@ from host_bridge.store import Store
 from taploom.address import UnixAddress, connect, open_listener
 from taploom.contracts.taploom.bridge.v1.rpc import (
     BalancerServiceClient,
+    CaptureServiceClient,
     MirrorServiceClient,
     NetworkServiceClient,
     PolicyServiceClient,
@@ -38,12 +40,13 @@ from taploom.contracts.taploom.guest import v1 as guest
 from taploom.contracts.taploom.guest.v1.rpc import GuestServiceBase
 from taploom.contracts.taploom.helper import v1 as helper
 from taploom.contracts.taploom.helper.v1.rpc import BalancerServiceBase as HelperBalancerServiceBase
+from taploom.contracts.taploom.helper.v1.rpc import CaptureServiceBase as HelperCaptureServiceBase
 from taploom.contracts.taploom.helper.v1.rpc import HelperServiceBase
 from taploom.contracts.taploom.helper.v1.rpc import MirrorServiceBase as HelperMirrorServiceBase
 from taploom.contracts.taploom.link.v1 import LinkCounters, LinkFeature, LinkHello, LinkRefusal, StreamTarget
 from taploom.link import open_dataplane
 from taploom.link.handshake import HandshakeError, negotiate, ready, receive_message, refused
-from taploom.rpc import RpcError, SendStream, Server, ServerContext, StatusCode, open_channel
+from taploom.rpc import ReceiveStream, RpcError, SendStream, Server, ServerContext, StatusCode, open_channel
 
 _instances = itertools.count(1)
 ALL_LINK_FEATURES = frozenset({LinkFeature.VNET_HDR, LinkFeature.TSO, LinkFeature.USO})
@@ -360,6 +363,27 @@ class FakeMirrors(HelperMirrorServiceBase):
         return helper.ApplyMirrorsResponse()
 
 
+class FakeCaptures(HelperCaptureServiceBase):
+    """The helper's captures: one part of data, and what else the test has it say."""
+
+    def __init__(self, agent: FakeHelper) -> None:
+        self._agent = agent
+
+    async def capture(
+        self,
+        requests: ReceiveStream[helper.CaptureRequest],
+        responses: SendStream[helper.CaptureResponse],
+        context: ServerContext,
+    ) -> None:
+        await self._agent._called("Capture")
+        self._agent.capture = await requests.receive()
+        await responses.send(helper.CaptureResponse(data=b"packets"))
+        end = self._agent.capture_end
+        if end is helper.CaptureEnd.STOPPED:
+            assert await requests.receive() is None
+        await responses.send(helper.CaptureResponse(data=b" and more", end=end))
+
+
 class FakeHelper(FakeAgent, HelperServiceBase):
     """The helper's agent: networks and endpoints in dictionaries."""
 
@@ -377,7 +401,9 @@ class FakeHelper(FakeAgent, HelperServiceBase):
         self.counters: dict[str, tuple[int, int]] = {}
         self.balancers = helper.Balancers()
         self.mirrors = helper.Mirrors()
-        self.services = [FakeBalancers(self), FakeMirrors(self)]
+        self.capture: helper.CaptureRequest | None = None
+        self.capture_end = helper.CaptureEnd.STOPPED
+        self.services = [FakeBalancers(self), FakeMirrors(self), FakeCaptures(self)]
 
     @property
     def created(self) -> dict[str, helper.Network]:
@@ -578,6 +604,7 @@ class Rig:
         self.balancers: BalancerServiceClient
         self.qos: QosServiceClient
         self.mirrors: MirrorServiceClient
+        self.captures: CaptureServiceClient
 
     async def guest(self, name: str, *, register: bool = True, run: bool = True) -> FakeGuest:
         """Another guest; registered, and connected when this returns, unless said otherwise."""
@@ -630,7 +657,7 @@ async def open_rig(
                     host_addresses=host_addresses,
                 )
                 socket = UnixAddress(f"{directory}/bridge/api.sock")
-                apis = (NetworkApi, GuestApi, StatusApi, PolicyApi, QosApi, MirrorApi)
+                apis = (NetworkApi, GuestApi, StatusApi, PolicyApi, QosApi, MirrorApi, CaptureApi)
                 publisher = PortPublisher(rig.fabric.helper, dataplane, is_gateway=lambda _address: False)
                 balancers = BalancerApi(rig.fabric, BalancerPorts(publisher, lambda _name: ()))
                 server = Server([*(api(rig.fabric) for api in apis), balancers])
@@ -644,6 +671,7 @@ async def open_rig(
                     rig.balancers = BalancerServiceClient(channel)
                     rig.qos = QosServiceClient(channel)
                     rig.mirrors = MirrorServiceClient(channel)
+                    rig.captures = CaptureServiceClient(channel)
                     if run_helper:
                         await rig.until(lambda: rig.fabric.helper.connected and "Sync" in rig.helper.calls)
                     yield rig
