@@ -34,7 +34,7 @@ from .netlink import open_watch_socket
 from .plan import Step
 from .spec import InterfaceSpec, SpecError, TrunkSpec, check_against, check_trunk, trunk_message
 from .state import KernelState, LinkState
-from .watch import touches
+from .watch import touched
 
 logger = logging.getLogger("taploom.guest.interfaces")
 
@@ -97,7 +97,11 @@ class Interfaces:
         self._lock = trio.Lock()
         self._thread = trio.CapacityLimiter(1)
         self._packets: socket.socket | None = None
+        self._left: set[str] = set()
+        """The endpoints of which an earlier agent left interfaces that could not be adopted."""
         self._nudge: trio.MemorySendChannel[None] | None = None
+        self._due: set[int] = set()
+        """The links that are to be looked at."""
         self._nursery: trio.Nursery | None = None
 
     # -- calls --------------------------------------------------------------------------------------------------
@@ -108,9 +112,12 @@ class Interfaces:
             await self._adopt_all()
 
     async def _adopt_all(self) -> None:
+        self._left.clear()
         for link in await self._run(self._kernel.adoptable):
             if link.endpoint_id not in self._managed:
                 await self._adopt(link)
+            if link.endpoint_id not in self._managed:
+                self._left.add(link.endpoint_id)
 
     async def _adopt(self, link: LinkState) -> None:
         if link.kind == vlan.KIND:
@@ -276,11 +283,13 @@ class Interfaces:
 
     async def _create(self, spec: InterfaceSpec) -> None:
         tap: Tap | None = None
+        # One that is made again may have come back meanwhile.
+        left = spec.endpoint_id in self._left or spec.endpoint_id in self._managed
         if spec.trunk is None:
-            tap, index = await self._run(self._kernel.create, spec)
+            tap, index = await self._run(self._kernel.create, spec, left=left)
         else:
             parent = self._trunk_of(spec.trunk)
-            index = await self._run(self._kernel.create_child, self._fitted(spec), parent.index)
+            index = await self._run(self._kernel.create_child, self._fitted(spec), parent.index, left=left)
         self._managed[spec.endpoint_id] = _Managed(spec.endpoint_id, tap, index, spec, trunk=spec.trunk)
         if tap is not None:
             self._links.add(spec.endpoint_id, tap)
@@ -311,10 +320,11 @@ class Interfaces:
             logger.warning("interface %s could not be put back as it was: %s", spec.name, error)
 
     async def _settle_routes(self, endpoint_id: str, before: InterfaceSpec | None) -> None:
-        """Sets all routes after an endpoint was applied; when that fails the endpoint's change is taken back."""
+        """Sets the routes after an endpoint was applied; when that fails the endpoint's change is taken back."""
         try:
-            await self._run(self._kernel.converge_routes, self._by_index())
+            await self._run(self._kernel.converge_routes, self._by_index(), self._links_of(endpoint_id))
         except APPLY_ERRORS:
+            self._look()
             if before is None:
                 await self._remove([endpoint_id])
             else:
@@ -338,8 +348,9 @@ class Interfaces:
         staying = {index: spec for index, spec in self._by_index().items() if index not in going}
         try:
             # The default route moves before its interface goes, so that there is no moment without one.
-            await self._run(self._kernel.converge_routes, staying)
+            await self._run(self._kernel.converge_routes, staying, ())
         except APPLY_ERRORS as error:
+            self._look()
             logger.warning("routes before the removal of %s: %s", ", ".join(endpoint_ids), error)
         doomed.sort(key=lambda managed: managed.trunk is None)
         for managed in doomed:
@@ -428,29 +439,35 @@ class Interfaces:
                 if error.errno != errno.ENOBUFS:
                     raise
                 data = b""  # notifications were lost: whatever they were, look
-            indexes = {managed.index for managed in self._managed.values()}
-            if indexes and (not data or touches(data, indexes)):
-                self._look()
+            indexes = self._indexes()
+            changed = touched(data, indexes) if data else indexes
+            if changed:
+                self._look(changed)
 
-    def _look(self) -> None:
-        """Has everything looked at soon."""
+    def _look(self, indexes: set[int] | None = None) -> None:
+        """Has links, or all, looked at soon."""
+        self._due |= self._indexes() if indexes is None else indexes
         if self._nudge is not None:
             with contextlib.suppress(trio.WouldBlock):  # one look is enough for all that came
                 self._nudge.send_nowait(None)
 
     async def _mend(self, limiter: RepairLimiter) -> float | None:
-        """One look at everything; returns after how many seconds another look is due, if one is."""
+        """One look at what is due; returns after how many seconds another look at everything is, if one is."""
+        if not self._due:
+            return None
         delay: float | None = None
         async with self._exclusive():
+            due, self._due = self._due, set()
             specs = {
                 managed.index: self._fitted(managed.spec)
                 for managed in self._managed.values()
                 if managed.spec is not None and (managed.present or not self._waits(managed))
             }
             try:
-                wrong = await self._run(self._kernel.needs, specs)
+                wrong = await self._run(self._kernel.needs, specs, due)
             except NetlinkError as error:
                 logger.warning("cannot look at the interfaces: %s", error)
+                self._due |= self._indexes()
                 return RETRY_DELAY
             # What carries others comes first: they are made again with it.
             for index, gone in sorted(wrong.items(), key=lambda item: specs[item[0]].trunk is not None):
@@ -470,6 +487,8 @@ class Interfaces:
                 if what:
                     logger.warning("interface %s was changed by another program: %s", spec.name, what)
                     self._on_repair(InterfaceRepaired(endpoint_id=spec.endpoint_id, what=what))
+            if delay is not None:
+                self._due |= self._indexes()
         return delay
 
     async def _mend_one(self, index: int, spec: InterfaceSpec, gone: bool) -> str:
@@ -481,7 +500,8 @@ class Interfaces:
             await self._create(managed.spec)
         else:
             steps = await self._run(lambda: self._kernel.converge_link(index, spec, repair=True))
-        steps += await self._run(self._kernel.converge_routes, self._by_index())
+        changed = self._links_of(spec.endpoint_id)
+        steps += await self._run(self._kernel.converge_routes, self._by_index(), changed)
         return "interface created again" if gone else "; ".join(map(str, steps))
 
     @contextlib.asynccontextmanager
@@ -520,6 +540,13 @@ class Interfaces:
         """As the kernel is to have it."""
         parent = self._managed.get(spec.trunk.parent_id) if spec.trunk is not None else None
         return spec if parent is None else spec.carried_by(parent.spec)
+
+    def _indexes(self) -> set[int]:
+        return {managed.index for managed in self._managed.values()}
+
+    def _links_of(self, endpoint_id: str) -> set[int]:
+        """The links of an endpoint and of those that its carries."""
+        return {managed.index for managed in (self._managed[endpoint_id], *self._children(endpoint_id))}
 
     def _children(self, endpoint_id: str) -> list[_Managed]:
         """The interfaces that an endpoint's carries."""

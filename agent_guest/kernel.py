@@ -6,7 +6,7 @@ import contextlib
 import errno
 import logging
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,12 +70,14 @@ class Kernel:
         tap.set_persist(True)
         return tap
 
-    def create(self, spec: InterfaceSpec) -> tuple[Tap, int]:
+    def create(self, spec: InterfaceSpec, *, left: bool) -> tuple[Tap, int]:
         """Creates the interface as it is described; returns its TAP and its link's index.
+
+        ``left``: an interface of the endpoint may have been left here, by whatever name.
 
         Raises SpecError, NameTakenError, TapError, NetlinkError, and has taken back what it did then.
         """
-        tap, index = self._open(spec)
+        tap, index = self._open(spec, left=left)
         try:
             self.converge_link(index, spec)
         except BaseException:
@@ -86,10 +88,9 @@ class Kernel:
             raise
         return tap, index
 
-    def _open(self, spec: InterfaceSpec) -> tuple[Tap, int]:
+    def _open(self, spec: InterfaceSpec, *, left: bool) -> tuple[Tap, int]:
         """Makes the interface's TAP, marked as the agent's, or attaches to the one left for the same endpoint."""
-        links = self._netlink.links().values()
-        for link in links:
+        for link in self._links_near(spec.name, left=left):
             if link.endpoint_id == spec.endpoint_id and link.kind == "tun":
                 try:
                     return self.attach(link), link.index
@@ -98,8 +99,8 @@ class Kernel:
                         raise
                     # Made by an agent that opened its TAPs with other flags: of no use to this one.
                     self._netlink.delete_link(link.index)
-                    return self._open(spec)
-        _check_name(spec, links)
+                    return self._open(spec, left=left)
+        self._check_name(spec)
         tap = Tap.open(spec.name)
         try:
             index = socket.if_nametoindex(spec.name)
@@ -111,12 +112,25 @@ class Kernel:
             raise
         return tap, index
 
-    def create_child(self, spec: InterfaceSpec, parent: int) -> int:
+    def _links_near(self, *names: str, left: bool) -> list[LinkState]:
+        """The links with these names, or all when one that was ``left`` may have any."""
+        if left:
+            return list(self._netlink.links().values())
+        return [link for name in names if (link := self._netlink.link_named(name)) is not None]
+
+    def _check_name(self, spec: InterfaceSpec) -> None:
+        link = self._netlink.link_named(spec.name)
+        if link is not None:
+            raise NameTakenError(
+                f"interface name {spec.name} belongs to {_owner(link)} in this VM; choose another name"
+            )
+
+    def create_child(self, spec: InterfaceSpec, parent: int, *, left: bool) -> int:
         """Creates the VLAN interface as it is described, over the link ``parent``; returns its index.
 
         Raises as `create`, but for TapError, and NoTrunkError; has taken back what it did then.
         """
-        index = self._open_child(spec, parent)
+        index = self._open_child(spec, parent, left=left)
         try:
             self.converge_link(index, spec)
         except BaseException:
@@ -124,15 +138,15 @@ class Kernel:
             raise
         return index
 
-    def _open_child(self, spec: InterfaceSpec, parent: int) -> int:
+    def _open_child(self, spec: InterfaceSpec, parent: int, *, left: bool) -> int:
         """Makes the VLAN interface, marked as the agent's, or finds the one left for the same endpoint."""
         assert spec.trunk is not None
         # A kill may come between making and marking it: until it is marked, its name says whose it is.
         temporary = f"{TEMPORARY}{parent}.{spec.trunk.tag}"
-        links = self._netlink.links()
-        if parent not in links:
+        carrier = self._netlink.link(parent)
+        if carrier is None:
             raise NoTrunkError(f"the interface of endpoint {spec.trunk.parent_id} is gone from this VM")
-        for link in list(links.values()):
+        for link in self._links_near(spec.name, temporary, left=left):
             if link.kind != vlan.KIND:
                 continue
             same = (link.over, link.tag) == (parent, spec.trunk.tag)
@@ -140,14 +154,18 @@ class Kernel:
                 return link.index
             if link.endpoint_id == spec.endpoint_id or link.name == temporary:
                 self.remove(link.index)
-                del links[link.index]
             elif same:
                 raise NameTakenError(
-                    f"tag {link.tag} over {links[parent].name} is {link.name}, which belongs to {_owner(link)} in this"
+                    f"tag {link.tag} over {carrier.name} is {link.name}, which belongs to {_owner(link)} in this"
                     f" VM; remove that (ip link del {link.name}) or choose another tag"
                 )
-        _check_name(spec, links.values())
-        self._netlink.add_vlan(temporary, parent, spec.trunk.tag)
+        self._check_name(spec)
+        try:
+            self._netlink.add_vlan(temporary, parent, spec.trunk.tag)
+        except NetlinkError as error:
+            if error.errno != errno.EEXIST or left:
+                raise
+            return self._open_child(spec, parent, left=True)  # which finds who has the tag
         index = socket.if_nametoindex(temporary)
         try:
             self._netlink.set_link(index, alias=ALIAS_PREFIX + spec.endpoint_id)
@@ -209,15 +227,22 @@ class Kernel:
         self._set_sysctls(spec)
         if steps:
             self._execute(plan.SetLink(index, up=True))
-        addresses = plan.plan_addresses(spec, index, self._netlink.addresses(), remove_others=not repair)
+        addresses = plan.plan_addresses(spec, index, self._netlink.addresses(index), remove_others=not repair)
         for change in addresses:
             self._execute(change)
         return [*steps, *addresses]
 
-    def converge_routes(self, specs: Mapping[int, InterfaceSpec]) -> list[plan.Step]:
-        """Makes the routes over the given links be as described; returns the steps that were needed."""
-        steps = plan.plan_routes(specs, self._netlink.routes())
-        versions = {r.destination.version for r in plan.wanted_routes(specs) if r.table == NAMES_TABLE}
+    def converge_routes(
+        self, specs: Mapping[int, InterfaceSpec], changed: Collection[int] | None = None
+    ) -> list[plan.Step]:
+        """Makes the routes over the given links be as described; returns the steps that were needed.
+
+        ``changed``: the only links that came or are described otherwise since the routes were so; None: any.
+        """
+        over = specs.keys() if changed is None else (plan.default_links(specs) | set(changed)) & specs.keys()
+        current = self._netlink.routes() if changed is None else [r for i in over for r in self._netlink.routes(i)]
+        steps = plan.plan_routes(specs, current, over)
+        versions = {r.destination.version for r in plan.wanted_routes(specs, over) if r.table == NAMES_TABLE}
         for version in versions:
             try:
                 self._netlink.consult_names_table(version)
@@ -228,11 +253,16 @@ class Kernel:
             self._execute(step)
         return steps
 
-    def needs(self, specs: Mapping[int, InterfaceSpec]) -> dict[int, bool]:
-        """Which links are gone (True) or differ from their description (False), by index; all right: not named."""
-        state = self._netlink.state()
+    def needs(self, specs: Mapping[int, InterfaceSpec], among: Collection[int]) -> dict[int, bool]:
+        """Which links are gone (True) or differ from their description (False), by index; all right: not named.
+
+        ``among``: the only links that this may be so of, but for default routes.
+        """
+        over = (plan.default_links(specs) | set(among)) & specs.keys()
+        state = self._netlink.state(None if len(over) == len(specs) else over)
         wrong: dict[int, bool] = {}
-        for index, spec in specs.items():
+        for index in over:
+            spec = specs[index]
             link = state.links.get(index)
             if link is None:
                 wrong[index] = True
@@ -240,7 +270,7 @@ class Kernel:
                 spec, index, state.addresses, remove_others=False
             ):
                 wrong[index] = False
-        for step in plan.plan_routes(specs, state.routes):
+        for step in plan.plan_routes(specs, state.routes, over):
             if isinstance(step, plan.ReplaceRoute | plan.RemoveRoute):
                 wrong.setdefault(step.route.index, False)
         return wrong
@@ -290,14 +320,6 @@ class Kernel:
             logger.warning("cannot set net/%s to %s: %s", key, value, error.strerror)
             return False
         return True
-
-
-def _check_name(spec: InterfaceSpec, links: Iterable[LinkState]) -> None:
-    for link in links:
-        if link.name == spec.name:
-            raise NameTakenError(
-                f"interface name {spec.name} belongs to {_owner(link)} in this VM; choose another name"
-            )
 
 
 def _owner(link: LinkState) -> str:

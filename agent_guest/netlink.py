@@ -1,16 +1,19 @@
 """A small synchronous rtnetlink client: bytes in and out by ``struct``, no library (taploom/netlink.py).
 
-The agent reads the kernel's whole state after every change of it, and its memory counts: general message classes cost a
-millisecond per dump and megabytes. Sources: netlink(7), rtnetlink(7), linux/netlink.h, linux/rtnetlink.h,
-linux/if_link.h, linux/if_addr.h.
+The agent reads the kernel's state of what was changed after every change of it, and its memory counts: general message
+classes cost a millisecond per dump and megabytes. Sources: netlink(7), rtnetlink(7), linux/netlink.h,
+linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import socket
 import struct
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from taploom.contracts.taploom.link.v1 import LinkCounters
 from taploom.netlink import (
@@ -18,6 +21,7 @@ from taploom.netlink import (
     NLM_F_CREATE,
     NLM_F_EXCL,
     NLM_F_REPLACE,
+    SOL_NETLINK,
     UINT32,
     NetlinkError,
     NetlinkSocket,
@@ -60,6 +64,7 @@ IFA_F_NODAD, IFA_F_DADFAILED, IFA_F_TENTATIVE = 0x02, 0x08, 0x40
 
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_IFALIAS, IFLA_STATS64 = 1, 3, 4, 5, 20, 23
 IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS = 29, 8
+NETLINK_GET_STRICT_CHK = 12  # linux/netlink.h
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_FLAGS = 1, 2, 4, 8
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE = 1, 4, 5, 6, 15
 
@@ -68,11 +73,18 @@ _IFADDRMSG = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, ind
 _RTMSG = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
 _WITHOUT_STATISTICS = attribute(IFLA_EXT_MASK, UINT32.pack(RTEXT_FILTER_SKIP_STATS))
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
+_T = TypeVar("_T")
 _ANY: dict[int, bytes] = {socket.AF_INET: bytes(4), socket.AF_INET6: bytes(16)}
 
 
 class Netlink(NetlinkSocket):
     """One rtnetlink socket in the network namespace of the calling thread. Not for use by two threads at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The kernel then dumps only what is asked for. Kernels before 4.20 dump all.
+        with contextlib.suppress(OSError):
+            self._socket.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
 
     # -- what is there ------------------------------------------------------------------------------------------
 
@@ -83,8 +95,15 @@ class Netlink(NetlinkSocket):
 
     def link(self, index: int) -> LinkState | None:
         """The link with this index, if there is one."""
+        return self._link(_IFINFOMSG.pack(0, 0, index, 0, 0))
+
+    def link_named(self, name: str) -> LinkState | None:
+        """The link that has this name, or has it as an alternative one, if there is one."""
+        return self._link(_IFINFOMSG.pack(0, 0, 0, 0, 0) + attribute(IFLA_IFNAME, name.encode() + b"\0"))
+
+    def _link(self, which: bytes) -> LinkState | None:
         try:
-            return read_link(self.request(_IFINFOMSG.pack(0, 0, index, 0, 0) + _WITHOUT_STATISTICS, RTM_GETLINK))
+            return read_link(self.request(which + _WITHOUT_STATISTICS, RTM_GETLINK))
         except NetlinkError as error:
             if error.errno in GONE:
                 return None
@@ -100,20 +119,37 @@ class Netlink(NetlinkSocket):
             raise
         return read_counters(attributes(answer, HEADER.size + _IFINFOMSG.size).get(IFLA_STATS64, b""))
 
-    def addresses(self) -> list[AddressState]:
-        """Every address of the namespace."""
-        return self.dump(_IFADDRMSG.pack(0, 0, 0, 0, 0), RTM_GETADDR, read_address)
+    def addresses(self, index: int = 0) -> list[AddressState]:
+        """Every address of a link, or of the namespace."""
+        found = self._dump_of(index, _IFADDRMSG.pack(0, 0, 0, 0, index), RTM_GETADDR, read_address)
+        return [address for address in found if index in (0, address.index)]
 
-    def routes(self) -> list[RouteState]:
-        """The unicast routes of the main and the names' table, both families, but not those with several next hops."""
+    def routes(self, index: int = 0) -> list[RouteState]:
+        """The unicast routes over a link, or of the namespace, of the main and the names' table, both families, but not
+        those with several next hops."""
+        over = attribute(RTA_OIF, UINT32.pack(index)) if index else b""
         found = []
         for family in (socket.AF_INET, socket.AF_INET6):
-            found += self.dump(_RTMSG.pack(family, 0, 0, 0, 0, 0, 0, 0, 0), RTM_GETROUTE, read_route)
-        return found
+            body = _RTMSG.pack(family, 0, 0, 0, 0, 0, 0, RTN_UNICAST, 0) + over
+            found += self._dump_of(index, body, RTM_GETROUTE, read_route)
+        return [route for route in found if index in (0, route.index)]
 
-    def state(self) -> KernelState:
-        """Links, addresses and routes; three dumps, so not one instant."""
-        return KernelState(self.links(), self.addresses(), self.routes())
+    def _dump_of(self, index: int, body: bytes, kind: int, read: Callable[[bytes], _T | None]) -> list[_T]:
+        """A dump of what belongs to a link, if there is one with this index."""
+        try:
+            return self.dump(body, kind, read)
+        except NetlinkError as error:
+            if index and error.errno in GONE:
+                return []
+            raise
+
+    def state(self, indexes: Iterable[int] | None = None) -> KernelState:
+        """Some links, or all, with their addresses and routes; several requests, so not one instant."""
+        if indexes is None:
+            return KernelState(self.links(), self.addresses(), self.routes())
+        links = {index: link for index in indexes if (link := self.link(index)) is not None}
+        addresses = [address for index in links for address in self.addresses(index)]
+        return KernelState(links, addresses, [route for index in links for route in self.routes(index)])
 
     # -- changes ------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ default route per family as in any container.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv6Interface
 
@@ -172,10 +172,18 @@ def name_order(specs: Iterable[InterfaceSpec]) -> list[InterfaceSpec]:
     )
 
 
-def wanted_routes(specs: Mapping[int, InterfaceSpec]) -> list[RouteState]:
-    """All routes of the interfaces, given by link index."""
+def default_links(specs: Mapping[int, InterfaceSpec]) -> set[int]:
+    """The links that default routes are to go over, or did before one of the interfaces came or changed."""
+    first = {spec.endpoint_id for version in (4, 6) for spec in route_order(specs.values(), version)[:2]}
+    return {index for index, spec in specs.items() if spec.endpoint_id in first}
+
+
+def wanted_routes(specs: Mapping[int, InterfaceSpec], over: Collection[int] | None = None) -> list[RouteState]:
+    """The routes of the interfaces, given by link index, over all links or some."""
     routes = []
     for index, spec in specs.items():
+        if over is not None and index not in over:
+            continue
         # fe80::/64 is on every IPv6 link already, and only the link tells whose it is.
         servers = [server for server in spec.dns_servers if not (server.version == 6 and server.is_link_local)]
         for server in servers:
@@ -188,15 +196,23 @@ def wanted_routes(specs: Mapping[int, InterfaceSpec]) -> list[RouteState]:
         order = route_order(specs.values(), version)
         if order:
             index = next(index for index, spec in specs.items() if spec is order[0])
+            if over is not None and index not in over:
+                continue
             destination = DEFAULT_DESTINATION[version]
             gateway = order[0].gateway(version)
             routes.append(RouteState(destination, gateway, index, DEFAULT_METRIC[version], PROTOCOL_BOOT))
     return routes
 
 
-def plan_routes(specs: Mapping[int, InterfaceSpec], current: Iterable[RouteState]) -> list[Step]:
-    """Sets what is missing, then removes the agent's routes that are not wanted, over the given links only."""
-    wanted = {_key(route): route for route in wanted_routes(specs)}
+def plan_routes(
+    specs: Mapping[int, InterfaceSpec], current: Iterable[RouteState], over: Collection[int] | None = None
+) -> list[Step]:
+    """Sets what is missing, then removes the agent's routes that are not wanted, over the given links only.
+
+    Args:
+        over: those of the links whose routes ``current`` has; None: all.
+    """
+    wanted = {_key(route): route for route in wanted_routes(specs, over)}
     there = {_key(route): route for route in current if route.index in specs}
     steps: list[Step] = [ReplaceRoute(route) for key, route in wanted.items() if key not in there]
     steps += [RemoveRoute(route) for key, route in there.items() if key not in wanted and is_own(route)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address, ip_interface, ip_network
 
 from hypothesis import given
@@ -152,6 +153,25 @@ def test_routes_follow_the_networks_with_one_default_each_family(history: list[d
                 assert specs[found[0].index] is order[0]
                 best = max(s.priority for s in specs.values() if s.gateway(version))
                 assert order[0].priority == best
+
+
+@given(networks().filter(bool), st.data())
+def test_what_one_change_needs_is_seen_on_few_links(wanted: dict[int, InterfaceSpec], data: st.DataObject) -> None:
+    """Interfaces come, change and go one by one; only the routes over the links in question are read."""
+    specs: dict[int, InterfaceSpec] = {}
+    model = Model([], [])
+    for _ in range(6):
+        index = data.draw(st.sampled_from(sorted(wanted)))
+        if index in specs and data.draw(st.booleans()):
+            del specs[index]
+            changed: set[int] = set()
+        else:
+            specs[index] = replace(wanted[index], priority=data.draw(st.integers(-1, 1)))
+            changed = {index}
+        over = (plan.default_links(specs) | changed) & specs.keys()
+        model.run(plan.plan_routes(specs, [route for route in model.routes if route.index in over], over))
+        model.routes = [route for route in model.routes if route.index in specs]
+        assert plan.plan_routes(specs, model.routes) == []
 
 
 @given(networks(), networks())
