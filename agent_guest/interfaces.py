@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import math
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import ParamSpec, Protocol, TypeVar
 
@@ -45,6 +46,7 @@ RETRY_DELAY = 1.0
 QUIET, LATEST = 0.01, 0.1
 """Seconds without news after which the interfaces are looked at, and after which at any rate."""
 _GONE_POLL = 0.0003
+_AT_ONCE = 64  # notifications that are read before others have their turn
 _REMOVED = "another program removed the interface"
 APPLY_ERRORS = (SpecError, NameTakenError, NoTrunkError, TapError, NetlinkError)
 """What applying an interface raises when it cannot be done."""
@@ -416,8 +418,7 @@ class Interfaces:
         limiter = RepairLimiter()
         changed, nudge = trio.open_memory_channel[None](1)
         self._nudge = changed
-        notifications = trio.socket.from_stdlib_socket(open_watch_socket())
-        with notifications:
+        with open_watch_socket() as notifications:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._listen, notifications)
@@ -431,16 +432,14 @@ class Interfaces:
                 finally:
                     self._nursery = self._nudge = None
 
-    async def _listen(self, notifications: trio.socket.SocketType) -> None:
+    async def _listen(self, notifications: socket.socket) -> None:
         while True:
-            try:
-                data = await notifications.recv(65536)
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                data = b""  # notifications were lost: whatever they were, look
+            await trio.lowlevel.wait_readable(notifications)
             indexes = self._indexes()
-            changed = touched(data, indexes) if data else indexes
+            changed: set[int] = set()
+            for data in itertools.islice(_pending(notifications), _AT_ONCE):
+                # When some were lost: whatever they were, look.
+                changed |= touched(data, indexes) if data else indexes
             if changed:
                 self._look(changed)
 
@@ -594,6 +593,19 @@ class Interfaces:
     async def _run(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         # The limiter lets one call in at a time: the kernel's netlink socket is not for two threads at once.
         return await trio.to_thread.run_sync(lambda: function(*args, **kwargs), limiter=self._thread)
+
+
+def _pending(notifications: socket.socket) -> Iterator[bytes]:
+    """The notifications that have come; an empty one in place of those that were lost."""
+    while True:
+        try:
+            yield notifications.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            yield b""
 
 
 async def _until_quiet(nudge: trio.MemoryReceiveChannel[None]) -> None:
