@@ -259,7 +259,7 @@ class Kernel:
         ``among``: the only links that this may be so of, but for default routes.
         """
         over = (plan.default_links(specs) | set(among)) & specs.keys()
-        state = self._netlink.state(None if len(over) == len(specs) else over)
+        state = self._netlink.state(over)
         wrong: dict[int, bool] = {}
         for index in over:
             spec = specs[index]
@@ -312,10 +312,14 @@ class Kernel:
             raise NetlinkError(errno.EROFS, f"cannot enable IPv6 on {spec.name}: /proc/sys is not writable")
 
     def _write(self, key: str, value: str) -> bool:
-        path = self._sysctl / key
+        # Unbuffered bytes: an interface has six of these, and texts take twice as long.
+        path, wanted = self._sysctl / key, value.encode()
         try:
-            if path.read_text().strip() != value:
-                path.write_text(value)
+            with path.open("rb", buffering=0) as file:
+                present = file.read(64)
+            if present.strip() != wanted:
+                with path.open("wb", buffering=0) as file:
+                    file.write(wanted)
         except OSError as error:
             logger.warning("cannot set net/%s to %s: %s", key, value, error.strerror)
             return False
