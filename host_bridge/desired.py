@@ -327,7 +327,7 @@ class DesiredState:
             else:
                 chosen = ipam.next_ula(ipam.ula_prefix(self._store.host_id()), avoided)
             subnets.append(dataclasses.replace(_subnet_record(chosen, SubnetOptions()), configured=False))
-        macs = set(self._store.taken_macs())
+        macs = self._store.taken_macs()
         gateway_mac = _new_mac(macs)
         dns_mac = _new_mac(macs | {gateway_mac})
         return dataclasses.replace(
@@ -469,7 +469,7 @@ class DesiredState:
                 theirs = {guest.address, guest.data_address}
                 if {str(place), f"{QEMU}{path}", f"{QEMU_SERVER}{path}"} & theirs:
                     raise TakenError(f"address {address} is the one of guest {guest.name}")
-            settings = GuestSettings(card_mac=mac or _new_mac(cards | set(self._store.taken_macs())), card_qmp=qmp)
+            settings = GuestSettings(card_mac=mac or _new_mac(cards | self._store.taken_macs()), card_qmp=qmp)
             record = GuestRecord(_new_id(), name, address, address, _now(), settings)
             self._store.insert_guest(record)
         return record
@@ -573,7 +573,7 @@ class DesiredState:
                 kept = dict(options.driver_options) | {vlan.OPTION_PARENT: self.network_name(parent.network_id)}
                 options = dataclasses.replace(options, driver_options=kept)
                 # A VLAN interface has the MAC address of the one that it is over.
-                if not mac and parent.mac_address not in self._store.taken_macs(network.id):
+                if not mac and self._store.holder_of_mac(network.id, parent.mac_address) is None:
                     mac = parent.mac_address
             elif guest.card is not None:
                 mac = mac or guest.settings.card_mac
@@ -589,23 +589,22 @@ class DesiredState:
                 raise AliasOnDefaultError(network.name)
             if self._store.endpoint_of(network.id, guest.id) is not None:
                 raise AlreadyConnectedError(guest.name, network.name)
-            holders = self._store.taken_addresses(network.id)
-            macs = self._store.taken_macs(network.id)
-            if mac in macs:
-                raise MacTakenError(mac, macs[mac])
+            mac_holder = self._store.holder_of_mac(network.id, mac)
+            if mac_holder is not None:
+                raise MacTakenError(mac, mac_holder)
             chosen: list[str] = []
             for record in network.subnets:
                 asked = wanted.get(record.family)
                 if asked is None and record.family == IPV6 and network.addressing.autonomous:
                     # What the guest makes of its MAC address, if it makes one itself.
-                    mac = mac or _mac_of(chosen, set(macs))
+                    mac = mac or self._mac_of(network.id, chosen)
                     asked = ipam.parse_address(addressing.slaac_address(record.subnet, mac))
                 if asked is None:
                     within = ipam.network_of(record.ip_range) if record.ip_range else None
-                    taken = [ipaddress.ip_address(holder) for holder in holders]
-                    chosen.append(str(ipam.lowest_free(ipam.network_of(record.subnet), taken, within)))
+                    taken = self._store.addresses_in(network.id, record.family)
+                    chosen.append(str(ipam.lowest_free_of(ipam.network_of(record.subnet), taken, within)))
                 else:
-                    ipam.check_free(asked, holders, network.name)
+                    ipam.check_free(asked, self._store.taken_addresses(network.id, str(asked)), network.name)
                     chosen.append(str(asked))
             endpoint = EndpointRecord(
                 id=_new_id(),
@@ -614,7 +613,7 @@ class DesiredState:
                 interface_name=self._child_name(guest, parent, carried.tag, options.driver_options)
                 if parent is not None and carried is not None
                 else self._interface_name(guest, network, options.driver_options),
-                mac_address=mac or _mac_of(chosen, set(macs)),
+                mac_address=mac or self._mac_of(network.id, chosen),
                 gateway_priority=priority,
                 created_at=_now(),
                 active=False,
@@ -628,6 +627,23 @@ class DesiredState:
             )
             self._store.insert_endpoint(endpoint)
         return endpoint
+
+    def _mac_of(self, network_id: str, addresses: Sequence[str]) -> str:
+        """The MAC address that goes with an endpoint's addresses, as Docker makes it: 02:42 and the IPv4 address.
+
+        An address that is given out again, perhaps a second later, so has the MAC under which its peers may still know
+        it.
+        """
+        for text in addresses:
+            address = ipaddress.ip_address(text)
+            if address.version == 4:
+                mac = (b"\x02\x42" + address.packed).hex(":")
+                if self._store.holder_of_mac(network_id, mac) is None:
+                    return mac
+        while True:
+            mac = _new_mac(())
+            if self._store.holder_of_mac(network_id, mac) is None:
+                return mac
 
     def _parent(self, network: NetworkRecord, guest: GuestRecord, carried: vlan.Carried) -> EndpointRecord:
         """The endpoint that is to carry one of the guest's on a network.
@@ -891,20 +907,6 @@ def _new_mac(taken: Collection[str]) -> str:
         mac = (b"\x02" + secrets.token_bytes(5)).hex(":")
         if mac not in taken:
             return mac
-
-
-def _mac_of(addresses: Sequence[str], taken: Collection[str]) -> str:
-    """The MAC address that goes with an endpoint's addresses, as Docker makes it: 02:42 and the IPv4 address.
-
-    An address that is given out again, perhaps a second later, so has the MAC under which its peers may still know it.
-    """
-    for text in addresses:
-        address = ipaddress.ip_address(text)
-        if address.version == 4:
-            mac = (b"\x02\x42" + address.packed).hex(":")
-            if mac not in taken:
-                return mac
-    return _new_mac(taken)
 
 
 def _now() -> datetime.datetime:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import ipaddress
-from collections.abc import Iterable, Iterator
+import socket
+from collections.abc import Iterable, Iterator, Set
 
 from host_bridge.errors import (
     AddressTakenError,
@@ -180,16 +181,23 @@ def last_usable(subnet: Subnet) -> int:
 def lowest_free(subnet: Subnet, taken: Iterable[Address], within: Subnet | None = None) -> Address:
     """The lowest address of the subnet that is not taken, of its part `within` when that is given; raises
     NoAddressLeftError when there is none."""
+    return _lowest(subnet, {int(address) for address in taken if contains(subnet, address)}, within)
+
+
+def lowest_free_of(subnet: Subnet, taken: Iterable[str], within: Subnet | None = None) -> Address:
+    """As `lowest_free`, of addresses of the subnet's family as texts: a network may have hundreds."""
+    family = socket.AF_INET if subnet.version == IPV4 else socket.AF_INET6
+    return _lowest(subnet, {int.from_bytes(socket.inet_pton(family, text), "big") for text in taken}, within)
+
+
+def _lowest(subnet: Subnet, taken: Set[int], within: Subnet | None) -> Address:
     candidate, last = first_usable(subnet), last_usable(subnet)
     if within is not None:
         # Docker's: in a range that does not begin with the subnet, the range's own first address is like any other.
         candidate = max(candidate, int(within.network_address))
         last = min(last, int(within.broadcast_address))
-    for value in sorted({int(address) for address in taken if contains(subnet, address)}):
-        if value > candidate:
-            break
-        if value == candidate:
-            candidate += 1
+    while candidate in taken:
+        candidate += 1
     if candidate > last:
         raise NoAddressLeftError(str(within or subnet))
     return _address(subnet, candidate)

@@ -741,36 +741,48 @@ class Store(PolicyTables, QosTable, balancer_tables.BalancerTables, mirror_table
 
     # What is taken
 
-    def taken_addresses(self, network_id: str) -> dict[str, str]:
-        """The network's addresses that have a holder: address -> who, for people."""
+    def addresses_in(self, network_id: str, family: int) -> list[str]:
+        """The network's addresses of a family that have a holder."""
+        rows = self._all("SELECT address FROM addresses WHERE network_id = ? AND family = ?", network_id, family)
+        return [address for (address,) in rows]
+
+    def taken_addresses(self, network_id: str, address: str | None = None) -> dict[str, str]:
+        """The network's addresses that have a holder, or only this one if it has: address -> who, for people."""
         rows = self._all(
             "SELECT a.address, g.name, s.gateway = a.address FROM addresses a"
             " JOIN subnets s ON s.network_id = a.network_id AND s.family = a.family"
             " LEFT JOIN endpoints e ON e.id = a.endpoint_id"
-            " LEFT JOIN guests g ON g.id = e.guest_id WHERE a.network_id = ?",
+            " LEFT JOIN guests g ON g.id = e.guest_id"
+            " WHERE a.network_id = ?1 AND (?2 IS NULL OR a.address = ?2)",
             network_id,
+            address,
         )
         holders = {
-            address: f"guest {guest}" if guest is not None else "the gateway" if gateway else "an auxiliary address"
-            for address, guest, gateway in rows
+            held: f"guest {guest}" if guest is not None else "the gateway" if gateway else "an auxiliary address"
+            for held, guest, gateway in rows
         }
-        for network, address, balancer in self.balancer_addresses():
-            if network == network_id:
-                holders[address] = f"balancer {balancer}" if balancer else "the health checks of load balancers"
+        for network, held, balancer in self.balancer_addresses():
+            if network == network_id and held in holders:
+                holders[held] = f"balancer {balancer}" if balancer else "the health checks of load balancers"
         return holders
 
-    def taken_macs(self, network_id: str | None = None) -> dict[str, str]:
-        """The MAC addresses of a network, or of the whole fabric: MAC -> who, for people."""
-        rows = self._all(
-            "SELECT m.mac, m.role, n.name, g.name FROM macs m JOIN networks n ON n.id = m.network_id"
+    def taken_macs(self) -> set[str]:
+        """The MAC addresses of the whole fabric."""
+        return {mac for (mac,) in self._all("SELECT mac FROM macs")}
+
+    def holder_of_mac(self, network_id: str, mac: str) -> str | None:
+        """Who on the network has the MAC address, for people."""
+        row = self._first(
+            "SELECT m.role, n.name, g.name FROM macs m JOIN networks n ON n.id = m.network_id"
             " LEFT JOIN endpoints e ON e.id = m.endpoint_id LEFT JOIN guests g ON g.id = e.guest_id"
-            " WHERE ?1 IS NULL OR m.network_id = ?1",
+            " WHERE m.network_id = ? AND m.mac = ?",
             network_id,
+            mac,
         )
-        return {
-            mac: f"guest {guest}" if role == "endpoint" else f"the {role} of network {network}"
-            for mac, role, network, guest in rows
-        }
+        if row is None:
+            return None
+        role, network, guest = row
+        return f"guest {guest}" if role == "endpoint" else f"the {role} of network {network}"
 
     def _run(self, statement: str, *values: Any) -> None:
         self._connection.execute(statement, values)

@@ -122,6 +122,7 @@ def test_lowest_free_is_the_lowest_free(offsets: set[int]) -> None:
             ipam.lowest_free(SMALL, taken)
     else:
         assert int(ipam.lowest_free(SMALL, taken)) == base + free[0]
+        assert int(ipam.lowest_free_of(SMALL, map(str, taken))) == base + free[0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -201,6 +202,7 @@ def test_lowest_free_of_a_range_is_in_the_range(prefix: int, base: int, offsets:
     usable = [address for address in within if address in free]
     if usable:
         assert ipam.lowest_free(subnet, taken, within) == usable[0]
+        assert ipam.lowest_free_of(subnet, map(str, taken), within) == usable[0]
     else:
         with pytest.raises(NoAddressLeftError):
             ipam.lowest_free(subnet, taken, within)
