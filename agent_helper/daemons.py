@@ -19,10 +19,14 @@ SCHEMAS = {
 """Of each database: the file below /usr/share, and the Debian package that has it."""
 BRIDGE_COLUMNS = {"fail_mode": "secure", "other_config": {"disable-in-band": "true"}}
 
-# For each port and turn of its loop, the userspace data path allocates 32 buffers of the port's MTU and frees them
-# again, which with many ports is most of what it does. jemalloc, where it is installed, takes half the time for it than
-# glibc does; it is told to keep as many, and as large ones, at hand for each thread (jemalloc(3), "opt.").
-_JEMALLOC = f"/usr/lib/{os.uname().machine}-linux-gnu/libjemalloc.so.2", "/usr/lib64/libjemalloc.so.2"
+# These spend much of their time on memory, and with jemalloc, where it is installed, they take a third to a half of
+# their time less: for each port and turn of its loop, vswitchd's userspace data path allocates 32 buffers of the port's
+# MTU and frees them again; OVN makes its flows of small pieces. Threads keep as many, and as large ones, at hand
+# (jemalloc(3), "opt."). The helper's image does without: in an emulated VM, loading it would cost a second of the start.
+_ALLOCATING = ("ovs-vswitchd", "ovn-northd", "ovn-controller")
+_JEMALLOC = tuple(
+    f"{folder}/libjemalloc.so.2" for folder in (f"/usr/lib/{os.uname().machine}-linux-gnu", "/usr/lib64", "/usr/lib")
+)
 _JEMALLOC_CONF = "tcache_max:131072,tcache_nslots_small_min:64,tcache_nslots_large:64"
 # glibc gives the top of the heap back and takes it anew each time, which adds 0.4 ms to a round trip once a port has a
 # large MTU; so it is told to keep it (mallopt(3), environment variables).
@@ -71,15 +75,17 @@ def remotes(run_dir: Path) -> str:
 def environment(run_dir: Path, name: str = "") -> dict[str, str]:
     """The whole environment of a daemon; ovsdb-server, ovs-vswitchd and ovn-controller find one another by it."""
     folders = {f"{who}_{what}DIR": str(run_dir) for who in ("OVS", "OVN") for what in ("RUN", "LOG", "DB", "SYSCONF")}
-    return {**os.environ, "LC_ALL": "C.UTF-8", **folders, **(_vswitchd_memory() if name == "ovs-vswitchd" else {})}
+    return {**os.environ, "LC_ALL": "C.UTF-8", **folders, **_memory(name)}
 
 
-def _vswitchd_memory() -> dict[str, str]:
+def _memory(name: str) -> dict[str, str]:
+    if name not in _ALLOCATING:
+        return {}
     for library in _JEMALLOC:
         if Path(library).exists():
             others = os.environ.get("LD_PRELOAD")
             return {"LD_PRELOAD": f"{others}:{library}" if others else library, "MALLOC_CONF": _JEMALLOC_CONF}
-    return _GLIBC_MALLOC
+    return _GLIBC_MALLOC if name == "ovs-vswitchd" else {}
 
 
 def niceness(name: str, kernel_datapath: bool) -> int:
