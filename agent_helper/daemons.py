@@ -22,7 +22,7 @@ BRIDGE_COLUMNS = {"fail_mode": "secure", "other_config": {"disable-in-band": "tr
 # These spend much of their time on memory, and with jemalloc, where it is installed, they take a third to a half of
 # their time less: for each port and turn of its loop, vswitchd's userspace data path allocates 32 buffers of the port's
 # MTU and frees them again; OVN makes its flows of small pieces. Threads keep as many, and as large ones, at hand
-# (jemalloc(3), "opt."). The helper's image does without: in an emulated VM, loading it would cost a second of the start.
+# (jemalloc(3), "opt."). The helper's image does without: in an emulated VM, loading it would cost a second at start.
 _ALLOCATING = ("ovs-vswitchd", "ovn-northd", "ovn-controller")
 _JEMALLOC = tuple(
     f"{folder}/libjemalloc.so.2" for folder in (f"/usr/lib/{os.uname().machine}-linux-gnu", "/usr/lib64", "/usr/lib")
