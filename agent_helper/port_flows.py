@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import trio
@@ -41,12 +41,10 @@ class PortFlows:
 
     Args:
         mgmt: where the bridge takes OpenFlow connections.
-        until_there: returns when there is something at `mgmt`.
     """
 
-    def __init__(self, mgmt: Path, until_there: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, mgmt: Path) -> None:
         self._mgmt = mgmt
-        self._until_there = until_there
         self._ports: set[int] = set()
         self._waiters: dict[int, trio.Event] = {}
 
@@ -62,12 +60,11 @@ class PortFlows:
     async def run(self) -> None:
         """Listens until cancelled, over vswitchd's ends and starts. Where vswitchd does not tell, no port has any."""
         while True:
-            await self._until_there()
             try:
                 async with open_connection(self._mgmt, _VERSION) as connection:
                     await self._listen(connection)
-            except (OSError, trio.BrokenResourceError) as exc:
-                logger.debug("the integration bridge's flows are not told: %s", exc)
+            except (OSError, trio.BrokenResourceError):
+                pass  # vswitchd is being started again
             except ValueError as exc:
                 logger.info("the integration bridge's flows are not told: %s", exc)
             finally:

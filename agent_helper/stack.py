@@ -156,7 +156,7 @@ class Stack:
         self._enlargings_asked = self._enlargings_done = 0
         self._enlarged: tuple[int, set[str]] = (0, set())
         self._early = early
-        self._flows = PortFlows(self.mgmt, partial(self._connectable, self.mgmt))
+        self._flows = PortFlows(self.mgmt)
         self.env = daemons.environment(self.run_dir)
 
     @property

@@ -254,11 +254,7 @@ async def test_the_agent_ends_cleanly_and_starts_in_the_same_place() -> None:
 async def test_flows_of_ports_are_told() -> None:
     async with helper() as rig, trio.open_nursery() as nursery:
         mgmt = rig.state / "run" / "br-int.mgmt"
-
-        async def until_there() -> None:
-            await eventually(mgmt.exists)
-
-        flows = PortFlows(mgmt, until_there)
+        flows = PortFlows(mgmt)
         nursery.start_soon(flows.run)
         await rig.apply(network(1))
         (status,) = await rig.apply(endpoint(1, 2, "web"))

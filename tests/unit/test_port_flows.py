@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from functools import partial
+from pathlib import Path
 
 import pytest
 import trio
@@ -125,8 +126,8 @@ async def test_what_is_no_answer(sent: bytes, reason: str) -> None:
         await Connection(ours, 1).next()
 
 
-async def test_who_waits_is_told(tmp_path: object, nursery: trio.Nursery) -> None:
-    mgmt = f"{tmp_path}/br.mgmt"
+async def test_who_waits_is_told(tmp_path: Path, nursery: trio.Nursery) -> None:
+    mgmt = tmp_path / "br.mgmt"
     asked, streams = trio.Event(), list[trio.SocketStream]()
 
     async def serve(stream: trio.SocketStream) -> None:
@@ -137,10 +138,10 @@ async def test_who_waits_is_told(tmp_path: object, nursery: trio.Nursery) -> Non
             pass
 
     with trio.socket.socket(trio.socket.AF_UNIX) as sock:
-        await sock.bind(mgmt)
+        await sock.bind(str(mgmt))
         sock.listen()
         await nursery.start(partial(trio.serve_listeners, serve, [trio.SocketListener(sock)]))
-        flows = PortFlows(mgmt, trio.lowlevel.checkpoint)  # type: ignore[arg-type]  # a path as text does as well
+        flows = PortFlows(mgmt)
         nursery.start_soon(flows.run)
         with trio.fail_after(60):
             await flows.wait(3)
