@@ -640,10 +640,7 @@ class DesiredState:
                 mac = (b"\x02\x42" + address.packed).hex(":")
                 if self._store.holder_of_mac(network_id, mac) is None:
                     return mac
-        while True:
-            mac = _new_mac(())
-            if self._store.holder_of_mac(network_id, mac) is None:
-                return mac
+        return _new_mac(self._store.taken_macs())
 
     def _parent(self, network: NetworkRecord, guest: GuestRecord, carried: vlan.Carried) -> EndpointRecord:
         """The endpoint that is to carry one of the guest's on a network.

@@ -10,7 +10,7 @@ from typing import Any
 
 from host_bridge.addressing import Addressing
 from host_bridge.errors import EndpointOptionError
-from host_bridge.vlan import OPTION_PARENT, Carried, VlanPlace, carried_of, place_of
+from host_bridge.vlan import Carried, VlanPlace, carried_of, is_carried, place_of
 
 IPV4 = 4
 IPV6 = 6
@@ -238,7 +238,7 @@ class EndpointRecord:
     @property
     def carried(self) -> Carried | None:
         """The network, by name, over whose endpoint of the guest this one goes, and its tag; None: it has a link."""
-        if OPTION_PARENT not in self.driver_options:
+        if not is_carried(self.driver_options):
             return None
         with contextlib.suppress(EndpointOptionError):  # kept from before it meant something
             return carried_of(self.driver_options)

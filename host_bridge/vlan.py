@@ -57,6 +57,11 @@ def _is_tag(text: str) -> bool:
     return bool(_NUMBER.fullmatch(text)) and int(text) in _TAGS
 
 
+def is_carried(options: Mapping[str, str]) -> bool:
+    """Whether an endpoint with these options goes over another's link."""
+    return OPTION_PARENT in options
+
+
 def carried_of(options: Mapping[str, str]) -> Carried | None:
     """What carries an endpoint with these options; None: a link of its own.
 

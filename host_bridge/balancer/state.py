@@ -169,7 +169,7 @@ class BalancerState:
         # What is asked for comes before what is chosen.
         for key, place in asked.items():
             if key not in kept:
-                holder = store.taken_addresses(key[1]).get(place.address)
+                holder = store.taken_addresses(key[1], place.address).get(place.address)
                 if holder is not None:
                     raise TakenError(
                         where.text(
@@ -211,7 +211,7 @@ class BalancerState:
     def _free_address(self, network: NetworkRecord, family: int) -> str:
         subnet = network.subnet(family)
         assert subnet is not None
-        taken = [ipaddress.ip_address(one) for one in self._store.taken_addresses(network.id)]
+        taken = [ipaddress.ip_address(one) for one in self._store.addresses_in(network.id, family)]
         within = ipam.network_of(subnet.ip_range) if subnet.ip_range else None
         return str(ipam.highest_free(ipam.network_of(subnet.subnet), taken, within))
 

@@ -17,7 +17,7 @@ from host_bridge.errors import BridgeError, NetworkNotFoundError, NotConnectedEr
 from host_bridge.fabric import Fabric
 from host_bridge.model import EndpointOptions, EndpointRecord, GuestSettings, NetworkRecord
 from host_bridge.ports import PortBinding, PublishedPort
-from host_bridge.vlan import OPTION_PARENT
+from host_bridge.vlan import is_carried
 
 logger = logging.getLogger("taploom.bridge.containers")
 
@@ -214,7 +214,7 @@ class ContainerNetworks:
         """Connects the container's guest to every network that it is to be on; the network of its mode gets eth0."""
         names = [name for name in container.networks if self._switched(name)]
         # What goes over the interface on another network comes after that.
-        names.sort(key=lambda name: OPTION_PARENT in (container.networks[name]["DriverOpts"] or {}))
+        names.sort(key=lambda name: is_carried(container.networks[name]["DriverOpts"] or {}))
         turns = [trio.Event() for _ in names]
         failures: list[BaseException] = []
 

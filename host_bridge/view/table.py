@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from host_bridge.names import clean_text
 from host_bridge.view.rates import Rates, bits, octets, rates_between
-from host_bridge.vlan import OPTION_PARENT
+from host_bridge.vlan import is_carried
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -73,7 +73,7 @@ def rows(before: Status, now: Status, order: str) -> list[Row]:
             received_frames=link.rx_frames,
             drops=link.drops,
             problem="" if link.up else clean_text(link.problem),
-            carried=OPTION_PARENT in link.endpoint.driver_options,
+            carried=is_carried(link.endpoint.driver_options),
         )
         for link in now.links
         if link.endpoint is not None

@@ -11,7 +11,7 @@ from host_bridge.addressing import ROUTED, Addressing
 from host_bridge.model import OPTION_ICC, OPTION_MASQUERADE, parse_bool
 from host_bridge.names import clean_text
 from host_bridge.view.rates import Rates, rates_between
-from host_bridge.vlan import OPTION_PARENT, place_of
+from host_bridge.vlan import is_carried, place_of
 
 if TYPE_CHECKING:
     from taploom.contracts.taploom.bridge.v1 import (
@@ -211,7 +211,7 @@ def topology(
                 problem="" if endpoint.link_up else _problem(links.get(endpoint.id)),
                 groups=tuple(groups.get(f"{endpoint.guest_name}@{network.name}", ())),
                 rates=rates.get(endpoint.id),
-                carried=OPTION_PARENT in endpoint.driver_options,
+                carried=is_carried(endpoint.driver_options),
                 **_limits(endpoint),
                 **_totals(links.get(endpoint.id)),
             )
